@@ -1,0 +1,1 @@
+"""Commands. Thin, and the only room besides recipes that may import every other one."""

@@ -1,0 +1,1 @@
+"""Rollout log-probs against train log-probs: bit comparison, metrics, worst tokens, and what to do about them."""

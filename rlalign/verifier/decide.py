@@ -1,0 +1,48 @@
+"""What happens after a comparison: carry on, warn, or stop the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from rlalign.config import Config
+from rlalign.verifier.report import Report
+
+OnMismatch = Literal["log", "warn", "halt"]
+Action = Literal["pass", "log", "warn", "halt"]
+_POLICIES = ("log", "warn", "halt")
+
+
+class MismatchHalt(Exception):
+    """Rollout and trainer disagree and the run must stop, before the optimizer steps. ``report`` says where."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report)
+        self.report = report
+
+    def __str__(self) -> str:
+        return self.report.verdict
+
+
+def policy_of(config: Config) -> OnMismatch:
+    """``align.on_mismatch`` with ``auto`` resolved: halt under numerics=invariant, log under native."""
+    if config.align.on_mismatch == "auto":
+        return "halt" if config.halts_on_mismatch else "log"
+    return config.align.on_mismatch
+
+
+def decide(report: Report, on_mismatch: OnMismatch) -> Action:
+    """``pass`` if all is equal, else the policy's own action. Nothing compared counts as a disagreement."""
+    if on_mismatch not in _POLICIES:
+        raise ValueError(f"on_mismatch={on_mismatch!r} is not one of {', '.join(_POLICIES)}")
+    return "pass" if report.equal else on_mismatch
+
+
+def enforce(report: Report, on_mismatch: OnMismatch, *, warn: Callable[[str], None]) -> Action:
+    """Carry out the decision: ``warn`` gets the verdict, ``halt`` raises MismatchHalt. Returns what was done."""
+    action = decide(report, on_mismatch)
+    if action == "halt":
+        raise MismatchHalt(report)
+    if action == "warn":
+        warn(report.verdict)
+    return action
