@@ -1,0 +1,250 @@
+"""Every setting of rlalign, as frozen, validated dataclasses. Imports nothing of ours.
+
+The YAML groups under ``conf/`` mirror these classes field by field; an unknown key, a wrong type or a value out of
+bounds is a ``pydantic.ValidationError`` (a ``ValueError``) that names the field.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+
+Numerics = Literal["invariant", "native"]
+Dtype = Literal["float32", "bfloat16"]
+
+_STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SamplingParams:
+    """How one request is sampled. Order of transforms: temperature, top-k, top-p (crossing token kept), min-p.
+
+    ``temperature=0`` is greedy: the lowest id among the maximal logits; its log-prob is the untruncated one at
+    temperature 1. ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch a filter off. ``seed`` None means 0.
+    """
+
+    temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    min_p: float = Field(0.0, ge=0.0, lt=1.0)
+    max_tokens: int = Field(16, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    n: int = Field(1, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**64)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    raw_logprobs: bool = False
+    """Also report log-probs under the untruncated temperature-1 distribution."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def truncated(self) -> bool:
+        """True if the support can be smaller than the vocabulary."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EngineConfig:
+    """The rollout engine's schedule: nothing here may change a bit of a token's log-prob."""
+
+    page_size: int = Field(16, ge=1)
+    num_pages: int = Field(2048, ge=1)
+    max_batch_tokens: int = Field(1024, ge=1)
+    """Tokens (prefill and decode together) that one forward may hold."""
+    max_num_seqs: int = Field(256, ge=1)
+    prefill_chunk: int = Field(512, ge=1)
+    """Most prompt tokens of one sequence in one forward."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Longest prompt + response; None takes the model's own limit, bounded by the cache."""
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The policy: a checkpoint folder, or (``path`` None) a small Qwen3 that is made on the spot."""
+
+    path: Path | None = None
+    dtype: Dtype = "float32"
+    hidden_size: int = Field(128, ge=16)
+    num_layers: int = Field(3, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int = Field(2, ge=1)
+    head_dim: int = Field(32, ge=8)
+    intermediate_size: int = Field(384, ge=16)
+    max_position_embeddings: int = Field(512, ge=16)
+    warm_start_steps: int = Field(0, ge=0)
+    """Supervised steps on the task before RL (recipes/sft.py); only for a model made on the spot."""
+    warm_start_lr: float = Field(2e-3, gt=0)
+    warm_start_batch: int = Field(64, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TaskConfig:
+    """Prompts and their verifiable reward."""
+
+    name: Literal["sort", "gsm8k"] = "sort"
+    path: Path | None = None
+    """JSONL or parquet file of training prompts; the built-in task makes its own."""
+    eval_path: Path | None = None
+    reward: str | None = None
+    """``FILE.py:function`` replaces the task's own reward."""
+    max_prompt_tokens: int = Field(256, ge=1)
+    num_train: int = Field(4096, ge=1)
+    num_eval: int = Field(128, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AlgorithmConfig:
+    """What turns rewards into a gradient."""
+
+    adv_estimator: Literal["grpo", "gae"] = "grpo"
+    group_size: int = Field(8, ge=1)
+    """Samples per prompt."""
+    prompts_per_step: int = Field(32, ge=1)
+    normalize_std: bool = True
+    """GRPO: divide the group's centred rewards by their standard deviation."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the k3 estimate of KL to the frozen reference policy; 0 loads no reference."""
+    entropy_coef: float = Field(0.0, ge=0)
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    epochs: int = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1)
+    gamma: float = Field(1.0, gt=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    value_clip: float = Field(0.2, gt=0)
+    critic_lr: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _group_can_be_normalized(self) -> AlgorithmConfig:
+        if self.adv_estimator == "grpo" and self.group_size < 2:
+            raise ValueError(
+                "algorithm.group_size=1 leaves no group to normalise over: its advantage is always 0. "
+                "Use group_size >= 2, or adv_estimator=gae"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainerConfig:
+    """Optimizer and the packing of micro-batches. Packs by config alone, never by arrival order."""
+
+    micro_batch_tokens: int = Field(8192, ge=1)
+    gradient_checkpointing: bool = False
+    lr: float = Field(1e-3, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class FaultConfig:
+    """A planted fault, to see the verifier catch it. ``kind=none`` plants nothing."""
+
+    kind: Literal["none", "trainer_weight", "kv_page", "position"] = "none"
+    step: int = Field(1, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AlignConfig:
+    """What happens when rollout and trainer disagree."""
+
+    on_mismatch: Literal["auto", "log", "warn", "halt"] = "auto"
+    """auto: halt when numerics=invariant, log when native."""
+    worst_tokens: int = Field(10, ge=1)
+    fault: FaultConfig = FaultConfig()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ClusterConfig:
+    """Where the actors run."""
+
+    address: str | None = None
+    """An existing Ray to join (``auto`` or host:port); None starts a private one."""
+    num_rollout_actors: int = Field(1, ge=1)
+    threads: int = Field(2, ge=1)
+    """CPU threads of every process: part of the plan's fingerprint on CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrackingConfig:
+    """wandb. Offline by default: no account, no question."""
+
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "rlalign"
+    name: str | None = None
+    media_every: int = Field(10, ge=1)
+    """Steps between pictures."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalConfig:
+    """Held-out prompts, greedy."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    num_prompts: int = Field(128, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """One run: its length, its seed, its folder."""
+
+    steps: int = Field(60, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    dir: Path | None = None
+    """The run's folder; None makes runs/<recipe>-<date>-<time>."""
+    resume: Path | None = None
+    """A run folder to continue from its last checkpoint."""
+    save_every: int = Field(20, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """A whole run; ``conf/grpo.yaml`` composes it."""
+
+    numerics: Numerics = "invariant"
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    sampling: SamplingParams = SamplingParams()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    engine: EngineConfig = EngineConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    align: AlignConfig = AlignConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    eval: EvalConfig = EvalConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def halts_on_mismatch(self) -> bool:
+        if self.align.on_mismatch == "auto":
+            return self.numerics == "invariant"
+        return self.align.on_mismatch == "halt"
+
+
+_CONFIG = TypeAdapter(Config)
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """Validated config of a plain nested dict. Raises ``pydantic.ValidationError`` naming every bad field."""
+    return _CONFIG.validate_python(values)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict (paths as strings) that ``config_from_dict`` takes back."""
+    return _CONFIG.dump_python(config, mode="json")

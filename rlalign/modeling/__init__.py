@@ -1,0 +1,31 @@
+"""Hugging Face decoders on our operators: one policy, two callers."""
+
+from rlalign.modeling.align import align
+from rlalign.modeling.audit import AuditError, AuditReport, Finding, audit
+from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext, PagedContext
+from rlalign.modeling.loading import backend_for, load_model, load_policy, load_tokenizer, save_checkpoint
+from rlalign.modeling.policy import KVShape, Policy, hash_tensors
+from rlalign.modeling.sampling_rows import sampling_rows
+from rlalign.modeling.tiny import make_tiny_model
+
+__all__ = [
+    "AttentionCall",
+    "AttentionContext",
+    "AuditError",
+    "AuditReport",
+    "Finding",
+    "KVShape",
+    "PackedContext",
+    "PagedContext",
+    "Policy",
+    "align",
+    "audit",
+    "backend_for",
+    "hash_tensors",
+    "load_model",
+    "load_policy",
+    "load_tokenizer",
+    "make_tiny_model",
+    "sampling_rows",
+    "save_checkpoint",
+]

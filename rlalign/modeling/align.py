@@ -1,0 +1,129 @@
+"""``align(model)``: a Hugging Face causal LM onto our operators, in place.
+
+Modules are recognised by what they compute, not by their name alone: each replacement is compared with the module it
+replaces on random input before it is kept. What is not recognised stays as it was, and ``audit`` refuses it.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlalign.modeling import attention, layers
+
+_GELU_APPROXIMATION = {
+    "GELU": None,  # torch.nn.GELU: its own attribute says
+    "GELUActivation": "none",
+    "GELUTanh": "tanh",
+    "PytorchGELUTanh": "tanh",
+    "NewGELUActivation": "tanh",
+}
+# Rotary embeddings whose frequencies depend on the longest sequence of the batch: never invariant.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def align(model: PreTrainedModel, *, backend: str) -> PreTrainedModel:
+    """Move ``model`` onto our operators, in place; parameter names, ``state_dict`` and module graph stay.
+
+    backend: "reference" (invariant, any device), "triton" (invariant, CUDA) or "native": PyTorch's own operators,
+    with only the attention function replaced, so that packed and paged rows work.
+    Returns the same model. Raises ValueError naming the module where something can't be made invariant.
+    """
+    if isinstance(getattr(model, "rlalign_backend", None), str):
+        raise ValueError(f"model is already aligned (backend={model.rlalign_backend!r}): load it anew")
+    _refuse_dropout(model)
+    model.set_attn_implementation(attention.ATTENTION_NAME)
+    for name, module in model.named_modules():
+        if hasattr(module, "layer_idx"):
+            module.rlalign_backend = backend
+        if backend != "native":
+            _align_module(name, module, backend)
+    model.rlalign_backend = backend
+    return model
+
+
+def _align_module(name: str, module: nn.Module, backend: str) -> None:
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        layers.become(module, layers.AlignedLinear, backend)
+    elif kind.endswith("RMSNorm") and hasattr(module, "weight"):
+        _align_norm(name, module, backend)
+    elif kind.endswith("RotaryEmbedding") and hasattr(module, "inv_freq"):
+        _align_rotary(name, module, backend)
+    elif kind in ("SiLU", "SiLUActivation"):
+        layers.become(module, layers.AlignedSiLU, backend)
+    elif kind in _GELU_APPROXIMATION:
+        approximate = _GELU_APPROXIMATION[kind] or module.approximate
+        layers.become(module, layers.AlignedGELU, backend, approximate=approximate)
+
+
+def _refuse_dropout(model: PreTrainedModel) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise ValueError(f"dropout p={module.p} in {name}: not supported, set it to 0")
+    for field in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+        if getattr(model.config, field, 0.0):
+            raise ValueError(f"config.{field}={getattr(model.config, field)}: dropout is not supported, set it to 0")
+
+
+def _align_norm(name: str, module: nn.Module, backend: str) -> None:
+    """Find the form of RMSNorm (weight or 1 + weight; rounded before or after it) that this module computes."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if eps is None:
+        raise ValueError(f"{name} ({type(module).__name__}) has no eps that align() knows")
+    probe = _with_random_weight(module)
+    x = _random_like_weight(module, rows=8)
+    expected = probe(x)
+    for offset, cast_before in product((0.0, 1.0), (True, False)):
+        candidate = copy.deepcopy(probe)
+        settings = {"eps": eps, "weight_offset": offset, "cast_before_weight": cast_before}
+        layers.become(candidate, layers.AlignedRMSNorm, "native", **settings)
+        if _agree(candidate(x), expected):
+            layers.become(module, layers.AlignedRMSNorm, backend, **settings)
+            return
+
+
+def _with_random_weight(module: nn.Module) -> nn.Module:
+    """A copy whose weight is random: a weight of ones would hide the order of rounding."""
+    probe = copy.deepcopy(module).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    probe.weight.copy_(torch.randn(probe.weight.shape, generator=generator))
+    return probe
+
+
+def _random_like_weight(module: nn.Module, rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, module.weight.shape[-1], generator=generator)
+    return x.to(device=module.weight.device, dtype=module.weight.dtype)
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Same function up to summation order: nearly every element has the same bits in bf16, or is close in float32."""
+    if ours.dtype != theirs.dtype:
+        return False
+    if ours.dtype == torch.float32:
+        return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    return (ours == theirs).float().mean().item() > 0.9
+
+
+def _align_rotary(name: str, module: nn.Module, backend: str) -> None:
+    rope_type = getattr(module, "rope_type", "default")
+    if not isinstance(rope_type, str):
+        return  # several frequency sets in one module (Gemma-3): not ours yet, audit names it
+    if rope_type in _BATCH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"{name}: rope_type={rope_type!r} makes a token's frequencies depend on the longest sequence beside it, "
+            "so it cannot be invariant; supported: default, linear, llama3, yarn"
+        )
+    x = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=module.inv_freq.device)
+    positions = torch.arange(0, 64, 7, device=module.inv_freq.device).unsqueeze(0)
+    expected, _ = module(x, positions)
+    candidate = copy.deepcopy(module)
+    cast = expected.dtype == torch.bfloat16
+    layers.become(candidate, layers.AlignedRotary, "native", cast=cast)
+    if _agree(candidate(x, positions)[0], expected):
+        layers.become(module, layers.AlignedRotary, backend, cast=cast)

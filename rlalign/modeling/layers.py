@@ -1,0 +1,85 @@
+"""Module forwards on our operators.
+
+A module is aligned by changing its class to a subclass made here: parameters, names, hooks, ``isinstance`` checks and
+``state_dict`` stay as they were. ``rlalign_backend`` on the instance names the backend.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from rlalign_kernels import gelu, linear, rms_norm, rotary_cos_sin, silu
+from torch import Tensor, nn
+
+
+class AlignedModule:
+    """Base of every aligned class; subclasses define ``forward`` and attributes set by ``become``."""
+
+    rlalign_backend: str
+
+
+class AlignedLinear(AlignedModule):
+    def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name: callers may pass it by keyword
+        return linear(input, self.weight, self.bias, backend=self.rlalign_backend)
+
+
+class AlignedRMSNorm(AlignedModule):
+    rlalign_eps: float
+    rlalign_weight_offset: float
+    rlalign_cast_before_weight: bool
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(
+            hidden_states,
+            self.weight,
+            eps=self.rlalign_eps,
+            weight_offset=self.rlalign_weight_offset,
+            cast_before_weight=self.rlalign_cast_before_weight,
+            backend=self.rlalign_backend,
+        )
+
+
+class AlignedRotary(AlignedModule):
+    rlalign_cast: bool
+    """Whether cos and sin are rounded to the hidden states' dtype (Llama) or stay float32 (OLMo-2)."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.inv_freq.dtype != torch.float32:
+            raise ValueError(
+                f"inv_freq.dtype={self.inv_freq.dtype}: rotary frequencies must stay float32; load the model with "
+                "dtype=… rather than casting it afterwards"
+            )
+        return rotary_cos_sin(
+            position_ids,
+            self.inv_freq,
+            attention_scaling=self.attention_scaling,
+            dtype=x.dtype if self.rlalign_cast else torch.float32,
+            backend=self.rlalign_backend,
+        )
+
+
+class AlignedSiLU(AlignedModule):
+    def forward(self, input: Tensor) -> Tensor:
+        return silu(input, backend=self.rlalign_backend)
+
+
+class AlignedGELU(AlignedModule):
+    rlalign_approximate: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu(input, approximate=self.rlalign_approximate, backend=self.rlalign_backend)
+
+
+@lru_cache(maxsize=None)
+def _aligned_class(mixin: type[AlignedModule], original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Aligned{original.__name__}", (mixin, original), {"__module__": __name__})
+
+
+def become(module: nn.Module, mixin: type[AlignedModule], backend: str, **attributes: object) -> None:
+    """Turn ``module`` into its aligned self, in place."""
+    module.__class__ = _aligned_class(mixin, type(module))
+    module.rlalign_backend = backend
+    for name, value in attributes.items():
+        setattr(module, f"rlalign_{name}", value)

@@ -1,0 +1,86 @@
+"""Checkpoints in Hugging Face's format: loading onto our operators, and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rlalign.config import Dtype, Numerics
+from rlalign.modeling.align import align
+from rlalign.modeling.audit import audit
+from rlalign.modeling.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def backend_for(numerics: Numerics, device: torch.device | str) -> str:
+    """The operators' backend that serves ``numerics`` on ``device``."""
+    if numerics == "native":
+        return "native"
+    return "triton" if torch.device(device).type == "cuda" else "reference"
+
+
+def load_policy(
+    path: Path | str,
+    *,
+    dtype: Dtype = "float32",
+    numerics: Numerics = "invariant",
+    device: torch.device | str = "cpu",
+) -> Policy:
+    """An aligned and audited policy from a checkpoint folder. Nothing is fetched from a hub.
+
+    Raises FileNotFoundError for a missing folder or file, ValueError for weights that are not finite, AuditError for
+    a model that can't be made exact.
+    """
+    model = load_model(path, dtype=dtype, device=device)
+    align(model, backend=backend_for(numerics, device))
+    if numerics == "invariant":
+        audit(model)
+    return Policy(model)
+
+
+def load_model(path: Path | str, *, dtype: Dtype, device: torch.device | str) -> PreTrainedModel:
+    """The checkpoint's causal LM, in evaluation mode, with finite weights."""
+    folder = _checkpoint_folder(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
+    )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{folder}: weight {name!r} holds NaN or infinite values")
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises ValueError if it has more ids than the model, or can't be read."""
+    folder = _checkpoint_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+    vocab_size = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{folder}: wrong tokenizer: its largest id is {largest}, but the model's vocabulary has {vocab_size}"
+        )
+    return tokenizer
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path | str) -> None:
+    """Write ``model`` (aligned or not) and its tokenizer as an ordinary Hugging Face checkpoint."""
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def _checkpoint_folder(path: Path | str) -> Path:
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"model folder {folder} {what}")
+    return folder

@@ -1,0 +1,204 @@
+"""The policy: one aligned model, called in the same way by engine and trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from rlalign_kernels import LogprobOutput, SampleOutput, SamplingRows, linear_logprob, linear_sample
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one layer caches per token."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+class Policy:
+    """A Hugging Face causal LM that ``align`` has prepared, with the two things that RL asks of it.
+
+    Rows are tokens. ``hidden`` runs the decoder over packed or paged rows; ``logprobs`` and ``sample`` turn selected
+    rows into log-probs or tokens without holding logits for all of them. The same hidden row gives the same bits in
+    both. Legend: T rows, N selected rows, H hidden size, V vocabulary.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises ValueError if the model was not aligned, or transforms its logits in a way we don't know."""
+        if not isinstance(getattr(model, "rlalign_backend", None), str):
+            raise ValueError(f"{type(model).__name__} is not aligned: call rlalign.modeling.align(model) first")
+        self.model = model
+        self.backend: str = model.rlalign_backend
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output embedding: a causal LM is needed")
+        self.head: nn.Linear = head
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.kv_layout: list[KVShape] = self._probe_layers()
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence that the model's config allows."""
+        return self.model.config.max_position_embeddings
+
+    def hidden(self, token_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
+        """Last hidden states. token_ids, position_ids: int64 [T] → [T, H] in the model's dtype."""
+        output = self.model.base_model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
+            attention_context=context,
+            use_cache=False,
+        )
+        return output.last_hidden_state[0]
+
+    def logprobs(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        rows: SamplingRows | None = None,
+        *,
+        support: Tensor | None = None,
+        return_support: bool = False,
+    ) -> LogprobOutput:
+        """Log-prob of ``targets`` int64 [N] from hidden [N, H], under each row's sampling distribution.
+
+        ``support`` bool [N, V] holds the kept ids constant instead of recomputing them. Float32 results [N].
+        """
+        return linear_logprob(
+            hidden,
+            self.head.weight,
+            targets,
+            rows=rows,
+            support=support,
+            bias=self.head.bias,
+            softcap=self.softcap,
+            return_support=return_support,
+            backend=self.backend,
+        )
+
+    def sample(
+        self,
+        hidden: Tensor,
+        rows: SamplingRows,
+        seeds: Tensor,
+        positions: Tensor,
+        *,
+        banned: Tensor | None = None,
+        raw_logprobs: bool = False,
+    ) -> SampleOutput:
+        """Draw one token per row of hidden [N, H]. seeds, positions (response index): int64 [N].
+
+        ``banned`` bool [N, V] removes ids before every transform.
+        """
+        return linear_sample(
+            hidden,
+            self.head.weight,
+            rows=rows,
+            seeds=seeds,
+            positions=positions,
+            bias=self.head.bias,
+            softcap=self.softcap,
+            banned=banned,
+            raw_logprobs=raw_logprobs,
+            backend=self.backend,
+        )
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Parameters in compute dtype by name, sorted, tied ones once. Views, not copies."""
+        return dict(sorted((name, p.detach()) for name, p in self.model.named_parameters()))
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights: name, dtype, shape and bytes, in order of name."""
+        return hash_tensors(self.named_weights())
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy ``weights`` in place. Names, shapes and dtypes must be exactly ours: ValueError otherwise."""
+        ours = self.named_weights()
+        if odd := sorted(ours.keys() ^ weights.keys()):
+            raise ValueError(f"weights differ from the model's in {len(odd)} names, first {odd[0]!r}")
+        for name, mine in ours.items():
+            theirs = weights[name]
+            if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+                raise ValueError(
+                    f"weight {name!r}: got {theirs.dtype} {tuple(theirs.shape)}, need {mine.dtype} {tuple(mine.shape)}"
+                )
+            mine.copy_(theirs)
+
+    @torch.no_grad()
+    def _probe_layers(self) -> list[KVShape]:
+        """Each layer's cache shape, seen rather than derived from config fields whose names differ by model."""
+        recorder = _KVRecorder(PackedContext(torch.tensor([0, 2], dtype=torch.int32, device=self.device)))
+        self.hidden(*self._probe_rows(), recorder)
+        layers = sorted(recorder.shapes)
+        if layers != list(range(len(layers))):
+            raise ValueError(f"layer_idx of the attention layers are {layers}: expected 0 … n-1, one cache per layer")
+        return [recorder.shapes[layer] for layer in layers]
+
+    def _probe_rows(self) -> tuple[Tensor, Tensor]:
+        tokens = torch.tensor([0, 1], device=self.device)
+        return tokens, torch.arange(2, device=self.device)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """The log-probs we compute must be those of the model's own logits, or the model does more than we know."""
+        context = PackedContext(torch.tensor([0, 2], dtype=torch.int32, device=self.device))
+        tokens, positions = self._probe_rows()
+        logits = self.model(
+            input_ids=tokens.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_context=context,
+            use_cache=False,
+        ).logits[0]
+        theirs = torch.log_softmax(logits.float(), dim=-1)[:, 0]
+        ours = self.logprobs(self.hidden(tokens, positions, context), torch.zeros_like(tokens)).logprob
+        if not torch.isfinite(theirs).all():
+            return  # NaN weights are reported where they are loaded, with the parameter's name
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"{type(self.model).__name__} transforms its logits in a way that is not supported: log-prob "
+                f"{theirs[0].item():.4f} by the model, {ours[0].item():.4f} from hidden states and output embedding"
+            )
+
+
+@dataclass(slots=True)
+class _KVRecorder:
+    """A context that remembers what shape each layer's keys and values have."""
+
+    inner: PackedContext
+    shapes: dict[int, KVShape] = field(default_factory=dict)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        self.shapes[call.layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
+        return self.inner.attend(query, key, value, call)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.view(torch.uint8).numpy() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy())
+    return digest.hexdigest()
