@@ -1,0 +1,205 @@
+"""Every ``align/*`` metric of docs/metrics.md, from one comparison, in one reduction.
+
+Legend: N tokens, n finite tokens, S samples. Δ = train - rollout in float32; ρ = exp(Δ). Statistics are float64.
+
+Sums are exactly rounded (``math.fsum``), so they do not depend on the order in which samples arrived. Statistics are
+over the n tokens that are finite on both sides; every maximum is inf as soon as one token is not, so that a NaN or a
+missing log-prob can never look like agreement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from rlalign.verifier.compare import Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What the comparison itself can't know. None leaves the metric out.
+
+    trainer_version: version of the weights that gave the train log-probs. weights_equal: hash of the trainer's weights
+    == hash that the engine holds. ratio_frac_modified: share of tokens whose ratio a clip or correction changed.
+    """
+
+    trainer_version: int | None = None
+    weights_equal: bool | None = None
+    weights_version: int | None = None
+    ratio_frac_modified: float | None = None
+
+
+def align_metrics(
+    comparison: Comparison,
+    *,
+    advantages: Sequence[np.ndarray] | None = None,
+    provenance: Provenance | None = None,
+) -> dict[str, float]:
+    """Flat dict of ``align/*``. advantages: float [L] per sample, in the comparison's order; adds ``align/adv_skew``.
+
+    A statistic of no tokens at all is NaN. Raises ValueError if ``advantages`` does not fit the comparison.
+    """
+    finite = ~comparison.nonfinite
+    delta = comparison.delta[finite].astype(np.float64)
+    train, rollout = (side[finite].astype(np.float64) for side in (comparison.train, comparison.rollout))
+    values = {
+        "mismatch_count": float(comparison.mismatch_count),
+        "nonfinite_count": float(comparison.nonfinite_count),
+        "bitwise_match_frac": _mean(~comparison.mismatch),
+        **_logp(delta),
+        **_ulp(comparison.ulp[finite]),
+        **_prob(np.exp(train), np.exp(rollout)),
+        **_divergence(delta),
+        **_ratio(delta),
+        **_sequences(comparison),
+    }
+    if comparison.nonfinite_count:
+        values |= {name: math.inf for name in values if name.endswith(("/max", "_max"))}
+    if advantages is not None:
+        values["adv_skew"] = _adv_skew(comparison, advantages)
+    values |= _provenance(comparison, provenance or Provenance())
+    return {f"align/{name}": value for name, value in values.items()}
+
+
+def _logp(delta: np.ndarray) -> dict[str, float]:
+    size = np.abs(delta)
+    p50, p99 = _percentiles(size, 50, 99)
+    return {
+        "logp_diff/mean": _mean(delta),
+        "logp_abs_diff/mean": _mean(size),
+        "logp_abs_diff/std": _std(size),
+        "logp_abs_diff/p50": p50,
+        "logp_abs_diff/p99": p99,
+        "logp_abs_diff/max": _max(size),
+    }
+
+
+def _ulp(ulp: np.ndarray) -> dict[str, float]:
+    (p99,) = _percentiles(ulp, 99)
+    return {"ulp/p99": p99, "ulp/max": _max(ulp)}
+
+
+def _prob(train: np.ndarray, rollout: np.ndarray) -> dict[str, float]:
+    size = np.abs(train - rollout)
+    return {
+        "prob_abs_diff/mean": _mean(size),
+        "prob_abs_diff/std": _std(size),
+        "prob_abs_diff/max": _max(size),
+        # points on the diagonal correlate perfectly, also when all of them are the same point
+        "prob_pearson": 1.0 if len(train) and np.array_equal(train, rollout) else _pearson(train, rollout),
+    }
+
+
+def _divergence(delta: np.ndarray) -> dict[str, float]:
+    with np.errstate(over="ignore"):
+        k3 = np.expm1(delta) - delta
+        return {
+            "k1": _mean(-delta),
+            "k3": _mean(k3),
+            "k3_max": _max(k3),
+            "mult_prob_error": _mean(np.exp(np.abs(delta))),
+            # expm1 keeps E[ρ²]-1 exact where ρ² would round to 1
+            "chi2/token": _mean(np.expm1(2.0 * delta)),
+        }
+
+
+def _ratio(delta: np.ndarray) -> dict[str, float]:
+    with np.errstate(over="ignore"):
+        ratio = np.exp(delta)
+    shifted = np.exp(delta - delta.max()) if len(delta) else delta  # the common factor cancels in ess, its overflow not
+    squares = _mean(shifted**2)
+    return {
+        "ratio_raw/min": float(ratio.min()) if len(ratio) else math.nan,
+        "ratio_raw/mean": _mean(ratio),
+        "ratio_raw/max": _max(ratio),
+        "ess": _mean(shifted) ** 2 / squares if len(delta) else math.nan,
+    }
+
+
+def _sequences(comparison: Comparison) -> dict[str, float]:
+    """Per sample over its finite tokens, then the mean over the samples that have one."""
+    rows = [_sequence(comparison, s) for s in range(comparison.num_samples)]
+    columns = list(zip(*(row for row in rows if row is not None), strict=True)) or [()] * 5
+    names = ("ppl/train", "ppl/rollout", "ppl/ratio", "log_ppl_abs_diff", "chi2/seq")
+    return {name: _mean(np.array(column)) for name, column in zip(names, columns, strict=True)}
+
+
+def _sequence(comparison: Comparison, s: int) -> tuple[float, float, float, float, float] | None:
+    """(ppl train, ppl rollout, their ratio, |log ratio|, ρ² - 1 of the whole sequence) of sample ``s``."""
+    # pairs are flattened in order: a sample's tokens are one slice
+    begin, end = np.searchsorted(comparison.sample, (s, s + 1))
+    finite = ~comparison.nonfinite[begin:end]
+    train = -_mean(comparison.train[begin:end][finite].astype(np.float64))
+    rollout = -_mean(comparison.rollout[begin:end][finite].astype(np.float64))
+    if math.isnan(train):
+        return None
+    log_ratio = math.fsum(comparison.delta[begin:end][finite].tolist())
+    with np.errstate(over="ignore"):
+        ppl = np.exp([train, rollout, train - rollout])
+        return (*ppl.tolist(), abs(train - rollout), float(np.expm1(2.0 * log_ratio)))
+
+
+def _adv_skew(comparison: Comparison, advantages: Sequence[np.ndarray]) -> float:
+    """Correlation of Δ with the advantage's sign; 0 when either is constant, as Δ is when all agrees."""
+    if len(advantages) != comparison.num_samples:
+        raise ValueError(f"advantages has {len(advantages)} entries for {comparison.num_samples} samples")
+    finite = ~comparison.nonfinite
+    bounds = np.searchsorted(comparison.sample, np.arange(comparison.num_samples + 1))
+    try:
+        signs = [
+            np.sign(advantages[s][comparison.position[begin:end][finite[begin:end]]]).astype(np.float64)
+            for s, (begin, end) in enumerate(pairwise(bounds.tolist()))
+        ]
+    except IndexError as error:
+        raise ValueError("advantages must have one value per response token of each sample") from error
+    skew = _pearson(comparison.delta[finite].astype(np.float64), np.concatenate([*signs, np.zeros(0)]))
+    return 0.0 if math.isnan(skew) and finite.any() else skew
+
+
+def _provenance(comparison: Comparison, provenance: Provenance) -> dict[str, float]:
+    values: dict[str, float] = {}
+    if provenance.trainer_version is not None:
+        age = provenance.trainer_version - comparison.versions
+        values |= {"policy_age/mean": _mean(age), "policy_age/max": _max(age)}
+    for name in ("weights_equal", "weights_version", "ratio_frac_modified"):
+        if (value := getattr(provenance, name)) is not None:
+            values[name] = float(value)
+    return values
+
+
+def _mean(values: np.ndarray) -> float:
+    return _sum(values) / len(values) if len(values) else math.nan
+
+
+def _sum(values: np.ndarray) -> float:
+    try:
+        return math.fsum(values.tolist())
+    except OverflowError:  # finite terms whose partial sums leave float64's range
+        return float(values.sum())
+
+
+def _std(values: np.ndarray) -> float:
+    """Population standard deviation, two passes."""
+    return math.sqrt(_mean((values - _mean(values)) ** 2)) if len(values) else math.nan
+
+
+def _max(values: np.ndarray) -> float:
+    return float(values.max()) if len(values) else math.nan
+
+
+def _percentiles(values: np.ndarray, *levels: float) -> list[float]:
+    """Linear interpolation between the nearest ranks."""
+    return np.percentile(values.astype(np.float64), levels).tolist() if len(values) else [math.nan] * len(levels)
+
+
+def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation; NaN when one of them is constant."""
+    if len(a) == 0 or a.min() == a.max() or b.min() == b.max():
+        return math.nan
+    x, y = a - _mean(a), b - _mean(b)
+    spread = math.sqrt(_sum(x * x)) * math.sqrt(_sum(y * y))
+    return _sum(x * y) / spread if spread > 0 else math.nan
