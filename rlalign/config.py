@@ -79,8 +79,8 @@ class ModelConfig:
     head_dim: int = Field(32, ge=8)
     intermediate_size: int = Field(384, ge=16)
     max_position_embeddings: int = Field(512, ge=16)
-    warm_start_steps: int = Field(0, ge=0)
-    """Supervised steps on the task before RL (recipes/sft.py); only for a model made on the spot."""
+    warm_start_steps: int = Field(300, ge=0)
+    """Supervised steps on the task's demonstrations before RL (recipes/sft.py); only for a model made on the spot."""
     warm_start_lr: float = Field(2e-3, gt=0)
     warm_start_batch: int = Field(64, ge=1)
 
@@ -95,6 +95,8 @@ class TaskConfig:
     eval_path: Path | None = None
     reward: str | None = None
     """``FILE.py:function`` replaces the task's own reward."""
+    num_items: int = Field(5, ge=2, le=32)
+    """Built-in task ``sort``: digits per prompt."""
     max_prompt_tokens: int = Field(256, ge=1)
     num_train: int = Field(4096, ge=1)
     num_eval: int = Field(128, ge=1)

@@ -1,0 +1,218 @@
+"""align(): the same function as before, on our operators, without touching names, and invariant."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from rlalign.modeling import AuditError, PackedContext, Policy, align, audit, load_policy
+
+from support.models import tiny_model
+
+LENGTHS = (5, 23, 1, 40, 12)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def packed(sequences: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, PackedContext]:
+    lengths = torch.tensor([len(s) for s in sequences])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+    return torch.cat(sequences), torch.cat([torch.arange(int(n)) for n in lengths]), PackedContext(starts)
+
+
+def random_sequences(vocab_size: int, lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(vocab_size, (n,), generator=generator) for n in lengths]
+
+
+def reference_logprobs(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """The untouched Hugging Face model's next-token log-probs of one sequence."""
+    logits = model(tokens.unsqueeze(0)).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
+
+
+def policy_logprobs(policy: Policy, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    tokens, positions, context = packed(sequences)
+    hidden = policy.hidden(tokens, positions, context)
+    pieces = hidden.split([len(s) for s in sequences])
+    return [policy.logprobs(piece[:-1], s[1:]).logprob for piece, s in zip(pieces, sequences, strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_computes_the_function_of_the_original(family: str, dtype: torch.dtype, backend: str) -> None:
+    original = tiny_model(family, dtype)
+    policy = Policy(align(copy.deepcopy(original), backend=backend))
+    sequences = random_sequences(policy.vocab_size)
+    atol = 1e-4 if dtype == torch.float32 else 0.15
+    for ours, tokens in zip(policy_logprobs(policy, sequences), sequences, strict=True):
+        torch.testing.assert_close(ours, reference_logprobs(original, tokens), rtol=0, atol=atol)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_sequence_alone_has_the_bits_it_has_among_others(family: str, dtype: torch.dtype) -> None:
+    policy = Policy(align(tiny_model(family, dtype), backend="reference"))
+    sequences = random_sequences(policy.vocab_size)
+    together = policy_logprobs(policy, sequences)
+    reordered = policy_logprobs(policy, sequences[::-1])[::-1]
+    for index, sequence in enumerate(sequences):
+        (alone,) = policy_logprobs(policy, [sequence])
+        assert torch.equal(bits(alone), bits(together[index]))
+        assert torch.equal(bits(alone), bits(reordered[index]))
+
+
+def test_leaves_names_and_state_dict_alone(family: str) -> None:
+    original = tiny_model(family)
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    modules = [name for name, _ in original.named_modules()]
+    aligned = align(original, backend="reference")
+    assert [name for name, _ in aligned.named_modules()] == modules
+    after = aligned.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(isinstance(m, torch.nn.Linear) for n, m in aligned.named_modules() if n.endswith("_proj"))
+
+
+def test_saved_checkpoint_loads_in_plain_transformers(family: str, tmp_path) -> None:
+    aligned = align(tiny_model(family), backend="reference")
+    aligned.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "Aligned" not in type(plain).__name__
+    assert plain.config._attn_implementation != "rlalign"
+    for name, tensor in aligned.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], tensor)
+
+
+def test_gradients_match_the_original(family: str) -> None:
+    original = tiny_model(family)
+    policy = Policy(align(copy.deepcopy(original), backend="reference"))
+    (tokens,) = random_sequences(policy.vocab_size, (24,))
+    cotangent = torch.randn(len(tokens) - 1, generator=torch.Generator().manual_seed(5))
+    (reference_logprobs(original, tokens) * cotangent).sum().backward()
+    (policy_logprobs(policy, [tokens])[0] * cotangent).sum().backward()
+    for (name, theirs), (_, ours) in zip(
+        original.named_parameters(), policy.model.named_parameters(), strict=True
+    ):
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp_min(1e-12)
+        assert error < 1e-3, f"{name}: relative error {error:.2e}"
+
+
+def test_gradient_checkpointing_keeps_the_bits(family: str) -> None:
+    sequences = random_sequences(97)
+    results = []
+    for checkpointing in (False, True):
+        policy = Policy(align(tiny_model(family), backend="reference"))
+        policy.model.train()
+        if checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        logprobs = torch.cat(policy_logprobs(policy, sequences))
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), [p.grad for p in policy.model.parameters()]))
+    (plain, plain_grads), (replayed, replayed_grads) = results
+    assert torch.equal(bits(plain), bits(replayed))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(plain_grads, replayed_grads, strict=True))
+
+
+def test_audit_passes_every_family(family: str) -> None:
+    report = audit(align(tiny_model(family), backend="reference"))
+    assert report.exact
+    assert report.aligned["AlignedLinear"] >= 9
+
+
+def test_audit_refuses_what_was_not_aligned(family: str) -> None:
+    model = align(tiny_model(family), backend="native")
+    with pytest.raises(AuditError, match=r"aten\.\w+ in \w+"):
+        audit(model)
+
+
+class _MeanPooling(torch.nn.Module):
+    """A reduction that align() knows nothing of."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        return y - y.mean(-1, keepdim=True)
+
+
+def test_audit_names_the_operator_and_the_module() -> None:
+    model = align(tiny_model("llama"), backend="reference")
+    model.model.layers[1].mlp = _MeanPooling(model.model.layers[1].mlp)
+    with pytest.raises(AuditError, match=r"aten\.mean in layers\.1\.mlp"):
+        audit(model)
+
+
+def test_refuses_what_cannot_be_invariant() -> None:
+    dynamic = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+    )
+    with pytest.raises(ValueError, match="rope_type='dynamic'"):
+        align(AutoModelForCausalLM.from_config(dynamic), backend="reference")
+    with pytest.raises(ValueError, match="already aligned"):
+        align(align(tiny_model("llama"), backend="reference"), backend="reference")
+    dropping = tiny_model("llama")
+    dropping.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="attention_dropout"):
+        align(dropping, backend="reference")
+
+
+def test_refuses_calls_it_would_have_to_guess_at() -> None:
+    model = align(tiny_model("llama"), backend="reference")
+    with pytest.raises(ValueError, match="attention_context"):
+        model(torch.tensor([[1, 2, 3]]))
+    context = PackedContext(torch.tensor([0, 3], dtype=torch.int32))
+    with pytest.raises(ValueError, match="batch dimension"):
+        model(torch.tensor([[1, 2, 3], [4, 5, 6]]), attention_context=context)
+
+
+def test_refuses_a_model_that_scales_its_logits() -> None:
+    model = align(tiny_model("llama"), backend="reference")
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: output * 3)
+    with pytest.raises(ValueError, match="transforms its logits"):
+        Policy(model)
+
+
+def test_load_names_the_parameter_that_is_not_finite(tmp_path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        load_policy(tmp_path)
+
+
+def test_load_says_which_folder_is_missing(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_policy(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_policy(tmp_path)
+
+
+def test_weights_round_trip_with_their_hash(family: str) -> None:
+    sender = Policy(align(tiny_model(family, seed=0), backend="reference"))
+    receiver = Policy(align(tiny_model(family, seed=1), backend="reference"))
+    assert sender.weights_hash() != receiver.weights_hash()
+    receiver.load_weights(sender.named_weights())
+    assert sender.weights_hash() == receiver.weights_hash()
+    weights = sender.named_weights()
+    name, tensor = weights.popitem()
+    with pytest.raises(ValueError, match="differ"):
+        receiver.load_weights(weights)
+    with pytest.raises(ValueError, match="need"):
+        receiver.load_weights({**weights, name: tensor.double()})
