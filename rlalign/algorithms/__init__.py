@@ -1,0 +1,1 @@
+"""What turns rewards into a gradient: pure functions on torch tensors, one algorithm per file."""

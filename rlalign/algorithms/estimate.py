@@ -1,0 +1,73 @@
+"""From rewarded samples to per-token advantages: what a recipe calls between rollout and update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rlalign.algorithms.advantages import gae, group_normalized
+from rlalign.algorithms.ppo import token_rewards, whiten
+from rlalign.config import AlgorithmConfig
+from rlalign.records import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """advantages: float32 [L] per sample, in the caller's order; returns: the critic's targets, None for GRPO."""
+
+    advantages: list[np.ndarray]
+    returns: list[np.ndarray] | None = None
+
+
+def estimate_grpo(samples: Sequence[Sample], algorithm: AlgorithmConfig) -> Estimate:
+    """Group-normalised advantages, each repeated over its sample's tokens. Groups are (step, prompt)."""
+    groups: dict[tuple[int, int], int] = {}
+    ids = [groups.setdefault(sample.key[:2], len(groups)) for sample in samples]
+    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
+    advantages = group_normalized(rewards, ids, normalize_std=algorithm.normalize_std).numpy()
+    return Estimate([np.full(_length(s), a, dtype=np.float32) for s, a in zip(samples, advantages, strict=True)])
+
+
+def estimate_gae(
+    samples: Sequence[Sample],
+    algorithm: AlgorithmConfig,
+    values: Sequence[np.ndarray],
+    *,
+    ref_logprobs: Sequence[np.ndarray] | None = None,
+) -> Estimate:
+    """GAE advantages, whitened over the batch's tokens in order of sample key, and returns (not whitened).
+
+    values: float32 [L] per sample, of the critic before the update. ref_logprobs: needed when kl_coef > 0.
+    """
+    if ref_logprobs is None and algorithm.kl_coef > 0.0:
+        raise ValueError(f"kl_coef={algorithm.kl_coef} needs ref_logprobs of every sample")
+    pairs = [
+        gae(_rewards(sample, algorithm, None if ref_logprobs is None else ref_logprobs[index]),
+            torch.from_numpy(values[index]), gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
+        for index, sample in enumerate(samples)
+    ]  # fmt: skip
+    order = sorted(range(len(samples)), key=lambda index: samples[index].key)
+    whitened = whiten(torch.cat([pairs[index][0] for index in order]))
+    advantages: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
+    for index, part in zip(order, whitened.split([_length(samples[index]) for index in order]), strict=True):
+        advantages[index] = part.numpy()
+    return Estimate(advantages, [returns.numpy() for _, returns in pairs])
+
+
+def _rewards(sample: Sample, algorithm: AlgorithmConfig, ref_logprobs: np.ndarray | None) -> torch.Tensor:
+    if not np.isfinite(sample.reward):
+        raise ValueError(f"sample {sample.key}: reward {sample.reward} is not finite")
+    return token_rewards(
+        sample.reward,
+        _length(sample),
+        old_logprobs=torch.from_numpy(sample.completion.logprobs),
+        ref_logprobs=None if ref_logprobs is None else torch.from_numpy(ref_logprobs),
+        kl_coef=algorithm.kl_coef,
+    )
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.completion.token_ids)
