@@ -1,0 +1,110 @@
+"""The tensors of one step, built from what the scheduler decided.
+
+Legend: T rows (tokens) of the forward, B sequences, P pages of the longest one, N drawn rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlalign.engine.request import Request
+from rlalign.engine.scheduler import Chunk, ScheduledStep
+from rlalign.modeling import sampling_rows
+from rlalign_kernels import SamplingRows
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """What the model's forward needs. drawn_rows: int64 [N], rows whose hidden state draws a token."""
+
+    token_ids: Tensor  # int64 [T]
+    position_ids: Tensor  # int64 [T]
+    slot_mapping: Tensor  # int64 [T]
+    block_tables: Tensor  # int32 [B, P]; unused entries are 0 and never read
+    cu_seqlens_q: Tensor  # int32 [B + 1]
+    kv_lens: Tensor  # int32 [B]
+    drawn_rows: Tensor
+    page_copies: Tensor  # int64 [2, copies]: sources, destinations
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInputs:
+    """What drawing needs, one row per sample. ``origins`` names each row's (request, sample index)."""
+
+    rows: SamplingRows
+    seeds: Tensor  # int64 [N], the bits of an unsigned 64-bit key
+    response_positions: Tensor  # int64 [N]
+    banned: Tensor | None  # bool [N, V]
+    raw_logprobs: bool
+    origins: list[tuple[Request, int]]
+
+
+def forward_inputs(step: ScheduledStep, page_size: int, device: torch.device) -> ForwardInputs:
+    """Inputs of the step's forward: chunks one after another, without padding."""
+    chunks = step.chunks
+    lengths = np.array([chunk.num_tokens for chunk in chunks])
+    ends = np.cumsum(lengths)
+    num_draws = [chunk.num_draws for chunk in chunks]
+    positions = [np.arange(chunk.start, chunk.start + chunk.num_tokens) for chunk in chunks]
+    arrays = {
+        "token_ids": np.concatenate([_tokens(chunk) for chunk in chunks]),
+        "position_ids": np.concatenate(positions),
+        "slot_mapping": np.concatenate([_slots(c, p, page_size) for c, p in zip(chunks, positions, strict=True)]),
+        "block_tables": _block_tables(chunks),
+        "cu_seqlens_q": np.concatenate([[0], ends]).astype(np.int32),
+        "kv_lens": np.array([chunk.start + chunk.num_tokens for chunk in chunks], dtype=np.int32),
+        "drawn_rows": np.repeat(ends - 1, num_draws),
+        "page_copies": np.array(step.copies, dtype=np.int64).reshape(-1, 2).T.copy(),
+    }
+    return ForwardInputs(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+
+
+def sampling_inputs(step: ScheduledStep, vocab_size: int, device: torch.device) -> SamplingInputs | None:
+    """Inputs of the step's draws in order of chunks, then samples; None if the step draws nothing."""
+    origins = [
+        (chunk.request, chunk.request.sample_index + index) for chunk in step.chunks for index in range(chunk.num_draws)
+    ]
+    if not origins:
+        return None
+    seeds = np.array([request.seed_of(sample) for request, sample in origins], dtype=np.uint64)
+    positions = np.array([request.num_response for request, _ in origins], dtype=np.int64)
+    return SamplingInputs(
+        rows=sampling_rows([request.params for request, _ in origins], device),
+        seeds=torch.from_numpy(seeds.view(np.int64)).to(device),
+        response_positions=torch.from_numpy(positions).to(device),
+        banned=_banned([request for request, _ in origins], vocab_size, device),
+        raw_logprobs=any(request.params.raw_logprobs for request, _ in origins),
+        origins=origins,
+    )
+
+
+def _tokens(chunk: Chunk) -> np.ndarray:
+    return np.array(chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens], dtype=np.int64)
+
+
+def _slots(chunk: Chunk, positions: np.ndarray, page_size: int) -> np.ndarray:
+    """Flat cache slot of each position."""
+    pages = np.array(chunk.request.pages, dtype=np.int64)
+    return pages[positions // page_size] * page_size + positions % page_size
+
+
+def _block_tables(chunks: list[Chunk]) -> np.ndarray:
+    tables = np.zeros((len(chunks), max(len(chunk.request.pages) for chunk in chunks)), dtype=np.int32)
+    for table, chunk in zip(tables, chunks, strict=True):
+        table[: len(chunk.request.pages)] = chunk.request.pages
+    return tables
+
+
+def _banned(requests: list[Request], vocab_size: int, device: torch.device) -> Tensor | None:
+    """Bool [N, V] of ids that rows below their ``min_tokens`` must not draw; None if there is no such row."""
+    bans = [sorted(request.banned_ids) for request in requests]
+    if not any(bans):
+        return None
+    mask = np.zeros((len(bans), vocab_size), dtype=np.bool_)
+    for row, ids in zip(mask, bans, strict=True):
+        row[ids] = True
+    return torch.from_numpy(mask).to(device)
