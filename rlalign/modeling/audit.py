@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from rlalign_kernels import running_operator
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from rlalign.modeling.context import AttentionCall, PackedContext
+from rlalign.modeling.context import PackedContext
 from rlalign.modeling.layers import AlignedModule
 
 # Exact whatever the layout: correctly rounded arithmetic, comparisons and data movement.
@@ -62,62 +63,29 @@ class AuditReport:
         return not self.findings
 
 
-@dataclass
 class _Watch(TorchDispatchMode):
-    """Records operators outside ours, under the module that is running."""
+    """Counts inexact operators outside ours, under the module that is running."""
 
-    path: list[str] = field(default_factory=list)
-    ours: int = 0
-    seen: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.path: list[str] = []
+        self.seen: dict[tuple[str, str], int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not self.ours and name not in _EXACT:
+        if running_operator() is None and name not in _EXACT:
             key = (f"{func.namespace}.{name}", self.path[-1] if self.path else "")
             self.seen[key] = self.seen.get(key, 0) + 1
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True, slots=True)
-class _WatchedContext:
-    """A packed context whose attention counts as ours."""
-
-    inner: PackedContext
-    watch: _Watch
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-        self.watch.ours += 1
-        try:
-            return self.inner.attend(query, key, value, call)
-        finally:
-            self.watch.ours -= 1
-
-
 @contextmanager
-def _hooks(model: nn.Module, watch: _Watch) -> Iterator[None]:
-    """Tell ``watch`` which module runs, for the time of one probe."""
-
-    def enter(name: str, module: nn.Module) -> Any:
-        def hook(*_: Any) -> None:
-            watch.path.append(name)
-            watch.ours += isinstance(module, AlignedModule)
-
-        return hook
-
-    def leave(module: nn.Module) -> Any:
-        def hook(*_: Any) -> None:
-            watch.path.pop()
-            watch.ours -= isinstance(module, AlignedModule)
-
-        return hook
-
+def _tracked(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """Keep the names of the running modules on ``path``, for the time of one probe."""
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name, module), prepend=True))
-        handles.append(module.register_forward_hook(leave(module)))
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name), prepend=True))
+        handles.append(module.register_forward_hook(lambda *_: path.pop() and None))
     try:
         yield
     finally:
@@ -138,13 +106,8 @@ def audit(model: PreTrainedModel, *, strict: bool = True) -> AuditReport:
     context = PackedContext(torch.tensor([0, 5, 8], dtype=torch.int32, device=device))
     positions = torch.cat([torch.arange(n, device=device) for n in lengths]).unsqueeze(0)
     tokens = torch.arange(sum(lengths), device=device).unsqueeze(0) % model.config.vocab_size
-    with _hooks(model, watch), watch:
-        model.base_model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_context=_WatchedContext(context, watch),
-            use_cache=False,
-        )
+    with _tracked(model, watch.path), watch:
+        model.base_model(input_ids=tokens, position_ids=positions, attention_context=context, use_cache=False)
     findings = tuple(Finding(operator, module, count) for (operator, module), count in sorted(watch.seen.items()))
     report = AuditReport(_count_aligned(model), findings)
     if strict and findings:
