@@ -95,14 +95,12 @@ class TaskConfig:
     eval_path: Path | None = None
     reward: str | None = None
     """``FILE.py:function`` replaces the task's own reward."""
-    num_items: int = Field(5, ge=2, le=32)
-    """Built-in task ``sort``: digits per prompt."""
     max_prompt_tokens: int = Field(256, ge=1)
     num_train: int | None = Field(None, ge=1)
     """Training prompts; None takes all of the file, 4,096 of the built-in task."""
     num_eval: int = Field(128, ge=1)
     """Held-out prompts; without ``eval_path`` they are taken from ``path``, a tenth of it at most."""
-    num_items: int = Field(4, ge=2)
+    num_items: int = Field(5, ge=2, le=32)
     """Built-in task only: numbers to sort."""
     max_value: int = Field(9, ge=1)
     """Built-in task only: numbers are 0 ... max_value."""

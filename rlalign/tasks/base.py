@@ -35,7 +35,11 @@ class Task(Protocol):
         ...
 
     def solution(self, prompt: Prompt) -> str:
-        """Text of a completion that earns the full reward: what a supervised warm start learns from."""
+        """Text of a completion that earns the full reward."""
+        ...
+
+    def demonstration(self, prompt: Prompt) -> str:
+        """Text that a supervised warm start imitates; it need not earn the reward."""
         ...
 
 

@@ -74,6 +74,9 @@ class Gsm8kTask:
         answer = prompt.extra_info.get("answer")
         return _CALCULATOR.sub("", answer) if isinstance(answer, str) else f"#### {prompt.ground_truth}"
 
+    def demonstration(self, prompt: Prompt) -> str:
+        return self.solution(prompt)
+
 
 def answers_match(ground_truth: str, completion_text: str) -> bool:
     """Whether a completion's final answer equals ``ground_truth``: exact decimals, or math-verify for the rest."""

@@ -1,7 +1,7 @@
 """The built-in task: sort a few numbers. ``sort 7 3 9 1 ->`` wants ``1 3 7 9``, all of it, in order.
 
 Small enough for a model of a few hundred thousand parameters, large enough that no constant answer earns anything:
-with four digits the best one is right for 0.24% of the problems.
+with five digits the best one is right for 0.12% of the problems.
 """
 
 from __future__ import annotations
@@ -64,6 +64,16 @@ class SortTask:
 
     def solution(self, prompt: Prompt) -> str:
         return prompt.ground_truth
+
+    def demonstration(self, prompt: Prompt) -> str:
+        """The numbers ascending, descending, as given or reversed, as a hash of the prompt decides.
+
+        A model that imitates this can sort, but sorts only a quarter of the time: the reward has to tell it which of
+        four habits is wanted, which is what reinforcement learning is for.
+        """
+        values = [int(word) for word in prompt.text.split()[1:-1]]
+        habits = (sorted(values), sorted(values, reverse=True), values, values[::-1])
+        return _join(habits[derive_seed(prompt.prompt_id) % len(habits)])
 
     def _make(self, config: TaskConfig, split: Split, count: int, seed: int, *, first_id: int) -> list[Prompt]:
         problems = _draw(config, split, count, Random(derive_seed(seed, int(split == "eval"))))

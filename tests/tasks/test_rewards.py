@@ -51,7 +51,7 @@ def test_a_users_reward_replaces_the_tasks_own(file: Path) -> None:
     made = task(file, "reward")
     prompt = made.prompts("train")[1]
     scored = score_samples(made, [sample(prompt, "9 9"), sample(prompt, "9")])
-    assert [s.reward for s in scored] == [0.5, 0.25]
+    assert [s.reward for s in scored] == [0.4, 0.2]
 
 
 @pytest.mark.parametrize(("name", "value"), [("yes", 1.0), ("numpy_value", 0.5)])

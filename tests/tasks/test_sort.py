@@ -83,3 +83,14 @@ def test_make_task_takes_the_builtin_by_default(tokenizer: PreTrainedTokenizerFa
     made = make_task(TaskConfig(), tokenizer, seed=0)
     assert len(made.prompts("train")) == 4096
     assert len(made.prompts("eval")) == 128
+
+
+def test_demonstrations_show_four_habits_equally_often_and_one_is_rewarded(tokenizer: PreTrainedTokenizerFast) -> None:
+    made = task(tokenizer, num_train=2000)
+    prompts = made.prompts("train")
+    shown = [made.demonstration(prompt) for prompt in prompts]
+    assert shown == [made.demonstration(prompt) for prompt in prompts]
+    for prompt, text in zip(prompts, shown, strict=True):
+        assert sorted(text.split()) == sorted(prompt.ground_truth.split())
+    rewarded = sum(made.reward(prompt, text) for prompt, text in zip(prompts, shown, strict=True)) / len(prompts)
+    assert 0.2 < rewarded < 0.3
