@@ -1,0 +1,138 @@
+"""Pictures of agreement: where the differences lie, how probabilities compare, and the worst tokens.
+
+Drawn by matplotlib without a display. Legend: N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+# decades of |Δlogp|: below one float32 ULP of a tiny log-prob, up to beyond any plausible difference
+_DECADES = (-10, 2)
+_BINS_PER_DECADE = 4
+_MAX_POINTS = 5000
+_GOOD, _BAD, _WORSE = "#2a9d4f", "#2f6fb0", "#c8352b"
+
+
+@dataclass(frozen=True, slots=True)
+class PictureData:
+    """One step's comparison. rollout, train, delta: float32 [N] log-probs and their difference.
+
+    nonfinite: bool [N], missing tokens included. worst: flat records of the worst tokens, all with the same keys.
+    """
+
+    rollout: np.ndarray
+    train: np.ndarray
+    delta: np.ndarray
+    nonfinite: np.ndarray
+    worst: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of |Δ|: exactly zero, not finite or missing, and int64 [B] between edges float64 [B+1] of log10 |Δ|."""
+
+    zero: int
+    nonfinite: int
+    counts: np.ndarray
+    edges: np.ndarray
+
+
+def histogram(data: PictureData) -> Histogram:
+    """Every token is in exactly one bin; what lies beyond the edges is in the outermost ones."""
+    size = np.abs(data.delta[~data.nonfinite].astype(np.float64))
+    low, high = _DECADES
+    edges = np.linspace(low, high, (high - low) * _BINS_PER_DECADE + 1)
+    logs = np.log10(size[size > 0]).clip(low, high)
+    return Histogram(
+        zero=int((size == 0).sum()),
+        nonfinite=int(data.nonfinite.sum()),
+        counts=np.histogram(logs, edges)[0],
+        edges=edges,
+    )
+
+
+def draw_histogram(data: PictureData, *, title: str) -> Figure:
+    """Bar chart of log10 |Δlogp|, exact zero in a bin of its own on the left, non-finite on the right."""
+    h = histogram(data)
+    figure, axes = _figure(7.0, 3.6)
+    centres, width = (h.edges[:-1] + h.edges[1:]) / 2, h.edges[1] - h.edges[0]
+    low, high = h.edges[0] - 1.8, h.edges[-1] + 1.8
+    axes.bar(low, h.zero, width=0.8, color=_GOOD)
+    axes.bar(centres, h.counts, width=width * 0.95, color=_BAD)
+    axes.bar(high, h.nonfinite, width=0.8, color=_WORSE)
+    for x, count in ((low, h.zero), (high, h.nonfinite)):
+        axes.annotate(f"{count:,}", (x, count), ha="center", va="bottom", fontsize=8)
+    decades = np.arange(_DECADES[0], _DECADES[1] + 1, 2)
+    axes.set_xticks([low, *decades, high], ["exactly 0", *(f"$10^{{{d}}}$" for d in decades), "NaN, ±inf,\nmissing"])
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(0, max(h.zero, h.nonfinite, *h.counts, 1) * 4)
+    total = len(data.delta)
+    axes.set(
+        xlabel="|Δ log-prob|, train − rollout", ylabel="tokens", title=f"{title}: Δ = 0 for {h.zero:,} of {total:,}"
+    )
+    return figure
+
+
+def draw_scatter(data: PictureData, *, title: str) -> Figure:
+    """Probability of each sampled token: trainer against rollout, on the diagonal when all is well."""
+    chosen = _chosen_points(data)
+    figure, axes = _figure(4.6, 4.6)
+    rollout, train = (np.exp(side[chosen].astype(np.float64)) for side in (data.rollout, data.train))
+    differs = data.delta[chosen] != 0
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=1)
+    for mask, color, label in ((~differs, _GOOD, "equal"), (differs, _BAD, "different")):
+        axes.scatter(rollout[mask], train[mask], s=8, color=color, alpha=0.6, linewidths=0, label=label, zorder=2)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel="p of the rollout engine")
+    finite = int((~data.nonfinite).sum())
+    axes.set(ylabel="p of the trainer", title=f"{title}: {len(chosen):,} of {finite:,} tokens")
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    return figure
+
+
+def to_image(figure: Figure) -> Image:
+    """The figure as a picture in memory."""
+    import PIL.Image
+
+    figure.canvas.draw()
+    return PIL.Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
+
+
+def table_rows(worst: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[list[Any]]:
+    """Rows of the worst-token table; a float that isn't finite is shown as None, since ``kind`` says why."""
+    return [[_cell(record[column]) for column in columns] for record in worst]
+
+
+def _chosen_points(data: PictureData) -> np.ndarray:
+    """Indices, int64, of at most ``_MAX_POINTS`` finite tokens: the largest differences, then evenly spaced ones."""
+    finite = np.flatnonzero(~data.nonfinite)
+    if len(finite) <= _MAX_POINTS:
+        return finite
+    by_size = finite[np.argsort(-np.abs(data.delta[finite]), kind="stable")]
+    half = _MAX_POINTS // 2
+    rest = by_size[half:]
+    return np.concatenate([by_size[:half], rest[np.linspace(0, len(rest) - 1, _MAX_POINTS - half).astype(np.int64)]])
+
+
+def _cell(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    # the object interface: no pyplot, hence no global figure list and no display
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,203 @@
+"""Trackers. One protocol, one class per tracker; a tracker that breaks mid-run is switched off, never the run.
+
+Set-up fails hard: a run that should be tracked and can't be says so before the first step. After that, logging fails
+softly: one warning, then silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlalign.config import TrackingConfig
+from rlalign.dashboards.panels import STEP, definitions
+from rlalign.dashboards.pictures import PictureData, draw_histogram, draw_scatter, table_rows, to_image
+
+if TYPE_CHECKING:
+    import wandb
+
+_LOG = logging.getLogger(__name__)
+_CLOSE_SECONDS = 60.0
+# wandb would put these under the home folder; with the run they make its folder complete, and able to be synced later
+_FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
+
+
+class Sink(Protocol):
+    """Where metrics and pictures go."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Flat metrics of one step."""
+        ...
+
+    def pictures(self, step: int, data: PictureData) -> None:
+        """Pictures of one step's comparison."""
+        ...
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish within bounded time. Safe to call twice."""
+        ...
+
+
+class NullSink:
+    """Tracking switched off."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def pictures(self, step: int, data: PictureData) -> None:
+        pass
+
+    def close(self, exit_code: int = 0) -> None:
+        pass
+
+
+class WandbSink:
+    """A wandb run, online or offline; ``run_dir`` gets its ``wandb/`` folder.
+
+    ``close_seconds`` bounds ``close``: what could not be uploaded by then stays on disk for ``wandb sync``.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        run_dir: Path,
+        run_config: Mapping[str, Any],
+        *,
+        close_seconds: float = _CLOSE_SECONDS,
+    ) -> None:
+        """Raises ValueError in one line if wandb can't start."""
+        self._close_seconds = close_seconds
+        self._run: wandb.Run | None = None
+        self._restore = contextlib.ExitStack()
+        self._restore.enter_context(_environment(config, run_dir / "wandb"))
+        try:
+            self._run = _start(config, run_dir, run_config, close_seconds)
+            self.folder = Path(self._run.dir).parent
+            _define(self._run)
+        except Exception as error:
+            self._finish(exit_code=1)
+            raise ValueError(f"tracking.mode={config.mode}: wandb could not start: {_describe(error)}") from error
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._softly(lambda run: run.log({STEP: step, **metrics}))
+
+    def pictures(self, step: int, data: PictureData) -> None:
+        self._softly(lambda run: run.log({STEP: step, **_media(step, data)}))
+
+    def close(self, exit_code: int = 0) -> None:
+        if problem := self._finish(exit_code):
+            _LOG.warning("wandb did not finish: %s; what it has is in %s", problem, self.folder)
+
+    def _softly(self, call: Callable[[wandb.Run], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:  # whatever wandb does, training goes on
+            _LOG.warning("wandb failed and is switched off for the rest of the run: %s", _describe(error))
+            self._finish(exit_code=1)
+
+    def _finish(self, exit_code: int) -> str | None:
+        """End the run, once; returns what went wrong."""
+        run, self._run = self._run, None
+        problem = None
+        if run is not None:
+            problem = _bounded(lambda: run.finish(exit_code=exit_code), 2 * self._close_seconds)
+        if problem:
+            # its service is gone or stuck: without this, its exit hook would fail or hang once more at interpreter exit
+            _bounded(_teardown, self._close_seconds)
+        self._restore.close()
+        return problem
+
+
+def make_sink(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any]) -> Sink:
+    """The configured tracker. Raises ValueError if it can't start; ``disabled`` doesn't even import wandb."""
+    return NullSink() if config.mode == "disabled" else WandbSink(config, run_dir, run_config)
+
+
+def _start(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any], close_seconds: float) -> wandb.Run:
+    import wandb
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        mode=config.mode,
+        project=config.project,
+        name=config.name,
+        dir=str(run_dir),
+        config=dict(run_config),
+        # quiet, and hands off the terminal: the progress line is ours
+        settings=wandb.Settings(silent=True, console="off", finish_timeout=close_seconds),
+    )
+
+
+def _define(run: wandb.Run) -> None:
+    run.define_metric(STEP, hidden=True)
+    for pattern, summary in definitions():
+        run.define_metric(pattern, step_metric=STEP, summary=summary)
+
+
+def _media(step: int, data: PictureData) -> dict[str, Any]:
+    import wandb
+
+    columns = WORST_COLUMNS
+    return {
+        "where/abs_diff_histogram": wandb.Image(to_image(draw_histogram(data, title=f"step {step}"))),
+        "where/prob_scatter": wandb.Image(to_image(draw_scatter(data, title=f"step {step}"))),
+        "where/worst_tokens": wandb.Table(columns=list(columns), data=table_rows(data.worst, columns)),
+    }
+
+
+WORST_COLUMNS = (
+    "kind", "key", "position", "token_id", "context", "rollout", "train", "delta", "ulp", "sequence_length",
+    "batch_size", "weights_version", "finish_reason",
+)  # fmt: skip
+"""Columns of the worst-token table, whether it has rows or not."""
+
+
+@contextlib.contextmanager
+def _environment(config: TrackingConfig, folder: Path) -> Iterator[None]:
+    """wandb's environment while the run lasts; put back afterwards.
+
+    The mode is the config's, whatever WANDB_MODE says. Staging folders are inside ``folder`` unless the user chose.
+    """
+    staging = {name: str(folder.absolute() / ".staging") for name in _FOLDERS if name not in os.environ}
+    # silent also means that it asks nothing: without a key an online run fails instead of prompting
+    mine = {"WANDB_MODE": config.mode, "WANDB_SILENT": "true", **staging}
+    before = {name: os.environ.get(name) for name in mine}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _bounded(call: Callable[[], object], seconds: float) -> str | None:
+    """Run ``call`` for at most ``seconds``; returns what went wrong. A call that hangs is left behind."""
+    problems: list[str] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            problems.append(_describe(error))
+
+    thread = threading.Thread(target=run, name="wandb-finish", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return f"no answer within {seconds:g} s" if thread.is_alive() else next(iter(problems), None)
+
+
+def _teardown() -> None:
+    import wandb
+
+    wandb.teardown()
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
