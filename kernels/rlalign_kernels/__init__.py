@@ -1,0 +1,46 @@
+"""Operators whose bits do not depend on the batch: torch and, lazily, triton; nothing of RL.
+
+Every operator takes ``backend``: "reference" (invariant PyTorch), "native" (whatever PyTorch picks, for comparison),
+"triton" (not there yet). docs/operators has a page for each.
+"""
+
+from __future__ import annotations
+
+from rlalign_kernels.activation import gelu, silu, swiglu
+from rlalign_kernels.attention import attention_packed, attention_paged
+from rlalign_kernels.conformance import CONFORMANCE, Conformance
+from rlalign_kernels.dispatch import BACKENDS, Backend, running_operator
+from rlalign_kernels.linear import linear
+from rlalign_kernels.linear_logprob import linear_logprob
+from rlalign_kernels.norm import rms_norm
+from rlalign_kernels.plan import Fingerprint, Plan, fingerprint
+from rlalign_kernels.probe import probe
+from rlalign_kernels.rope import apply_rotary, rotary_cos_sin
+from rlalign_kernels.rows import LogprobOutput, SampleOutput, SamplingRows
+from rlalign_kernels.sampling import linear_sample
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "CONFORMANCE",
+    "Conformance",
+    "Fingerprint",
+    "LogprobOutput",
+    "Plan",
+    "SampleOutput",
+    "SamplingRows",
+    "apply_rotary",
+    "attention_packed",
+    "attention_paged",
+    "fingerprint",
+    "gelu",
+    "linear",
+    "linear_logprob",
+    "linear_sample",
+    "probe",
+    "rms_norm",
+    "rotary_cos_sin",
+    "running_operator",
+    "silu",
+    "swiglu",
+]

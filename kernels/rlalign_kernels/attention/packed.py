@@ -1,0 +1,124 @@
+"""Attention over packed sequences, with its gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rlalign_kernels.attention.shared import check_heads, check_settings, host_offsets, layout_of
+from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.native import attention as native
+from rlalign_kernels.reference import attention as reference
+from rlalign_kernels.reference.attention_backward import Saved, Settings, backward
+from rlalign_kernels.reference.attention_layout import packed_problem
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: np.ndarray, cu_k: np.ndarray, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = layout_of(
+        ("packed", cu_q.tobytes(), cu_k.tobytes()),
+        lambda: packed_problem(cu_q, cu_k),
+        q,
+        k.shape[1],
+        v.shape[2],
+        settings.causal,
+        settings.window,
+    )
+    return reference.forward(
+        q, k, v, layout, scale=settings.scale, softcap=settings.softcap, key_mask=settings.key_mask
+    )
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_q: np.ndarray,
+        cu_k: np.ndarray,
+        settings: Settings,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wide, lse = _forward(q, k, v, cu_q, cu_k, settings)
+        out = wide.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.cu_q, ctx.cu_k, ctx.settings = cu_q, cu_k, settings
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out: torch.Tensor, _grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        saved = Saved(*(x.float() for x in (q, k, v, out, lse, grad_out)))
+        grads = backward(saved, ctx.cu_q, ctx.cu_k, ctx.settings)
+        return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None, None
+
+
+def _reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: np.ndarray,
+    cu_k: np.ndarray,
+    settings: Settings,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Packed.apply(q, k, v, cu_q, cu_k, settings)
+    out, lse = _forward(q, k, v, cu_q, cu_k, settings)
+    return out.to(q.dtype), lse
+
+
+def _native(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: np.ndarray,
+    cu_k: np.ndarray,
+    settings: Settings,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    key_rows = [np.arange(cu_k[b], cu_k[b + 1]) for b in range(len(cu_k) - 1)]
+    return native.attend(q, k, v, cu_q, key_rows, settings, return_lse)
+
+
+_IMPLEMENTATIONS = Implementations("attention_packed", reference=_reference, native=_native)
+
+
+@operator
+def attention_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    backend: Backend,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """out [T, Hq, Dv] of q [T, Hq, D], k [S, Hkv, D], v [S, Hkv, Dv]; with ``return_lse`` also lse float32 [T, Hq].
+
+    cu_seqlens_q, cu_seqlens_k: int [B + 1]. ``window``: a query at position i sees keys j with i - j < window.
+    ``key_mask`` bool [S]: False hides a key; its position counts. lse carries no gradient.
+    Raises ValueError or NotImplementedError naming what does not fit.
+    """
+    run = _IMPLEMENTATIONS[backend]
+    check_heads("attention_packed", q, k, v)
+    check_settings("attention_packed", scale, window, softcap)
+    if k.dim() != 3:
+        raise ValueError(f"attention_packed: k has shape {tuple(k.shape)}, expected [S, Hkv, D]")
+    cu_q = host_offsets("attention_packed", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    cu_k = host_offsets("attention_packed", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    if len(cu_q) != len(cu_k):
+        raise ValueError(f"attention_packed: cu_seqlens_q and cu_seqlens_k differ in length: {len(cu_q)}, {len(cu_k)}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
+        raise ValueError(f"attention_packed: key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; expected bool [S]")
+    out, lse = run(q, k, v, cu_q, cu_k, Settings(scale, causal, window, softcap, key_mask), return_lse)
+    return (out, lse) if return_lse else out

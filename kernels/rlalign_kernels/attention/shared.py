@@ -1,0 +1,96 @@
+"""Validation and layouts shared by packed and paged attention."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from rlalign_kernels.checks import check_dtype, check_same
+from rlalign_kernels.reference.attention import MAX_HEAD_DIM, MAX_ITEMS, MAX_SCORES, ROW_UNITS, schedules
+from rlalign_kernels.reference.attention_layout import Layout, Problem, build_layout
+
+
+def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """q [T, Hq, D], k [..., Hkv, D], v [..., Hkv, Dv] of one dtype and device, Hq a multiple of Hkv, D <= 256."""
+    check_dtype(operator, q=q)
+    check_same(operator, q, k=k, v=v)
+    if q.dim() != 3 or k.shape[:-1] != v.shape[:-1] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    if k.shape[-2] == 0 or q.shape[1] % k.shape[-2]:
+        raise ValueError(f"{operator}: {q.shape[1]} query heads are not a multiple of {k.shape[-2]} key heads")
+    for name, size in (("head_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise NotImplementedError(f"{operator}: {name}={size} is not supported; 1 to {MAX_HEAD_DIM} are")
+
+
+def check_settings(operator: str, scale: float, window: int | None, softcap: float | None) -> None:
+    """Raises ValueError naming the setting that is out of bounds."""
+    if not np.isfinite(scale):
+        raise ValueError(f"{operator}: scale={scale} is not supported; it must be finite")
+    if window is not None and window < 1:
+        raise ValueError(f"{operator}: window={window} is not supported; use None or at least 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{operator}: softcap={softcap} is not supported; use None or a value > 0")
+
+
+def host_offsets(operator: str, name: str, offsets: torch.Tensor, total: int) -> np.ndarray:
+    """Cumulative lengths [B + 1] as int64 on the host. Raises ValueError unless they rise from 0 to ``total``."""
+    if offsets.dtype not in (torch.int32, torch.int64) or offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"{operator}: {name} is {offsets.dtype} {tuple(offsets.shape)}; expected int32 [B + 1]")
+    values = offsets.cpu().numpy().astype(np.int64)
+    if values[0] != 0 or values[-1] != total or (np.diff(values) < 0).any():
+        raise ValueError(f"{operator}: {name} must rise from 0 to {total}; got {values.tolist()[:8]}...{values[-1]}")
+    return values
+
+
+class LayoutCache:
+    """The last few layouts by content: every layer of a forward asks for the same one."""
+
+    def __init__(self, size: int = 8) -> None:
+        self._size = size
+        self._layouts: OrderedDict[tuple[object, ...], Layout] = OrderedDict()
+
+    def get(self, key: tuple[object, ...], build: Callable[[], Layout]) -> Layout:
+        found = self._layouts.get(key)
+        if found is None:
+            found = self._layouts[key] = build()
+            if len(self._layouts) > self._size:
+                self._layouts.popitem(last=False)
+        else:
+            self._layouts.move_to_end(key)
+        return found
+
+
+LAYOUTS = LayoutCache()
+
+
+def layout_of(
+    key: tuple[object, ...],
+    problem: Callable[[], Problem],
+    q: torch.Tensor,
+    num_kv_heads: int,
+    value_dim: int,
+    causal: bool,
+    window: int | None,
+) -> Layout:
+    """Cached layout of a batch; ``key`` names its content, ``problem`` states it if it is new."""
+    base = schedules(q.shape[2], value_dim)[0].base
+    full = (*key, q.shape[1], num_kv_heads, causal, window, base, q.device)
+
+    def build() -> Layout:
+        return build_layout(
+            problem(),
+            num_q_heads=q.shape[1],
+            num_kv_heads=num_kv_heads,
+            causal=causal,
+            window=window,
+            row_counts=tuple(units * base for units in ROW_UNITS),
+            max_scores=MAX_SCORES,
+            max_items=MAX_ITEMS,
+            device=q.device,
+        )
+
+    return LAYOUTS.get(full, build)

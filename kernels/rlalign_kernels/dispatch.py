@@ -1,0 +1,66 @@
+"""Which implementation runs: an explicit table per operator. It refuses; it never falls back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
+
+Backend = Literal["reference", "native", "triton"]
+BACKENDS: tuple[str, ...] = ("reference", "native", "triton")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Operators now on the stack, innermost last: how an audit tells our own torch calls from a model's.
+_running: list[str] = []
+
+
+class Implementations:
+    """One operator's table of backends.
+
+    Example:
+        >>> table = Implementations("double", reference=lambda x: 2 * x)
+        >>> table["reference"](2)
+        4
+    """
+
+    def __init__(self, operator: str, **by_backend: Callable[..., Any]) -> None:
+        unknown = sorted(set(by_backend) - set(BACKENDS))
+        if unknown:
+            raise ValueError(f"{operator}: unknown backends {unknown}; known are {list(BACKENDS)}")
+        self.operator = operator
+        self.by_backend = by_backend
+
+    @property
+    def supported(self) -> list[str]:
+        return sorted(self.by_backend)
+
+    def __getitem__(self, backend: str) -> Callable[..., Any]:
+        """Raises ValueError for a name that is no backend, NotImplementedError for one this operator lacks."""
+        found = self.by_backend.get(backend)
+        if found is not None:
+            return found
+        if backend in BACKENDS:
+            raise NotImplementedError(f"{self.operator}: backend={backend!r} is not there; supported: {self.supported}")
+        raise ValueError(f"{self.operator}: backend={backend!r} is unknown; supported: {self.supported}")
+
+
+def operator(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a public operator: while it runs, ``running_operator()`` names it."""
+    name = function.__name__
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        _running.append(name)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _running.pop()
+
+    return wrapper
+
+
+def running_operator() -> str | None:
+    """Name of the innermost rlalign operator whose forward is running, or None."""
+    return _running[-1] if _running else None

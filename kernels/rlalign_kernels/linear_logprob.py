@@ -1,0 +1,93 @@
+"""Log-probabilities straight from hidden states: the [T, V] logits are never held for untruncated rows.
+
+``z = transform(hidden @ weight.T + bias)``; transform: soft cap, divide by temperature, restrict to the kept support.
+``logprob = z[target] - logsumexp(z)``; ``entropy = -sum(p log p)``.
+Shapes: hidden [T, H], weight [V, H], targets int64 [T] -> float32 [T]. dtypes: float32 or bfloat16.
+Plan: linear's product plan in vocabulary blocks of 1,024, merged in ascending order (``reference/vocab.py``), float32.
+Promised: forward, a row's bits depend on that row, its settings and the weights only. Backward recomputes the logits,
+holds the support constant, and is deterministic run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlalign_kernels.checks import check_dtype, check_integer, check_same
+from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.native import vocab as native_vocab
+from rlalign_kernels.reference import logprob as reference_logprob
+from rlalign_kernels.rows import LogprobOutput, SamplingRows
+
+_IMPLEMENTATIONS = Implementations(
+    "linear_logprob", reference=reference_logprob.linear_logprob, native=native_vocab.linear_logprob
+)
+
+
+@operator
+def linear_logprob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    rows: SamplingRows | None = None,
+    support: torch.Tensor | None = None,
+    banned: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_support: bool = False,
+    backend: Backend,
+) -> LogprobOutput:
+    """Log-prob of ``targets`` under the sampling distribution of ``rows`` (None: temperature 1, nothing truncated).
+
+    Greedy rows (temperature 0) are scored at temperature 1, untruncated. ``support`` (bool [T, V]) is used instead of
+    being computed from the filters; a target outside of it scores -inf. ``banned`` (bool [T, V]) removes ids before any
+    transform, as in ``linear_sample``; with ``support`` it has no place and is refused. Rows with ``ignore_index`` give 0 and no
+    gradient. Differentiable in hidden, weight and bias through logprob, entropy and logsumexp.
+    Raises ValueError for shapes or dtypes that do not fit, settings out of bounds, or a target that is no id.
+    """
+    run = _IMPLEMENTATIONS[backend]
+    check_head("linear_logprob", hidden, weight, bias, softcap)
+    check_integer("linear_logprob", "targets", targets, (hidden.shape[0],))
+    kept = _check_targets(targets, weight.shape[0], ignore_index)
+    if rows is not None:
+        rows.check("linear_logprob", hidden.shape[0])
+    if support is not None and banned is not None:
+        raise ValueError("linear_logprob: banned and support are both given; a support leaves banned ids out already")
+    for name, mask in (("support", support), ("banned", banned)):
+        _check_mask(name, mask, (hidden.shape[0], weight.shape[0]))
+    return run(hidden, weight, bias, softcap, targets.long(), kept, rows, support, banned, return_support)
+
+
+def _check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != shape):
+        raise ValueError(f"linear_logprob: {name} is {mask.dtype} {tuple(mask.shape)}; expected bool {shape}")
+
+
+def check_head(
+    operator: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
+) -> None:
+    """What linear_logprob and linear_sample ask of the output layer."""
+    check_dtype(operator, hidden=hidden)
+    check_same(operator, hidden, weight=weight, bias=bias)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{operator}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; expected [T, H], [V, H]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{operator}: bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{operator}: softcap={softcap} is not supported; use None or a value > 0")
+
+
+def _check_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor:
+    """bool [T]: rows that count. Raises ValueError naming index and value of the first target that is no id."""
+    kept = targets != ignore_index
+    bad = kept & ((targets < 0) | (targets >= vocab_size))
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"linear_logprob: targets[{index}]={int(targets[index])} is outside the vocabulary [0, {vocab_size}) "
+            f"and is not ignore_index={ignore_index}"
+        )
+    return kept

@@ -1,0 +1,1 @@
+"""What PyTorch picks: fast, differentiable, and not invariant. For comparison only."""

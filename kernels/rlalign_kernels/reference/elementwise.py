@@ -1,0 +1,93 @@
+"""Transcendentals whose bits depend on the element alone, and exact row sums' building block: the halving tree.
+
+``+ - * / sqrt`` are correctly rounded by IEEE 754, so any layout gives the same bits. Library transcendentals are not:
+a vector body and its scalar tail may differ. The plan is: each element is computed in the body of a flat block, padded
+to a multiple of 64 elements and at most 16,384 long (short enough never to be split over threads).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlalign_kernels.conformance import CONFORMANCE, probe_data, same_bits
+
+BLOCK = 16384
+LANES = 64
+FUNCTIONS = {
+    "exp": torch.exp,
+    "log": torch.log,
+    "log1p": torch.log1p,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
+    "sin": torch.sin,
+    "cos": torch.cos,
+}
+
+
+def elementwise(name: str, x: torch.Tensor, *, inplace: bool = False) -> torch.Tensor:
+    """``name(x)`` for float32 ``x`` of any shape: an element's bits depend on its value only.
+
+    ``inplace`` may overwrite ``x`` (it must then be contiguous). Raises RuntimeError where not even the padded blocks
+    are independent of position.
+    """
+    x = x.contiguous()
+    if CONFORMANCE.get(("elementwise", name), lambda: _probe(name)):
+        return FUNCTIONS[name](x, out=x) if inplace else FUNCTIONS[name](x)
+    return _blocked(name, x)
+
+
+def _blocked(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The defining schedule."""
+    size = x.numel()
+    padded = -(-size // LANES) * LANES
+    flat = x.new_zeros(padded)
+    flat[:size] = x.reshape(-1)
+    for start in range(0, padded, BLOCK):
+        block = flat[start : start + BLOCK]
+        FUNCTIONS[name](block, out=block)
+    return flat[:size].view(x.shape)
+
+
+def _probe(name: str) -> bool:
+    """True if the plain call equals the padded blocks at every length up to 200, at offsets, and split over threads."""
+    x = probe_data(5 * BLOCK + 37, seed=1)
+    if name in ("log", "log1p"):
+        x = x.abs()
+    truth = _blocked(name, x)
+    order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(2))
+    if not same_bits(_blocked(name, x[order]), truth[order]):
+        raise RuntimeError(f"elementwise {name!r}: bits depend on the position within a padded block on this machine")
+    function = FUNCTIONS[name]
+    if not same_bits(function(x), truth) or not same_bits(function(x[1:]), truth[1:]):
+        return False
+    pieces = ((offset, length) for length in range(1, 201) for offset in (0, length % 17))
+    return all(same_bits(function(x[o : o + n]), truth[o : o + n]) for o, n in pieces)
+
+
+def tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the last axis of [..., W] by halving, keeping it as width 1: element i + element i + half, repeatedly.
+
+    The width counts as padded with zeros to a power of two, so only the width decides the order. ``x`` is not changed.
+    """
+    width = x.shape[-1]
+    if width == 1:
+        return x.clone()
+    half = 1 << ((width - 1).bit_length() - 1)
+    total = _fold(x, half, width)
+    while half > 8:
+        half //= 2
+        total = total[..., :half] + total[..., half:]
+    # A short last axis wastes the vector unit: the last folds run along the rows instead.
+    columns = total.movedim(-1, 0).contiguous()
+    while half > 1:
+        half //= 2
+        columns = columns[:half] + columns[half:]
+    return columns[0].unsqueeze(-1)
+
+
+def _fold(x: torch.Tensor, half: int, width: int) -> torch.Tensor:
+    if width == 2 * half:
+        return x[..., :half] + x[..., half:]
+    folded = x[..., :half].clone()
+    folded[..., : width - half] += x[..., half:]
+    return folded

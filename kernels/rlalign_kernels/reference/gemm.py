@@ -1,0 +1,249 @@
+"""Matrix products whose every row has the bits that it would have alone.
+
+Plan: K in absolute blocks of 256; each block is a product from zero over a tile of 16 rows (padded); block results are
+added in ascending order. Columns in absolute blocks of 2,048. Nothing of it depends on the number of rows. Where the
+machine's library gives a row of a 16-row tile bits that depend on its place, another of ``BASES`` that is free of that.
+Schedule: row tiles up to 256 and batched products, each only for shapes that a probe has found equal on this machine.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from rlalign_kernels.conformance import CONFORMANCE, probe_data, same_bits
+
+ROW_TILE = 16
+# Tried in this order where 16 rows are not position independent: BLAS kernels for AVX2 work on 6 rows at a time.
+BASES = (16, 48, 32, 64, 96, 192)
+MAX_ROWS = 256
+K_BLOCK = 256
+N_BLOCK = 2048
+MAX_BATCH = 128
+
+
+@dataclass(frozen=True)
+class GemmSchedule:
+    """``base``: rows of the defining tile. ``rows``: multiples of it that keep its bits, ascending.
+
+    ``fused_add``: ``addmm`` into the output equals product, then add.
+    """
+
+    base: int
+    rows: tuple[int, ...]
+    fused_add: bool
+
+    def report(self) -> dict[str, object]:
+        return {"base": self.base, "rows": list(self.rows), "fused_add": self.fused_add}
+
+
+@functools.lru_cache(maxsize=4096)
+def row_tiles(num_rows: int, base: int, allowed: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Cover ``num_rows`` with (start, rows) tiles of allowed sizes; the last one may reach past the end."""
+    tiles = []
+    start = 0
+    while start < num_rows:
+        wanted = -(-(num_rows - start) // base) * base
+        rows = max(size for size in allowed if size <= wanted)
+        tiles.append((start, rows))
+        start += rows
+    return tuple(tiles)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous ``x`` on a 64-byte boundary: libraries may choose a kernel by alignment."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 64 == 0 else x.clone()
+
+
+def product_nt(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float32 ``x @ weight.T``: x [M, K], weight [N, K] -> [M, N]. Not differentiable; see ``linear``."""
+    x, weight = aligned(x), aligned(weight)
+    num_rows, depth = x.shape
+    width = weight.shape[0]
+    if width < ROW_TILE:
+        # Narrow products take another code path in BLAS libraries; zero columns keep them on the usual one.
+        return product_nt(x, torch.nn.functional.pad(weight, (0, 0, 0, ROW_TILE - width)))[:, :width].contiguous()
+    if depth == 0:
+        return x.new_zeros(num_rows, width)
+    out = x.new_empty(num_rows, width)
+    for start in range(0, width, N_BLOCK):
+        _product_columns(x, weight[start : start + N_BLOCK], out[:, start : start + N_BLOCK])
+    return out
+
+
+def _product_columns(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    num_rows, depth = x.shape
+    schedule = gemm_schedule(weight.shape[0], depth)
+    weight_t = weight.t()
+    for start, rows in row_tiles(num_rows, schedule.base, schedule.rows):
+        if start + rows > num_rows:
+            if num_rows < rows or depth % 16:
+                _padded_tile(x[start:], weight_t, out[start:], rows, schedule.fused_add)
+                continue
+            # Rows do not depend on their position: redo a few earlier ones rather than copy and pad.
+            start = num_rows - rows
+        _tile(x[start : start + rows], weight_t, out[start : start + rows], schedule.fused_add)
+
+
+def _padded_tile(x: torch.Tensor, weight_t: torch.Tensor, out: torch.Tensor, rows: int, fused_add: bool) -> None:
+    tile = x.new_zeros(rows, x.shape[1])
+    tile[: x.shape[0]] = x
+    result = x.new_empty(rows, weight_t.shape[1])
+    _tile(tile, weight_t, result, fused_add)
+    out.copy_(result[: x.shape[0]])
+
+
+def _tile(x: torch.Tensor, weight_t: torch.Tensor, out: torch.Tensor, fused_add: bool) -> None:
+    """One row tile: K blocks ascending."""
+    depth = x.shape[1]
+    if depth <= K_BLOCK:
+        torch.mm(x, weight_t, out=out)
+        return
+    torch.mm(x[:, :K_BLOCK], weight_t[:K_BLOCK], out=out)
+    for start in range(K_BLOCK, depth, K_BLOCK):
+        x_block, w_block = x[:, start : start + K_BLOCK], weight_t[start : start + K_BLOCK]
+        if fused_add:
+            torch.addmm(out, x_block, w_block, out=out)
+        else:
+            out.add_(torch.mm(x_block, w_block))
+
+
+def gemm_schedule(width: int, depth: int) -> GemmSchedule:
+    """Proven row tiles for N = width <= 2,048 columns and K = depth; measured at first use."""
+    return CONFORMANCE.get(("gemm", width, depth), lambda: _probe_gemm(width, depth))
+
+
+def _probe_gemm(width: int, depth: int) -> GemmSchedule:
+    blocks = sorted({K_BLOCK, depth % K_BLOCK or K_BLOCK}) if depth > K_BLOCK else [depth]
+    operands = [_probe_operands(width, block, depth) for block in blocks]
+    best = None
+    for base in BASES:
+        found = _probe_base(operands, base, accumulates=depth > K_BLOCK)
+        if found is not None and (best is None or max(found.rows) > max(best.rows)):
+            best = found
+        if best is not None and max(best.rows) >= MAX_ROWS // 2:
+            return best
+    if best is not None:
+        return best
+    raise RuntimeError(
+        f"linear: on this machine a row's bits depend on its position in float32 products of {list(BASES)} rows "
+        f"with N={width}, K={depth}; no invariant schedule is known for it"
+    )
+
+
+def _probe_base(operands: list[tuple[torch.Tensor, torch.Tensor]], base: int, accumulates: bool) -> GemmSchedule | None:
+    if not all(_position_free(x, weight_t, base) for x, weight_t in operands):
+        return None
+    rows, fused = set(range(base, MAX_ROWS + 1, base)), True
+    for x, weight_t in operands:
+        block_rows, block_fused = _probe_block(x, weight_t, base, accumulates)
+        rows &= block_rows
+        fused &= block_fused
+    return GemmSchedule(base, tuple(sorted(rows)), fused)
+
+
+def _probe_operands(width: int, block: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One K block with the row strides that the real call has."""
+    x, weight = probe_data(MAX_ROWS, block, seed=3), probe_data(width, block, seed=4)
+    x_strided, weight_strided = x.new_empty(MAX_ROWS, depth), x.new_empty(width, depth)
+    x_strided[:, :block], weight_strided[:, :block] = x, weight
+    return x_strided[:, :block], weight_strided[:, :block].t()
+
+
+def _position_free(x: torch.Tensor, weight_t: torch.Tensor, base: int) -> bool:
+    """True if each row of a ``base``-row product has the same bits at three other places, among other rows."""
+    num_rows = x.shape[0] // base * base
+    x, truth = x[:num_rows], _by_row_tile(x[:num_rows], weight_t, base)
+    generator = torch.Generator().manual_seed(5)
+    for order in (torch.arange(num_rows).roll(1), torch.randperm(num_rows, generator=generator).roll(3)):
+        shuffled = torch.empty_strided(x.shape, x.stride()).copy_(x[order])
+        if not same_bits(_by_row_tile(shuffled, weight_t, base), truth[order]):
+            return False
+    return True
+
+
+def _probe_block(x: torch.Tensor, weight_t: torch.Tensor, base: int, accumulates: bool) -> tuple[set[int], bool]:
+    """Row tiles equal to the base tile for one K block, and whether ``addmm`` equals product plus add."""
+    truth = _by_row_tile(x[: MAX_ROWS // base * base], weight_t, base)
+    rows, fused = {base}, True
+    for size in range(base, MAX_ROWS + 1, base):
+        tile = torch.mm(x[:size], weight_t)
+        if same_bits(tile, truth[:size]):
+            rows.add(size)
+        if accumulates and size in rows:
+            start = tile.flip(0)
+            fused &= same_bits(torch.addmm(start, x[:size], weight_t), start + tile)
+    return rows, fused
+
+
+def _by_row_tile(x: torch.Tensor, weight_t: torch.Tensor, base: int) -> torch.Tensor:
+    return torch.cat([torch.mm(x[i : i + base], weight_t) for i in range(0, x.shape[0], base)])
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """``base``: rows of the defining tile. ``batches``: by row count, the proven ``bmm`` batch sizes, descending."""
+
+    base: int
+    batches: dict[int, tuple[int, ...]]
+
+    def report(self) -> dict[str, object]:
+        return {"base": self.base, "batches": {str(rows): list(sizes) for rows, sizes in self.batches.items()}}
+
+
+def product_batched(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, schedule: BatchSchedule) -> torch.Tensor:
+    """float32 ``out[i] = a[i] @ b[i]``: a [n, R, K], b [n, K, N] or its transposed view, out [n, R, N] contiguous.
+
+    R is one of the schedule's row counts and K <= 256 (one block of the plan).
+    """
+    batch, rows, _ = a.shape
+    start = 0
+    for size in schedule.batches[rows]:
+        while batch - start >= size:
+            torch.bmm(a[start : start + size], b[start : start + size], out=out[start : start + size])
+            start += size
+    for i in range(start, batch):
+        for row in range(0, rows, schedule.base):
+            torch.mm(a[i, row : row + schedule.base], b[i], out=out[i, row : row + schedule.base])
+    return out
+
+
+def batch_schedules(row_counts: tuple[int, ...], depth: int, width: int, transposed: bool) -> dict[int, BatchSchedule]:
+    """Schedules by base tile, for every base whose rows are position free. ``row_counts``: in units of the base."""
+    key = ("bmm", depth, width, "nt" if transposed else "nn")
+    found = CONFORMANCE.get(key, lambda: _BatchVerdict(_probe_batched(row_counts, depth, width, transposed)))
+    return found.schedules
+
+
+@dataclass(frozen=True)
+class _BatchVerdict:
+    schedules: dict[int, BatchSchedule]
+
+    def report(self) -> list[dict[str, object]]:
+        return [schedule.report() for schedule in self.schedules.values()]
+
+
+def _probe_batched(row_counts: tuple[int, ...], depth: int, width: int, transposed: bool) -> dict[int, BatchSchedule]:
+    b = probe_data(MAX_BATCH, width, depth, seed=7)
+    b = b.transpose(1, 2) if transposed else b.reshape(MAX_BATCH, depth, width)
+    x = probe_data(MAX_ROWS, depth, seed=6)
+    schedules = {}
+    for base in BASES:
+        if _position_free(x, b[0], base):
+            sizes = {count * base: _proven_batches(count * base, base, b) for count in row_counts}
+            schedules[base] = BatchSchedule(base, sizes)
+            if base == BASES[0]:
+                break
+    return schedules
+
+
+def _proven_batches(rows: int, base: int, b: torch.Tensor) -> tuple[int, ...]:
+    _, depth, width = b.shape
+    limit = min(MAX_BATCH, max(1, 2**24 // (rows * depth * width)))
+    a = probe_data(limit, rows, depth, seed=8)
+    truth = torch.stack([_by_row_tile(a[i], b[i], base) for i in range(limit)])
+    sizes = [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]
+    return tuple(size for size in reversed(sizes) if same_bits(torch.bmm(a[:size], b[:size]), truth[:size]))

@@ -1,0 +1,116 @@
+"""The invariant sampler: logits once, used for the support, the draw and the log-probs."""
+
+from __future__ import annotations
+
+import torch
+
+from rlalign_kernels.reference.logprob import scoring_temperature, transform
+from rlalign_kernels.reference.philox import gumbel
+from rlalign_kernels.reference.support import kept_support
+from rlalign_kernels.reference.vocab import VOCAB_BLOCK, Head, Scan, row_chunks
+from rlalign_kernels.rows import SampleOutput, SamplingRows
+
+
+class _Draw:
+    """Running argmax of noisy logits; the lowest id wins a tie, since a later block must be greater."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.best = torch.full((num_rows,), -torch.inf, device=device)
+        self.token = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.logit = torch.full((num_rows,), -torch.inf, device=device)
+        self.raw = torch.full((num_rows,), -torch.inf, device=device)
+
+    def add(self, noisy: torch.Tensor, logits: torch.Tensor, raw: torch.Tensor | None, start: int) -> None:
+        value = noisy.amax(1)
+        # First position of the maximum: argmax promises no particular one among equals.
+        positions = torch.arange(noisy.shape[1], device=noisy.device)
+        local = torch.where(noisy == value.unsqueeze(1), positions, noisy.shape[1] - 1).amin(1)
+        better = value > self.best
+        self.best = torch.where(better, value, self.best)
+        self.token = torch.where(better, local + start, self.token)
+        index = local.unsqueeze(1)
+        self.logit = torch.where(better, logits.gather(1, index).squeeze(1), self.logit)
+        if raw is not None:
+            self.raw = torch.where(better, raw.gather(1, index).squeeze(1), self.raw)
+
+
+def linear_sample(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    rows: SamplingRows,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    raw_logprobs: bool,
+    banned: torch.Tensor | None,
+) -> SampleOutput:
+    """See the public operator. Truncated rows hold their full logits, a bounded number of rows at a time."""
+    head = Head(weight, bias, softcap)
+    num_rows = hidden.shape[0]
+    token = torch.zeros(num_rows, dtype=torch.int64, device=hidden.device)
+    values = torch.zeros(2, num_rows, device=hidden.device)
+    truncated = rows.truncated
+    groups = [(truncated, True), (~truncated, False)] if bool(truncated.any()) else [(None, False)]
+    for member, needs_support in groups:
+        index = None if member is None or bool(member.all()) else member.nonzero().squeeze(1)
+        size = num_rows if index is None else index.numel()
+        width = head.vocab_size if needs_support else min(VOCAB_BLOCK, head.vocab_size)
+        for chunk in row_chunks(size, width):
+            at = chunk if index is None else index[chunk]
+            draw = _Chunk(hidden[at].float(), head, rows[at], seeds.view(torch.int64)[at], positions[at])
+            ban = None if banned is None else banned[at]
+            token[at], values[:, at] = draw.run(needs_support, ban, raw_logprobs)
+    return SampleOutput(token, values[0], values[1] if raw_logprobs else None)
+
+
+class _Chunk:
+    """One bounded set of rows, truncated or not."""
+
+    def __init__(
+        self, hidden: torch.Tensor, head: Head, rows: SamplingRows, seeds: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        self.hidden, self.head, self.rows, self.seeds, self.positions = hidden, head, rows, seeds, positions
+        self.temperature = scoring_temperature(rows)
+        self.greedy = rows.greedy.unsqueeze(1) if bool(rows.greedy.any()) else None
+        self.all_greedy = bool(rows.greedy.all())
+
+    def run(
+        self, needs_support: bool, banned: torch.Tensor | None, raw_logprobs: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token [r] and (logprob, raw logprob) [2, r]."""
+        num_rows, device = self.hidden.shape[0], self.hidden.device
+        scan, raw_scan = Scan(num_rows, device, entropy=False), Scan(num_rows, device, entropy=False)
+        draw = _Draw(num_rows, device)
+        full, support = self._support(banned) if needs_support else (None, None)
+        separate = raw_logprobs and (needs_support or self.temperature is not None)
+        for start in self.head.blocks():
+            block = slice(start, start + VOCAB_BLOCK)
+            logits = self.head.logits(self.hidden, start) if full is None else full[:, block].contiguous()
+            if banned is not None:
+                logits.masked_fill_(banned[:, block], -torch.inf)
+            raw = logits.clone() if separate else None
+            transform(logits, self.temperature, None if support is None else support[:, block])
+            scan.add(logits)
+            if raw is not None:
+                raw_scan.add(raw)
+            draw.add(self._noisy(logits, start), logits, raw, start)
+        logprob = scan.logprob(draw.logit)
+        return draw.token, torch.stack((logprob, raw_scan.logprob(draw.raw) if separate else logprob))
+
+    def _support(self, banned: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Untransformed logits [r, V] and the kept support."""
+        full = self.head.all_logits(self.hidden)
+        scaled = full.clone()
+        if banned is not None:
+            scaled.masked_fill_(banned, -torch.inf)
+        transform(scaled, self.temperature, None)
+        return full, kept_support(scaled, self.rows)
+
+    def _noisy(self, logits: torch.Tensor, start: int) -> torch.Tensor:
+        if self.all_greedy:
+            return logits
+        noise = gumbel(self.seeds, self.positions, start, logits.shape[1])
+        if self.greedy is not None:
+            noise.masked_fill_(self.greedy, 0.0)
+        return noise.add_(logits)

@@ -1,0 +1,134 @@
+"""Rotary position embedding: tables of cos and sin, and their application.
+
+``angle = position * inv_freq``; tables repeat the D/2 angles twice and are scaled by ``attention_scaling``.
+``apply_rotary``: with x = [a, b, rest] (halves of the rotated R channels), [a cos - b sin, b cos + a sin, rest],
+each multiplication and addition rounded in x's dtype, as in the models it serves.
+Promised: forward, bits depend on position and element only. Backward is the transposed rotation, deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlalign_kernels.checks import DTYPES, check_dtype, check_same
+from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.reference.elementwise import elementwise
+
+
+def _angles(position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    return position_ids.to(torch.float32).unsqueeze(-1) * inv_freq
+
+
+def _tables(cos: torch.Tensor, sin: torch.Tensor, scaling: float, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.cat((half, half), -1).mul_(scaling).to(dtype) for half in (cos, sin))
+
+
+def _reference_tables(
+    position_ids: torch.Tensor, inv_freq: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    angles = _angles(position_ids, inv_freq)
+    return _tables(elementwise("cos", angles), elementwise("sin", angles), scaling, dtype)
+
+
+def _native_tables(
+    position_ids: torch.Tensor, inv_freq: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    angles = _angles(position_ids, inv_freq)
+    return _tables(angles.cos(), angles.sin(), scaling, dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    """Rotate by sign * angle: multiplications and additions only, so the bits do not depend on layout."""
+    rotated = cos.shape[-1]
+    half = rotated // 2
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned = x[..., :rotated]
+    out = turned * cos
+    cross = torch.empty_like(out)
+    torch.mul(turned[..., half:], sin[..., :half], out=cross[..., :half])
+    torch.mul(turned[..., :half], sin[..., half:], out=cross[..., half:])
+    if sign > 0:
+        out[..., :half] -= cross[..., :half]
+        out[..., half:] += cross[..., half:]
+    else:
+        out[..., :half] += cross[..., :half]
+        out[..., half:] -= cross[..., half:]
+    return out if rotated == x.shape[-1] else torch.cat((out, x[..., rotated:]), -1)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate_back(grad, cos, sin), None, None
+
+
+def _rotate_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Transpose of the rotation: the sine of each output's own channel travels back with it."""
+    half = sin.shape[-1] // 2
+    swapped = torch.cat((sin[..., half:], sin[..., :half]), -1)
+    return _rotate(grad, cos, swapped, -1.0)
+
+
+def _reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotary.apply(x, cos, sin)
+    return _rotate(x, cos, sin, 1.0)
+
+
+def _native(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    rotated = cos.shape[-1]
+    turned = x[..., :rotated]
+    first, second = turned.chunk(2, -1)
+    out = turned * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+    return out if rotated == x.shape[-1] else torch.cat((out, x[..., rotated:]), -1)
+
+
+_TABLES = Implementations("rotary_cos_sin", reference=_reference_tables, native=_native_tables)
+_APPLY = Implementations("apply_rotary", reference=_reference, native=_native)
+
+
+@operator
+def rotary_cos_sin(
+    position_ids: torch.Tensor,
+    inv_freq: torch.Tensor,
+    *,
+    attention_scaling: float = 1.0,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), each [..., D] in ``dtype``, of integer position_ids [...] and float32 inv_freq [D/2].
+
+    Raises ValueError for another dtype of any of them.
+    """
+    run = _TABLES[backend]
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rotary_cos_sin: position_ids.dtype={position_ids.dtype}; supported: int32, int64")
+    if inv_freq.dtype != torch.float32 or inv_freq.dim() != 1:
+        raise ValueError(
+            f"rotary_cos_sin: inv_freq is {inv_freq.dtype} {tuple(inv_freq.shape)}; expected float32 [D/2]"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"rotary_cos_sin: dtype={dtype} is not supported; use float32 or bfloat16")
+    return run(position_ids, inv_freq, float(attention_scaling), dtype)
+
+
+@operator
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: Backend) -> torch.Tensor:
+    """Rotate the first R channels of x [T, heads, D] by tables cos, sin [T, R]; differentiable in x only.
+
+    Raises ValueError for shapes or dtypes that do not fit, or R odd or larger than D.
+    """
+    run = _APPLY[backend]
+    check_dtype("apply_rotary", x=x)
+    check_same("apply_rotary", x, cos=cos, sin=sin)
+    if x.dim() != 3 or cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[0]:
+        raise ValueError(f"apply_rotary: x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do not fit")
+    if cos.shape[1] % 2 or cos.shape[1] > x.shape[2]:
+        raise ValueError(f"apply_rotary: {cos.shape[1]} rotated channels; supported: even and at most {x.shape[2]}")
+    return run(x, cos, sin)

@@ -1,0 +1,65 @@
+"""Draw one token per row straight from hidden states, with its log-prob.
+
+``token = argmax(z + gumbel)`` over the kept support, z as in ``linear_logprob``; greedy rows take the lowest id among
+the maximal logits. The noise is a function of (seed, response index, vocabulary id) only (``reference/philox.py``).
+Promised: token and log-prob depend on the row, its settings, seed and position only; the log-prob has the bits of
+``linear_logprob`` on the same hidden row. Not differentiable.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlalign_kernels.checks import check_integer
+from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.linear_logprob import check_head
+from rlalign_kernels.native import vocab as native_vocab
+from rlalign_kernels.reference import sample as reference_sample
+from rlalign_kernels.rows import SampleOutput, SamplingRows
+
+_IMPLEMENTATIONS = Implementations(
+    "linear_sample", reference=reference_sample.linear_sample, native=native_vocab.linear_sample
+)
+
+
+@operator
+def linear_sample(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    rows: SamplingRows,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    raw_logprobs: bool = False,
+    banned: torch.Tensor | None = None,
+    backend: Backend,
+) -> SampleOutput:
+    """Token int64 [T] and log-prob float32 [T] of each row of hidden [T, H], weight [V, H].
+
+    seeds: int64 or uint64 [T], all 64 bits count; positions: response index, int [T]. ``raw_logprobs`` adds the
+    log-prob at temperature 1, nothing truncated. ``banned`` (bool [T, V]) removes ids before any transform, also from
+    both log-probs. Raises ValueError for shapes, dtypes or settings that do not fit, or a row with every id banned.
+    """
+    run = _IMPLEMENTATIONS[backend]
+    num_rows = hidden.shape[0]
+    check_head("linear_sample", hidden, weight, bias, softcap)
+    rows.check("linear_sample", num_rows)
+    if seeds.dtype not in (torch.int64, torch.uint64) or tuple(seeds.shape) != (num_rows,):
+        raise ValueError(f"linear_sample: seeds is {seeds.dtype} {tuple(seeds.shape)}; expected int64 ({num_rows},)")
+    check_integer("linear_sample", "positions", positions, (num_rows,))
+    if banned is not None:
+        _check_banned(banned, num_rows, weight.shape[0])
+    with torch.no_grad():
+        return run(hidden, weight, bias, softcap, rows, seeds, positions, raw_logprobs, banned)
+
+
+def _check_banned(banned: torch.Tensor, num_rows: int, vocab_size: int) -> None:
+    if banned.dtype != torch.bool or tuple(banned.shape) != (num_rows, vocab_size):
+        raise ValueError(
+            f"linear_sample: banned is {banned.dtype} {tuple(banned.shape)}; expected bool {(num_rows, vocab_size)}"
+        )
+    full = banned.all(dim=1)
+    if bool(full.any()):
+        raise ValueError(f"linear_sample: banned[{int(full.nonzero()[0])}] leaves no id to draw")
