@@ -54,8 +54,13 @@ def test_the_longest_common_prefix_matches() -> None:
     pages = known_pages(pool, [1, 2, 3, 4, 5, 6])
     assert match(pool, [1, 2, 3, 4, 9, 9]) == pages[:2]
     assert match(pool, [1, 2, 3, 4, 5, 6, 7, 8]) == pages
-    # The same block after another beginning is another block.
-    assert match(pool, [0, 0, 3, 4]) == []
+
+
+def test_the_same_block_after_another_beginning_is_another_block() -> None:
+    pool = BlockPool(8, 2)
+    first = known_pages(pool, [1, 2, 3, 4])
+    known_pages(pool, [5, 6, 7, 8])
+    assert match(pool, [1, 2, 7, 8]) == first[:1]
 
 
 def test_digits_of_neighbouring_ids_are_not_confused() -> None:
@@ -73,6 +78,14 @@ def test_least_recently_released_goes_first_and_deep_pages_before_shallow() -> N
     assert [pool.allocate(1)[0] for _ in range(5)] == [old[2], old[1], new[1], new[0], old[0]]
     assert pool.num_evictions == 5
     assert match(pool, [1, 2, 3]) == []
+
+
+def test_a_released_page_that_knows_nothing_goes_before_known_ones() -> None:
+    pool = BlockPool(3, 1)
+    blank = pool.allocate(1)
+    known_pages(pool, [1, 2])
+    pool.release(blank)
+    assert pool.allocate(1) == blank
 
 
 def test_a_held_known_page_is_not_evicted() -> None:

@@ -227,8 +227,7 @@ def test_nonfinite_weights_are_named_not_sampled(own_policy: Callable[..., Polic
     weight = next(tensor for name, tensor in policy.named_weights().items() if where in name)
     weight.view(-1)[3] = float(value)
     engine = Engine(policy, None, roomy())
-    with pytest.raises(
-        FloatingPointError, match=re.escape("request '0', sample 0: the log-prob at response position 0")
-    ):
+    message = "request '0', sample 0: the log-prob at response position 0 (position 3 of the sequence) is nan"
+    with pytest.raises(FloatingPointError, match=re.escape(message)):
         engine.generate([[0, 1, 2]], SamplingParams(max_tokens=3))
     assert not engine.has_unfinished and engine.stats["pages_used"] == 0

@@ -125,6 +125,27 @@ def test_the_latest_arrival_is_preempted_and_recomputed() -> None:
     assert finished == {(str(i), 0): expected(prompts[i], 15, derive_seed(0, 0)) for i in range(2)}
 
 
+def test_a_preempted_sequence_waits_in_front_of_later_arrivals() -> None:
+    config = EngineConfig(page_size=4, num_pages=8, max_num_seqs=2, prefix_cache=False)
+    simulation = Simulation(config)
+    for number in range(4):
+        simulation.add(str(number), [number] * 12, max_tokens=15)
+    while simulation.scheduler.counters.preemptions == 0:
+        simulation.step()
+    assert [request.request_id for request in simulation.scheduler.waiting] == ["1", "2", "3"]
+
+
+def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
+    """The freed pages are needed by whoever runs: a new prefill would be thrown away a few steps later."""
+    simulation = Simulation(EngineConfig(page_size=4, num_pages=8, prefill_chunk=8, prefix_cache=False))
+    for number in range(2):
+        simulation.add(str(number), [number] * 12, max_tokens=15)
+    while simulation.scheduler.counters.preemptions == 0:
+        simulation.step()
+    assert simulation.pool.num_free >= 2  # room for the first chunk of the preempted one
+    assert [chunk.request.request_id for chunk in simulation.steps[-1].chunks] == ["0"]
+
+
 def test_a_preempted_sequence_finds_its_own_pages_again() -> None:
     simulation = Simulation(EngineConfig(page_size=4, num_pages=9))
     for number in range(2):
