@@ -79,11 +79,13 @@ class Policy:
         rows: SamplingRows | None = None,
         *,
         support: Tensor | None = None,
+        banned: Tensor | None = None,
         return_support: bool = False,
     ) -> LogprobOutput:
         """Log-prob of ``targets`` int64 [N] from hidden [N, H], under each row's sampling distribution.
 
-        ``support`` bool [N, V] holds the kept ids constant instead of recomputing them. Float32 results [N].
+        ``support`` bool [N, V] holds the kept ids constant instead of recomputing them; ``banned`` bool [N, V] removes
+        ids before every transform, as in ``sample``. Float32 results [N].
         """
         return linear_logprob(
             hidden,
@@ -91,6 +93,7 @@ class Policy:
             targets,
             rows=rows,
             support=support,
+            banned=banned,
             bias=self.head.bias,
             softcap=self.softcap,
             return_support=return_support,

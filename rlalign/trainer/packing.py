@@ -7,7 +7,7 @@ Legend: T rows of a micro-batch, B sequences in it, N rows that predict a respon
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,13 +25,15 @@ from rlalign.records import Sample
 class TokenPair:
     """One sequence to score or train on: prompt_ids int64 [P >= 1], response_ids int64 [L], and how it was sampled.
 
-    ``name`` is what an error calls it.
+    banned_ids: what the first ``sampling.min_tokens`` response tokens could not be (whatever would have stopped the
+    response). ``name`` is what an error calls the pair.
     """
 
     prompt_ids: np.ndarray
     response_ids: np.ndarray
     sampling: SamplingParams
     name: str
+    banned_ids: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -45,7 +47,8 @@ class PackedBatch:
     token_ids, position_ids: int64 [T]. cu_seqlens: int32 [B + 1], row at which each sequence starts.
     predict_rows: int64 [N], ascending. targets: int64 [N]. sequence_lengths: int64 [N], the response length L of
     the sequence that the row belongs to. rows: sampling parameters [N]. truncated_rows: int64 [M], indices into N of
-    rows whose support can be smaller than the vocabulary. owners, response_lengths, truncated: one entry per sequence.
+    rows whose support can be smaller than the vocabulary. ban_rows, ban_ids: int64 [K], pairs of a row in N and an id
+    that it could not be. owners, response_lengths, truncated: one entry per sequence.
     """
 
     token_ids: Tensor
@@ -56,6 +59,8 @@ class PackedBatch:
     sequence_lengths: Tensor
     rows: SamplingRows
     truncated_rows: Tensor
+    ban_rows: Tensor
+    ban_ids: Tensor
     owners: tuple[int, ...]
     response_lengths: tuple[int, ...]
     truncated: tuple[bool, ...]
@@ -88,27 +93,40 @@ def pack_samples(
     micro_batch_tokens: int,
     vocab_size: int,
     max_positions: int,
+    eos_ids: Collection[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[PackedBatch]:
     """Micro-batches of ``samples`` in order of ``Sample.key``: the caller's order reaches nothing but ``owners``.
 
+    eos_ids: ids that end a response unless ``ignore_eos``; needed for samples with ``min_tokens``, which bans them.
     Raises ValueError naming the sample for two samples of one key, and for what ``pack`` refuses.
     """
     order = sorted(range(len(samples)), key=lambda index: samples[index].key)
     for before, after in pairwise(order):
         if samples[before].key == samples[after].key:
             raise ValueError(f"two samples have the key {samples[after].key} (step, prompt, sample): no order is fixed")
-    pairs = [
-        TokenPair(s.completion.prompt_ids, s.completion.token_ids, s.sampling, name=f"sample {s.key}") for s in samples
-    ]
     return pack(
-        pairs,
+        [_pair(sample, eos_ids) for sample in samples],
         order=order,
         micro_batch_tokens=micro_batch_tokens,
         vocab_size=vocab_size,
         max_positions=max_positions,
         device=device,
     )
+
+
+def _pair(sample: Sample, eos_ids: Collection[int] | None) -> TokenPair:
+    completion, sampling = sample.completion, sample.sampling
+    banned: set[int] = set()
+    if sampling.min_tokens > 0:
+        if eos_ids is None and not sampling.ignore_eos:
+            raise ValueError(
+                f"sample {sample.key} was drawn with min_tokens={sampling.min_tokens}, which bans the end of sequence: "
+                "give eos_ids to score it"
+            )
+        banned = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_ids or ()))
+    name = f"sample {sample.key}"
+    return TokenPair(completion.prompt_ids, completion.token_ids, sampling, name, tuple(sorted(banned)))
 
 
 def pack(
@@ -165,6 +183,7 @@ def _assemble(pairs: Sequence[TokenPair], group: list[int], device: torch.device
     truncated = [pair.sampling.truncated for pair in members]
     per_row = [pair.sampling for pair, length in zip(members, lengths, strict=True) for _ in range(length)]
     ids = [np.concatenate([pair.prompt_ids, pair.response_ids[:-1]]) for pair in members]
+    bans = _bans(members, lengths)
 
     def tensor(parts: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
@@ -178,7 +197,21 @@ def _assemble(pairs: Sequence[TokenPair], group: list[int], device: torch.device
         sequence_lengths=tensor([np.full(n, n) for n in lengths]),
         rows=sampling_rows(per_row, device),
         truncated_rows=tensor([np.flatnonzero(np.repeat(truncated, lengths))]),
+        ban_rows=tensor([bans[:, 0]]),
+        ban_ids=tensor([bans[:, 1]]),
         owners=tuple(group),
         response_lengths=tuple(lengths),
         truncated=tuple(truncated),
     )
+
+
+def _bans(members: Sequence[TokenPair], lengths: Sequence[int]) -> np.ndarray:
+    """(row, id) pairs, int64 [K, 2]: response tokens before ``min_tokens`` could not be one of ``banned_ids``."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    pairs = [
+        (start + place, token_id)
+        for pair, start, length in zip(members, starts.tolist(), lengths, strict=True)
+        for place in range(min(pair.sampling.min_tokens, length))
+        for token_id in pair.banned_ids
+    ]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rlalign_kernels import SamplingRows
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,49 +33,78 @@ def response_hidden(policy: Policy, batch: PackedBatch) -> Tensor:
     return hidden.index_select(0, batch.predict_rows)
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that are scored in one call; index int64 into N, masks bool [len(index), V]."""
+
+    index: Tensor
+    support: Tensor | None = None
+    banned: Tensor | None = None
+    return_support: bool = False
+
+
 def score(policy: Policy, batch: PackedBatch, *, support: Tensor | None = None, return_support: bool = False) -> Scores:
     """Log-prob of every response token under the distribution that it was drawn from.
 
-    support: bool [M, V], held constant instead of recomputed. Rows are independent, so that scoring truncated and
-    other rows apart changes no bit; it keeps [rows, V] masks to the rows that need one.
+    support: bool [M, V], held constant instead of recomputed. Rows are independent, so that scoring them in groups
+    changes no bit; it keeps [rows, V] masks to the rows that need one.
     """
     hidden = response_hidden(policy, batch)
-    if len(batch.truncated_rows) == 0 or (support is None and not return_support):
-        output = policy.logprobs(hidden, batch.targets, batch.rows)
-        return Scores(output.logprob, output.entropy)
-    held = _score_rows(policy, hidden, batch, batch.truncated_rows, support, return_support)
-    mask = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    mask[batch.truncated_rows] = False
-    plain_rows = mask.nonzero().squeeze(1)
-    if len(plain_rows) == 0:
-        return held
-    plain = _score_rows(policy, hidden, batch, plain_rows, None, False)
-    back = torch.argsort(torch.cat([plain_rows, batch.truncated_rows]))
+    groups = _groups(batch, policy.vocab_size, support, return_support)
+    outputs = [
+        policy.logprobs(
+            hidden.index_select(0, group.index),
+            batch.targets[group.index],
+            batch.rows[group.index],
+            support=group.support,
+            banned=group.banned,
+            return_support=group.return_support,
+        )
+        for group in groups
+    ]
+    # Back to the batch's order: groups partition its rows.
+    order = torch.argsort(torch.cat([group.index for group in groups]))
     return Scores(
-        torch.cat([plain.logprob, held.logprob]).index_select(0, back),
-        torch.cat([plain.entropy, held.entropy]).index_select(0, back),
-        held.support,
+        torch.cat([output.logprob for output in outputs]).index_select(0, order),
+        torch.cat([output.entropy for output in outputs]).index_select(0, order),
+        next((output.support for output in outputs if output.support is not None), None),
     )
 
 
-def _score_rows(
-    policy: Policy, hidden: Tensor, batch: PackedBatch, index: Tensor, support: Tensor | None, return_support: bool
-) -> Scores:
-    output = policy.logprobs(
-        hidden.index_select(0, index),
-        batch.targets.index_select(0, index),
-        select_rows(batch.rows, index),
-        support=support,
-        return_support=return_support,
-    )
-    return Scores(output.logprob, output.entropy, output.support)
+def _groups(batch: PackedBatch, vocab_size: int, support: Tensor | None, return_support: bool) -> list[_Group]:
+    """The rows in up to three groups: with a support to hold or to return, with banned ids, and all others."""
+    truncated, banned = _marks(batch, batch.truncated_rows), _marks(batch, batch.ban_rows)
+    if support is None and not return_support:
+        truncated = torch.zeros_like(truncated)  # recomputed inside the operator, no mask needed
+    groups = []
+    for mark, is_truncated in ((truncated, True), (banned & ~truncated, False), (~banned & ~truncated, False)):
+        index = mark.nonzero().squeeze(1)
+        if len(index) == 0:
+            continue
+        held = support if is_truncated else None
+        # A stored support leaves banned ids out already.
+        mask = None if held is not None else _ban_mask(batch, index, vocab_size)
+        groups.append(_Group(index, held, mask, return_support and is_truncated))
+    return groups
 
 
-def select_rows(rows: SamplingRows, index: Tensor) -> SamplingRows:
-    """The sampling parameters of some rows."""
-    return SamplingRows(
-        temperature=rows.temperature[index], top_k=rows.top_k[index], top_p=rows.top_p[index], min_p=rows.min_p[index]
-    )
+def _marks(batch: PackedBatch, rows: Tensor) -> Tensor:
+    """bool [N], True at ``rows``."""
+    marks = torch.zeros(len(batch.targets), dtype=torch.bool, device=batch.targets.device)
+    marks[rows] = True
+    return marks
+
+
+def _ban_mask(batch: PackedBatch, index: Tensor, vocab_size: int) -> Tensor | None:
+    """bool [len(index), V] of banned ids; None if no row of ``index`` has any."""
+    place = torch.full_like(batch.targets, -1)
+    place[index] = torch.arange(len(index), device=index.device)
+    row, inside = place[batch.ban_rows], place[batch.ban_rows] >= 0
+    if not bool(inside.any()):
+        return None
+    mask = torch.zeros(len(index), vocab_size, dtype=torch.bool, device=index.device)
+    mask[row[inside], batch.ban_ids[inside]] = True
+    return mask
 
 
 def store_support(batch: PackedBatch, samples: Sequence[Sample], support: Tensor, store: SupportStore) -> None:

@@ -10,7 +10,7 @@ One batch of samples goes through
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,15 +77,17 @@ class Trainer:
         total_steps: int,
         critic: Critic | None = None,
         reference: Policy | None = None,
+        eos_ids: Collection[int] | None = None,
     ) -> None:
         """``total_steps``: optimizer updates of the whole run (steps * epochs * minibatches).
 
+        eos_ids: ids at which the engine ends a response; needed to score samples drawn with ``min_tokens``.
         Raises ValueError when a critic or reference is missing, or given where nothing would use it.
         """
         _require_both("adv_estimator", algorithm.adv_estimator, algorithm.adv_estimator == "gae", "critic", critic)
         _require_both("kl_coef", algorithm.kl_coef, algorithm.kl_coef > 0, "reference", reference)
         self.policy, self.config, self.algorithm = policy, config, algorithm
-        self.critic, self.reference = critic, reference
+        self.critic, self.reference, self.eos_ids = critic, reference, eos_ids
         parameters = trainable_parameters(policy.model)
         self.optimizers = {"optimizer": MasterAdamW(parameters, config, total_steps=total_steps)}
         if critic is not None:
@@ -245,6 +247,7 @@ class Trainer:
             micro_batch_tokens=self.config.micro_batch_tokens,
             vocab_size=self.policy.vocab_size,
             max_positions=self.policy.max_positions,
+            eos_ids=self.eos_ids,
             device=self.policy.device,
         )
 

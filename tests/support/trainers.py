@@ -26,6 +26,7 @@ def make_trainer(
     backend: str = "reference",
     dtype: torch.dtype = torch.float32,
     algorithm: dict[str, Any] | None = None,
+    eos_ids: tuple[int, ...] | None = None,
     **settings: Any,
 ) -> Trainer:
     """Trainer of a fresh tiny policy; keywords are those of TrainerConfig, ``algorithm`` those of AlgorithmConfig."""
@@ -38,6 +39,7 @@ def make_trainer(
         total_steps=10,
         critic=Critic(make_policy(backend, dtype, seed=1)) if gae else None,
         reference=make_policy(backend, dtype, seed=2) if kl else None,
+        eos_ids=eos_ids,
     )
 
 

@@ -28,18 +28,18 @@ def steps(trainer: Trainer, numbers: range, generator: torch.Generator) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_resumed_equals_uninterrupted(dtype: torch.dtype, tmp_path: Path) -> None:
     whole, generator = make_trainer(algorithm=GAE, dtype=dtype, **SETTINGS), torch.Generator().manual_seed(5)
-    steps(whole, range(4), generator)
+    steps(whole, range(3), generator)
 
     first, generator = make_trainer(algorithm=GAE, dtype=dtype, **SETTINGS), torch.Generator().manual_seed(5)
-    steps(first, range(2), generator)
-    position = {"step": 2, "epoch": [1, 2], "seed": 2**63}
+    steps(first, range(1), generator)
+    position = {"step": 1, "epoch": [1, 2], "seed": 2**63}
     first.save(tmp_path / "last", data_state=position, generators={"data": generator})
-    steps(first, range(2, 3), generator)  # what happens after the save must not matter
+    steps(first, range(1, 2), generator)  # what happens after the save must not matter
 
     second, generator = make_trainer(algorithm=GAE, dtype=dtype, **SETTINGS), torch.Generator()
     assert second.load(tmp_path / "last", generators={"data": generator}) == position
-    assert second.version == 8
-    steps(second, range(2, 4), generator)
+    assert second.version == 4
+    steps(second, range(1, 3), generator)
     assert second.masters_sha256() == whole.masters_sha256()
     assert second.critic_sha256() == whole.critic_sha256()
     assert second.weights()[1:] == whole.weights()[1:]

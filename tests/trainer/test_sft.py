@@ -42,16 +42,15 @@ def test_loss_is_the_mean_over_answer_tokens(backend: str, budget: int) -> None:
     assert metrics["tokens"] == 13
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_it_learns_the_answers_the_same_way_twice(checkpointing: bool) -> None:
-    config = TrainerConfig(lr=1e-2, micro_batch_tokens=10, gradient_checkpointing=checkpointing)
-    hashes = []
-    for _ in range(2):
-        trainer = SftTrainer(make_policy(), config, total_steps=12)
-        losses = [trainer.step(pairs())["loss"] for _ in range(12)]
-        assert losses[-1] < 0.2 * losses[0]
-        hashes.append(trainer.optimizer.masters_sha256())
-    assert hashes[0] == hashes[1]
+def test_it_learns_the_answers_the_same_way_every_time() -> None:
+    hashes = set()
+    for checkpointing in (False, False, True):
+        config = TrainerConfig(lr=1e-2, micro_batch_tokens=10, gradient_checkpointing=checkpointing)
+        trainer = SftTrainer(make_policy(), config, total_steps=5)
+        losses = [trainer.step(pairs())["loss"] for _ in range(5)]
+        assert losses[-1] < 0.5 * losses[0]
+        hashes.add(trainer.optimizer.masters_sha256())
+    assert len(hashes) == 1
 
 
 def test_bad_batches_are_refused() -> None:
