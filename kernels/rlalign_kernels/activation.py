@@ -1,7 +1,7 @@
 """Activations: silu, gelu and swiglu.
 
 ``silu(x) = x / (1 + exp(-x))``; ``gelu(x) = x/2 (1 + erf(x / sqrt 2))`` or, with ``approximate="tanh"``,
-``x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``; ``swiglu(gate, up) = silu(gate) * up``. Any shape; float32 or bfloat16.
+``x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``; ``swiglu(gate, up) = silu(gate) * up``. float32 or bfloat16.
 Computed in float32 and rounded once (swiglu: once after silu, once after the product, as a model of separate layers).
 Promised: forward, an element's bits depend on that element only. Backward is deterministic run to run.
 """

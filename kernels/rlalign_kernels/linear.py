@@ -17,11 +17,12 @@ from rlalign_kernels.reference.gemm import product_nt
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1]).float()
-    out = product_nt(rows, weight.float())
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    out = product_nt(rows, weight) if x.dtype == torch.float32 else product_nt(rows.float(), weight.float())
     if bias is not None:
         out += bias
-    return out.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    out = out.to(x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):

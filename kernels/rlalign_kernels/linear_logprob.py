@@ -42,8 +42,8 @@ def linear_logprob(
 
     Greedy rows (temperature 0) are scored at temperature 1, untruncated. ``support`` (bool [T, V]) is used instead of
     being computed from the filters; a target outside of it scores -inf. ``banned`` (bool [T, V]) removes ids before any
-    transform, as in ``linear_sample``; with ``support`` it has no place and is refused. Rows with ``ignore_index`` give 0 and no
-    gradient. Differentiable in hidden, weight and bias through logprob, entropy and logsumexp.
+    transform, as in ``linear_sample``; with ``support`` it has no place and is refused. Rows with ``ignore_index`` give
+    0 and no gradient. Differentiable in hidden, weight and bias through logprob, entropy and logsumexp.
     Raises ValueError for shapes or dtypes that do not fit, settings out of bounds, or a target that is no id.
     """
     run = _IMPLEMENTATIONS[backend]
@@ -83,9 +83,11 @@ def check_head(
 def _check_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor:
     """bool [T]: rows that count. Raises ValueError naming index and value of the first target that is no id."""
     kept = targets != ignore_index
-    bad = kept & ((targets < 0) | (targets >= vocab_size))
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0])
+    # On the host: a dozen tiny tensor operations would cost more than the log-prob of a small batch.
+    values = targets.cpu().numpy()
+    bad = (values != ignore_index) & ((values < 0) | (values >= vocab_size))
+    if bad.any():
+        index = int(bad.argmax())
         raise ValueError(
             f"linear_logprob: targets[{index}]={int(targets[index])} is outside the vocabulary [0, {vocab_size}) "
             f"and is not ignore_index={ignore_index}"

@@ -1,6 +1,6 @@
 """Frozen reduction plans, and the fingerprint of everything that can change a bit.
 
-A plan is a function of nothing but these constants and the model's shapes; a schedule (``conformance.py``) is not in it.
+A plan is a function of nothing but these constants and the model's shapes; no schedule is in it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 
@@ -11,7 +14,8 @@ import torch
 class SamplingRows:
     """Sampling settings of each row, on the rows' device.
 
-    temperature float32 [T] (0: greedy), top_k int64 [T] (0: off), top_p float32 [T] (1: off), min_p float32 [T] (0: off).
+    temperature float32 [T] (0: greedy), top_k int64 [T] (0: off), top_p float32 [T] (1: off), min_p float32 [T] (0:
+    off). Make new rows rather than changing these tensors: what follows from them is remembered.
     """
 
     temperature: torch.Tensor
@@ -25,35 +29,52 @@ class SamplingRows:
     def __getitem__(self, index: torch.Tensor | slice) -> SamplingRows:
         return SamplingRows(self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index])
 
-    @property
+    @cached_property
     def greedy(self) -> torch.Tensor:
         """bool [T]."""
         return self.temperature == 0
 
-    @property
+    @cached_property
     def truncated(self) -> torch.Tensor:
         """bool [T]: rows whose support can be smaller than the vocabulary."""
         filtered = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
         return filtered & ~self.greedy
 
+    @cached_property
+    def any_greedy(self) -> bool:
+        return bool(self.greedy.any())
+
+    @cached_property
+    def any_truncated(self) -> bool:
+        return bool(self.truncated.any())
+
+    @cached_property
+    def divisor(self) -> torch.Tensor | None:
+        """float32 [T, 1] to divide logits by, greedy rows counting as 1; None if that is 1 everywhere."""
+        divisor = torch.where(self.greedy, 1.0, self.temperature) if self.any_greedy else self.temperature
+        return None if bool((divisor == 1).all()) else divisor.unsqueeze(1)
+
     def check(self, operator: str, num_rows: int) -> None:
         """Raises ValueError naming the field that has another shape, or a value out of its bounds."""
-        bounds = {
-            "temperature": (torch.float32, lambda x: (x >= 0) & x.isfinite()),
-            "top_k": (torch.int64, lambda x: x >= 0),
-            "top_p": (torch.float32, lambda x: (x > 0) & (x <= 1)),
-            "min_p": (torch.float32, lambda x: (x >= 0) & (x < 1)),
-        }
-        for name, (dtype, valid) in bounds.items():
+        for name, (dtype, valid) in _BOUNDS.items():
             values = getattr(self, name)
             if values.dtype != dtype or tuple(values.shape) != (num_rows,):
                 raise ValueError(
                     f"{operator}: rows.{name} is {values.dtype} {tuple(values.shape)}; expected {dtype} ({num_rows},)"
                 )
-            good = valid(values)
-            if not bool(good.all()):
-                row = int((~good).nonzero()[0])
-                raise ValueError(f"{operator}: rows.{name}[{row}]={values[row].item()} is out of bounds")
+            host = values.cpu().numpy()
+            good = valid(host)
+            if not good.all():
+                row = int(good.argmin())
+                raise ValueError(f"{operator}: rows.{name}[{row}]={host[row]} is out of bounds")
+
+
+_BOUNDS: dict[str, tuple[torch.dtype, Callable[[np.ndarray], np.ndarray]]] = {
+    "temperature": (torch.float32, lambda x: (x >= 0) & np.isfinite(x)),
+    "top_k": (torch.int64, lambda x: x >= 0),
+    "top_p": (torch.float32, lambda x: (x > 0) & (x <= 1)),
+    "min_p": (torch.float32, lambda x: (x >= 0) & (x < 1)),
+}
 
 
 @dataclass(frozen=True)

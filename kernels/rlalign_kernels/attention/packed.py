@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import check_heads, check_settings, host_offsets, layout_of
+from rlalign_kernels.attention.shared import cached, check_heads, check_settings, content, host_offsets, layout_of
 from rlalign_kernels.dispatch import Backend, Implementations, operator
 from rlalign_kernels.native import attention as native
 from rlalign_kernels.reference import attention as reference
@@ -17,7 +17,7 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: np.ndarray, cu_k: np.ndarray, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = layout_of(
-        ("packed", cu_q.tobytes(), cu_k.tobytes()),
+        ("packed layout", cu_q.tobytes(), cu_k.tobytes()),
         lambda: packed_problem(cu_q, cu_k),
         q,
         k.shape[1],
@@ -114,11 +114,19 @@ def attention_packed(
     check_settings("attention_packed", scale, window, softcap)
     if k.dim() != 3:
         raise ValueError(f"attention_packed: k has shape {tuple(k.shape)}, expected [S, Hkv, D]")
-    cu_q = host_offsets("attention_packed", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    cu_k = host_offsets("attention_packed", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    if len(cu_q) != len(cu_k):
-        raise ValueError(f"attention_packed: cu_seqlens_q and cu_seqlens_k differ in length: {len(cu_q)}, {len(cu_k)}")
+    key = ("packed", q.shape[0], k.shape[0], *content(cu_seqlens_q, cu_seqlens_k))
+    cu_q, cu_k = cached(key, lambda: _host_offsets(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]))
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
         raise ValueError(f"attention_packed: key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; expected bool [S]")
     out, lse = run(q, k, v, cu_q, cu_k, Settings(scale, causal, window, softcap, key_mask), return_lse)
     return (out, lse) if return_lse else out
+
+
+def _host_offsets(
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, num_queries: int, num_keys: int
+) -> tuple[np.ndarray, np.ndarray]:
+    cu_q = host_offsets("attention_packed", "cu_seqlens_q", cu_seqlens_q, num_queries)
+    cu_k = host_offsets("attention_packed", "cu_seqlens_k", cu_seqlens_k, num_keys)
+    if len(cu_q) != len(cu_k):
+        raise ValueError(f"attention_packed: cu_seqlens_q and cu_seqlens_k differ in length: {len(cu_q)}, {len(cu_k)}")
+    return cu_q, cu_k

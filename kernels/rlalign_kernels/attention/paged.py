@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import check_heads, check_settings, host_offsets, layout_of
+from rlalign_kernels.attention.shared import cached, check_heads, check_settings, content, host_offsets, layout_of
 from rlalign_kernels.checks import check_integer
 from rlalign_kernels.dispatch import Backend, Implementations, operator
 from rlalign_kernels.native import attention as native
@@ -14,20 +14,35 @@ from rlalign_kernels.reference.attention_backward import Settings
 from rlalign_kernels.reference.attention_layout import paged_problem
 
 
+class _Batch:
+    """Validated offsets, lengths and page tables on the host, int64; ``key`` is what they were made from."""
+
+    def __init__(
+        self,
+        num_queries: int,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        kv_lens: torch.Tensor,
+        key: tuple[object, ...],
+    ) -> None:
+        self.cu_q = host_offsets("attention_paged", "cu_seqlens_q", cu_seqlens_q, num_queries)
+        self.tables, self.kv_len = _host_tables(k_cache, block_tables, kv_lens, len(self.cu_q) - 1)
+        self.key = key
+
+
 def _reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    tables: np.ndarray,
-    cu_q: np.ndarray,
-    kv_len: np.ndarray,
+    batch: _Batch,
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     page_size = k_cache.shape[1]
     layout = layout_of(
-        ("paged", page_size, cu_q.tobytes(), kv_len.tobytes(), tables.tobytes(), tables.shape),
-        lambda: paged_problem(cu_q, kv_len, tables, page_size),
+        ("layout", *batch.key),
+        lambda: paged_problem(batch.cu_q, batch.kv_len, batch.tables, page_size),
         q,
         k_cache.shape[2],
         v_cache.shape[3],
@@ -43,16 +58,15 @@ def _native(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    tables: np.ndarray,
-    cu_q: np.ndarray,
-    kv_len: np.ndarray,
+    batch: _Batch,
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     page_size = k_cache.shape[1]
-    slots = (tables[:, :, None] * page_size + np.arange(page_size)).reshape(len(kv_len), -1)
+    kv_len = batch.kv_len
+    slots = (batch.tables[:, :, None] * page_size + np.arange(page_size)).reshape(len(kv_len), -1)
     key_rows = [slots[b, : kv_len[b]] for b in range(len(kv_len))]
-    return native.attend(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), cu_q, key_rows, settings, return_lse)
+    return native.attend(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), batch.cu_q, key_rows, settings, return_lse)
 
 
 _IMPLEMENTATIONS = Implementations("attention_paged", reference=_reference, native=_native)
@@ -85,13 +99,11 @@ def attention_paged(
     check_settings("attention_paged", scale, window, softcap)
     if k_cache.dim() != 4:
         raise ValueError(f"attention_paged: k_cache has shape {tuple(k_cache.shape)}, expected [pages, page, Hkv, D]")
-    cu_q = host_offsets("attention_paged", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    tables, kv_len = _host_tables(k_cache, block_tables, kv_lens, len(cu_q) - 1)
+    key = ("paged", q.shape[0], *k_cache.shape[:2], *content(block_tables, cu_seqlens_q, kv_lens))
+    batch = cached(key, lambda: _Batch(q.shape[0], k_cache, block_tables, cu_seqlens_q, kv_lens, key))
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise NotImplementedError("attention_paged: has no gradient; use attention_packed, or torch.no_grad()")
-    out, lse = run(
-        q, k_cache, v_cache, tables, cu_q, kv_len, Settings(scale, causal, window, softcap, None), return_lse
-    )
+    out, lse = run(q, k_cache, v_cache, batch, Settings(scale, causal, window, softcap, None), return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ import torch
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.reference.attention import MAX_HEAD_DIM, MAX_ITEMS, MAX_SCORES, ROW_UNITS, schedules
 from rlalign_kernels.reference.attention_layout import Layout, Problem, build_layout
+
+T = TypeVar("T")
 
 
 def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -46,25 +49,35 @@ def host_offsets(operator: str, name: str, offsets: torch.Tensor, total: int) ->
     return values
 
 
-class LayoutCache:
-    """The last few layouts by content: every layer of a forward asks for the same one."""
+class ContentCache:
+    """The last few values by content of what they were made from: every layer of a forward asks for the same one."""
 
-    def __init__(self, size: int = 8) -> None:
+    def __init__(self, size: int = 16) -> None:
         self._size = size
-        self._layouts: OrderedDict[tuple[object, ...], Layout] = OrderedDict()
+        self._values: OrderedDict[tuple[object, ...], Any] = OrderedDict()
 
-    def get(self, key: tuple[object, ...], build: Callable[[], Layout]) -> Layout:
-        found = self._layouts.get(key)
+    def get(self, key: tuple[object, ...], build: Callable[[], Any]) -> Any:
+        found = self._values.get(key)
         if found is None:
-            found = self._layouts[key] = build()
-            if len(self._layouts) > self._size:
-                self._layouts.popitem(last=False)
+            found = self._values[key] = build()
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
         else:
-            self._layouts.move_to_end(key)
+            self._values.move_to_end(key)
         return found
 
 
-LAYOUTS = LayoutCache()
+_CACHE = ContentCache()
+
+
+def content(*tensors: torch.Tensor) -> tuple[object, ...]:
+    """Hashable content of small integer tensors."""
+    return tuple(part for x in tensors for part in (x.cpu().numpy().tobytes(), x.dtype, x.shape))
+
+
+def cached(key: tuple[object, ...], build: Callable[[], T]) -> T:
+    """``build()``, remembered by ``key``; for validated offsets and layouts."""
+    return _CACHE.get(key, build)
 
 
 def layout_of(
@@ -93,4 +106,4 @@ def layout_of(
             device=q.device,
         )
 
-    return LAYOUTS.get(full, build)
+    return cached(full, build)

@@ -1,4 +1,4 @@
-"""Log-probs and sampling by ordinary PyTorch: full logits, log_softmax, sort, cumsum; the same noise as the reference."""
+"""Log-probs and sampling by ordinary PyTorch: full logits, log_softmax, sort, cumsum; noise as in the reference."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The invariant float path in PyTorch: plans by their defining schedule, and by faster ones a probe has proven equal."""
+"""The invariant float path in PyTorch: each plan by its defining schedule, or a faster one proven equal by a probe."""

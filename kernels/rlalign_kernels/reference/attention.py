@@ -61,7 +61,7 @@ def forward(
 
 
 class _Tiles:
-    """Gathers key and value tiles; slots that no query may see become zero, for 0 * NaN is not 0."""
+    """Gathers key and value tiles; keys that ``key_mask`` hides become zero, for 0 * NaN is not 0."""
 
     def __init__(
         self, k: torch.Tensor, v: torch.Tensor, slot_tiles: torch.Tensor, key_mask: torch.Tensor | None
@@ -104,15 +104,16 @@ def _run_chunk(
     padded = q.new_zeros(count, rows, KV_TILE) if used < rows else None
     for step, (active, first_masked) in enumerate(chunk.steps):
         k, v, hidden = tiles.gather(chunk, step, active)
-        _clear_beyond(k, v, chunk, step, first_masked)
         s = product_batched(q[:active], k.transpose(1, 2), scores[:active], products[0])
-        s = _transform(s[:, :used], scale, softcap)
+        s = s.mul_(scale) if used == rows else s[:, :used] * scale
+        if softcap is not None:
+            s = elementwise("tanh", s.div_(softcap), inplace=True).mul_(softcap)
         _mask(s, chunk, step, first_masked, active, hidden)
-        m, l, a = highest[:active], total[:active], acc[:active]
+        m, norm, a = highest[:active], total[:active], acc[:active]
         new_m = torch.maximum(m, s.amax(-1, keepdim=True))
         p = elementwise("exp", s.sub_(new_m), inplace=True)
         alpha = elementwise("exp", m - new_m, inplace=True)
-        l.mul_(alpha).add_(tree_sum(p))
+        norm.mul_(alpha).add_(tree_sum(p))
         if padded is not None:
             padded[:active, :used] = p
             p = padded[:active]
@@ -120,25 +121,6 @@ def _run_chunk(
         a.mul_(alpha).add_(pv[:, :used])
         m.copy_(new_m)
     _store(highest, total, acc, chunk, out, lse)
-
-
-def _transform(s: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
-    s = s * scale
-    if softcap is not None:
-        s = elementwise("tanh", s.div_(softcap), inplace=True).mul_(softcap)
-    return s
-
-
-def _clear_beyond(k: torch.Tensor, v: torch.Tensor, chunk: Chunk, step: int, first_masked: int) -> None:
-    """Zero the keys of a tile that lie beyond what any row of the item may see."""
-    active = k.shape[0]
-    if first_masked >= active:
-        return
-    part = slice(first_masked, active)
-    position = torch.arange(step * KV_TILE, (step + 1) * KV_TILE, dtype=torch.int32, device=k.device)
-    beyond = (position >= chunk.high[part].amax(1)).unsqueeze(2)
-    k[part].masked_fill_(beyond, 0.0)
-    v[part].masked_fill_(beyond, 0.0)
 
 
 def _mask(

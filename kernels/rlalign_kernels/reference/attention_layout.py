@@ -20,7 +20,7 @@ class Problem:
     """One batch: B sequences, their query and key lengths, and where keys lie. Arrays are int64 on the host.
 
     q_start, q_len, kv_len: [B]. slots: [B] arrays flattened: tile t of sequence b is row ``tile_start[b] + t`` of
-    ``slot_tiles`` [tiles, 64], its key slots (0 beyond the end).
+    ``slot_tiles`` [tiles, 64], its key slots.
     """
 
     q_start: np.ndarray
@@ -65,30 +65,28 @@ def packed_problem(cu_q: np.ndarray, cu_k: np.ndarray) -> Problem:
     """Keys of sequence b are slots cu_k[b] ... cu_k[b + 1] - 1."""
     kv_len = np.diff(cu_k)
     tile_start, owner, offset = _tile_table(kv_len)
-    slots = cu_k[:-1][owner][:, None] + offset
-    slots = np.where(offset < kv_len[owner][:, None], slots, 0)
-    return Problem(cu_q[:-1], np.diff(cu_q), kv_len, tile_start, slots, int(cu_q[-1]))
+    return Problem(cu_q[:-1], np.diff(cu_q), kv_len, tile_start, cu_k[:-1][owner][:, None] + offset, int(cu_q[-1]))
 
 
 def paged_problem(cu_q: np.ndarray, kv_len: np.ndarray, block_tables: np.ndarray, page_size: int) -> Problem:
     """Key j of sequence b is slot block_tables[b, j // page] * page + j % page."""
     tile_start, owner, offset = _tile_table(kv_len)
-    valid = offset < kv_len[owner][:, None]
-    offset = np.where(valid, offset, 0)
-    if block_tables.shape[1] == 0:
-        slots = offset
-    else:
-        slots = block_tables[owner[:, None], offset // page_size] * page_size + offset % page_size
-    return Problem(cu_q[:-1], np.diff(cu_q), kv_len, tile_start, np.where(valid, slots, 0), int(cu_q[-1]))
+    slots = block_tables[owner[:, None], offset // page_size] * page_size + offset % page_size
+    return Problem(cu_q[:-1], np.diff(cu_q), kv_len, tile_start, slots, int(cu_q[-1]))
 
 
 def _tile_table(kv_len: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First tile of each sequence, and for each tile its sequence and its 64 key positions."""
+    """First tile of each sequence, and for each tile its sequence and its 64 key positions.
+
+    Positions beyond the end repeat the tile's first key: it is masked there, and being the sequence's own it cannot
+    carry another one's NaN into a product as 0 * NaN.
+    """
     num_tiles = -(-kv_len // KV_TILE)
     tile_start = np.cumsum(num_tiles) - num_tiles
     owner = np.repeat(np.arange(len(kv_len)), num_tiles)
     first = (np.arange(len(owner)) - tile_start[owner]) * KV_TILE
-    return tile_start, owner, first[:, None] + np.arange(KV_TILE)
+    offset = first[:, None] + np.arange(KV_TILE)
+    return tile_start, owner, np.where(offset < kv_len[owner][:, None], offset, first[:, None])
 
 
 def build_layout(

@@ -1,6 +1,6 @@
 """Matrix products whose every row has the bits that it would have alone.
 
-Plan: K in absolute blocks of 256; each block is a product from zero over a tile of 16 rows (padded); block results are
+Plan: K in absolute blocks of 384; each block is a product from zero over a tile of 16 rows (padded); block results are
 added in ascending order. Columns in absolute blocks of 2,048. Nothing of it depends on the number of rows. Where the
 machine's library gives a row of a 16-row tile bits that depend on its place, another of ``BASES`` that is free of that.
 Schedule: row tiles up to 256 and batched products, each only for shapes that a probe has found equal on this machine.
@@ -19,7 +19,7 @@ ROW_TILE = 16
 # Tried in this order where 16 rows are not position independent: BLAS kernels for AVX2 work on 6 rows at a time.
 BASES = (16, 48, 32, 64, 96, 192)
 MAX_ROWS = 256
-K_BLOCK = 256
+K_BLOCK = 384
 N_BLOCK = 2048
 MAX_BATCH = 128
 
@@ -69,6 +69,9 @@ def product_nt(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if depth == 0:
         return x.new_zeros(num_rows, width)
     out = x.new_empty(num_rows, width)
+    if width <= N_BLOCK:
+        _product_columns(x, weight, out)
+        return out
     for start in range(0, width, N_BLOCK):
         _product_columns(x, weight[start : start + N_BLOCK], out[:, start : start + N_BLOCK])
     return out
@@ -85,7 +88,10 @@ def _product_columns(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -
                 continue
             # Rows do not depend on their position: redo a few earlier ones rather than copy and pad.
             start = num_rows - rows
-        _tile(x[start : start + rows], weight_t, out[start : start + rows], schedule.fused_add)
+        if rows == num_rows:
+            _tile(x, weight_t, out, schedule.fused_add)
+        else:
+            _tile(x[start : start + rows], weight_t, out[start : start + rows], schedule.fused_add)
 
 
 def _padded_tile(x: torch.Tensor, weight_t: torch.Tensor, out: torch.Tensor, rows: int, fused_add: bool) -> None:
@@ -185,30 +191,44 @@ def _by_row_tile(x: torch.Tensor, weight_t: torch.Tensor, base: int) -> torch.Te
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """``base``: rows of the defining tile. ``batches``: by row count, the proven ``bmm`` batch sizes, descending."""
+    """``base``: rows of the defining tile. ``largest``: by row count, the largest proven ``bmm`` batch up to each size.
+
+    ``largest[rows][n]`` is at most n, and 0 where only the loop over base tiles is proven.
+    """
 
     base: int
-    batches: dict[int, tuple[int, ...]]
+    largest: dict[int, tuple[int, ...]]
 
     def report(self) -> dict[str, object]:
-        return {"base": self.base, "batches": {str(rows): list(sizes) for rows, sizes in self.batches.items()}}
+        """Batch sizes up to the largest, less those that failed."""
+        failed = {str(rows): [n for n, size in enumerate(sizes) if size != n] for rows, sizes in self.largest.items()}
+        return {"base": self.base, "tried": {str(r): len(s) - 1 for r, s in self.largest.items()}, "failed": failed}
 
 
 def product_batched(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, schedule: BatchSchedule) -> torch.Tensor:
     """float32 ``out[i] = a[i] @ b[i]``: a [n, R, K], b [n, K, N] or its transposed view, out [n, R, N] contiguous.
 
-    R is one of the schedule's row counts and K <= 256 (one block of the plan).
+    R is one of the schedule's row counts and K <= 384 (one block of the plan).
     """
     batch, rows, _ = a.shape
+    largest = schedule.largest[rows]
     start = 0
-    for size in schedule.batches[rows]:
-        while batch - start >= size:
+    while start < batch:
+        size = largest[min(batch - start, len(largest) - 1)]
+        if size == batch:
+            return torch.bmm(a, b, out=out)
+        if size:
             torch.bmm(a[start : start + size], b[start : start + size], out=out[start : start + size])
-            start += size
-    for i in range(start, batch):
-        for row in range(0, rows, schedule.base):
-            torch.mm(a[i, row : row + schedule.base], b[i], out=out[i, row : row + schedule.base])
+        else:
+            _loop_tiles(a[start], b[start], out[start], schedule.base)
+        start += max(size, 1)
     return out
+
+
+def _loop_tiles(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, base: int) -> None:
+    """The defining schedule of one batch entry."""
+    for row in range(0, a.shape[0], base):
+        torch.mm(a[row : row + base], b, out=out[row : row + base])
 
 
 def batch_schedules(row_counts: tuple[int, ...], depth: int, width: int, transposed: bool) -> dict[int, BatchSchedule]:
@@ -233,17 +253,20 @@ def _probe_batched(row_counts: tuple[int, ...], depth: int, width: int, transpos
     schedules = {}
     for base in BASES:
         if _position_free(x, b[0], base):
-            sizes = {count * base: _proven_batches(count * base, base, b) for count in row_counts}
-            schedules[base] = BatchSchedule(base, sizes)
+            largest = {count * base: _largest_batches(count * base, base, b) for count in row_counts}
+            schedules[base] = BatchSchedule(base, largest)
             if base == BASES[0]:
                 break
     return schedules
 
 
-def _proven_batches(rows: int, base: int, b: torch.Tensor) -> tuple[int, ...]:
+def _largest_batches(rows: int, base: int, b: torch.Tensor) -> tuple[int, ...]:
     _, depth, width = b.shape
     limit = min(MAX_BATCH, max(1, 2**24 // (rows * depth * width)))
     a = probe_data(limit, rows, depth, seed=8)
     truth = torch.stack([_by_row_tile(a[i], b[i], base) for i in range(limit)])
-    sizes = [1 << i for i in range(limit.bit_length()) if 1 << i <= limit]
-    return tuple(size for size in reversed(sizes) if same_bits(torch.bmm(a[:size], b[:size]), truth[:size]))
+    largest = [0]
+    for size in range(1, limit + 1):
+        proven = same_bits(torch.bmm(a[:size], b[:size]), truth[:size])
+        largest.append(size if proven else largest[-1])
+    return tuple(largest)

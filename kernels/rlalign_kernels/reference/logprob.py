@@ -12,14 +12,6 @@ from rlalign_kernels.reference.vocab import VOCAB_BLOCK, Head, Scan, pick, row_c
 from rlalign_kernels.rows import LogprobOutput, SamplingRows
 
 
-def scoring_temperature(rows: SamplingRows | None) -> torch.Tensor | None:
-    """float32 [T, 1] to divide logits by, greedy rows counting as 1; None if that is 1 everywhere."""
-    if rows is None:
-        return None
-    temperature = torch.where(rows.greedy, 1.0, rows.temperature)
-    return None if bool((temperature == 1).all()) else temperature.unsqueeze(1)
-
-
 def transform(logits: torch.Tensor, temperature: torch.Tensor | None, support: torch.Tensor | None) -> torch.Tensor:
     """Divide by temperature [r, 1], then -inf outside ``support``; in place."""
     if temperature is not None:
@@ -38,14 +30,15 @@ def find_support(
     """bool [T, V] (all but banned ids for untruncated rows), or None if that is everything and not asked for."""
     if banned is not None:
         everything = True
-    truncated = None if rows is None else rows.truncated.nonzero().squeeze(1)
-    if (truncated is None or truncated.numel() == 0) and not everything:
+    any_truncated = rows is not None and rows.any_truncated
+    if not any_truncated and not everything:
         return None
     support = torch.ones(hidden.shape[0], head.vocab_size, dtype=torch.bool, device=hidden.device)
     if banned is not None:
         support &= ~banned
-    if truncated is None:
+    if not any_truncated:
         return support
+    truncated = rows.truncated.nonzero().squeeze(1)
     for chunk in row_chunks(truncated.numel(), head.vocab_size):
         index = truncated[chunk]
         logits = head.all_logits(hidden[index].float())
@@ -168,7 +161,7 @@ def linear_logprob(
     """See the public operator; ``kept`` bool [T] marks rows that are not ignored."""
     head = Head(weight, bias, softcap)
     with torch.no_grad():
-        temperature = scoring_temperature(rows)
+        temperature = None if rows is None else rows.divisor
         if support is None:
             support = find_support(hidden, head, rows, temperature, banned, return_support)
     problem = _Problem(softcap, targets, kept, temperature, support)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlalign_kernels.reference.logprob import scoring_temperature, transform
+from rlalign_kernels.reference.logprob import transform
 from rlalign_kernels.reference.philox import gumbel
 from rlalign_kernels.reference.support import kept_support
 from rlalign_kernels.reference.vocab import VOCAB_BLOCK, Head, Scan, row_chunks
@@ -50,15 +50,15 @@ def linear_sample(
     num_rows = hidden.shape[0]
     token = torch.zeros(num_rows, dtype=torch.int64, device=hidden.device)
     values = torch.zeros(2, num_rows, device=hidden.device)
-    truncated = rows.truncated
-    groups = [(truncated, True), (~truncated, False)] if bool(truncated.any()) else [(None, False)]
+    groups = [(rows.truncated, True), (~rows.truncated, False)] if rows.any_truncated else [(None, False)]
     for member, needs_support in groups:
         index = None if member is None or bool(member.all()) else member.nonzero().squeeze(1)
         size = num_rows if index is None else index.numel()
         width = head.vocab_size if needs_support else min(VOCAB_BLOCK, head.vocab_size)
         for chunk in row_chunks(size, width):
             at = chunk if index is None else index[chunk]
-            draw = _Chunk(hidden[at].float(), head, rows[at], seeds.view(torch.int64)[at], positions[at])
+            part = rows if size == num_rows and chunk.stop - chunk.start == num_rows else rows[at]
+            draw = _Chunk(hidden[at].float(), head, part, seeds.view(torch.int64)[at], positions[at])
             ban = None if banned is None else banned[at]
             token[at], values[:, at] = draw.run(needs_support, ban, raw_logprobs)
     return SampleOutput(token, values[0], values[1] if raw_logprobs else None)
@@ -71,9 +71,9 @@ class _Chunk:
         self, hidden: torch.Tensor, head: Head, rows: SamplingRows, seeds: torch.Tensor, positions: torch.Tensor
     ) -> None:
         self.hidden, self.head, self.rows, self.seeds, self.positions = hidden, head, rows, seeds, positions
-        self.temperature = scoring_temperature(rows)
-        self.greedy = rows.greedy.unsqueeze(1) if bool(rows.greedy.any()) else None
-        self.all_greedy = bool(rows.greedy.all())
+        self.temperature = rows.divisor
+        self.greedy = rows.greedy.unsqueeze(1) if rows.any_greedy else None
+        self.all_greedy = rows.any_greedy and bool(rows.greedy.all())
 
     def run(
         self, needs_support: bool, banned: torch.Tensor | None, raw_logprobs: bool
