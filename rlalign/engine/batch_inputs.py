@@ -5,7 +5,9 @@ Legend: T rows (tokens) of the forward, B sequences, P pages of the longest one,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -47,17 +49,19 @@ def forward_inputs(step: ScheduledStep, page_size: int, device: torch.device) ->
     """Inputs of the step's forward: chunks one after another, without padding."""
     chunks = step.chunks
     lengths = np.array([chunk.num_tokens for chunk in chunks])
+    starts = np.array([chunk.start for chunk in chunks])
     ends = np.cumsum(lengths)
-    num_draws = [chunk.num_draws for chunk in chunks]
-    positions = [np.arange(chunk.start, chunk.start + chunk.num_tokens) for chunk in chunks]
+    sequence = np.repeat(np.arange(len(chunks)), lengths)  # of each row
+    positions = np.arange(ends[-1]) - (ends - lengths - starts)[sequence]
+    block_tables = _block_tables(chunks)
     arrays = {
-        "token_ids": np.concatenate([_tokens(chunk) for chunk in chunks]),
-        "position_ids": np.concatenate(positions),
-        "slot_mapping": np.concatenate([_slots(c, p, page_size) for c, p in zip(chunks, positions, strict=True)]),
-        "block_tables": _block_tables(chunks),
+        "token_ids": np.fromiter(_tokens(chunks), dtype=np.int64, count=ends[-1]),
+        "position_ids": positions,
+        "slot_mapping": block_tables[sequence, positions // page_size] * np.int64(page_size) + positions % page_size,
+        "block_tables": block_tables,
         "cu_seqlens_q": np.concatenate([[0], ends]).astype(np.int32),
-        "kv_lens": np.array([chunk.start + chunk.num_tokens for chunk in chunks], dtype=np.int32),
-        "drawn_rows": np.repeat(ends - 1, num_draws),
+        "kv_lens": (starts + lengths).astype(np.int32),
+        "drawn_rows": np.repeat(ends - 1, [chunk.num_draws for chunk in chunks]),
         "page_copies": np.array(step.copies, dtype=np.int64).reshape(-1, 2).T.copy(),
     }
     return ForwardInputs(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
@@ -82,14 +86,8 @@ def sampling_inputs(step: ScheduledStep, vocab_size: int, device: torch.device) 
     )
 
 
-def _tokens(chunk: Chunk) -> np.ndarray:
-    return np.array(chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens], dtype=np.int64)
-
-
-def _slots(chunk: Chunk, positions: np.ndarray, page_size: int) -> np.ndarray:
-    """Flat cache slot of each position."""
-    pages = np.array(chunk.request.pages, dtype=np.int64)
-    return pages[positions // page_size] * page_size + positions % page_size
+def _tokens(chunks: list[Chunk]) -> Iterator[int]:
+    return chain.from_iterable(c.request.token_ids[c.start : c.start + c.num_tokens] for c in chunks)
 
 
 def _block_tables(chunks: list[Chunk]) -> np.ndarray:

@@ -221,6 +221,8 @@ class Scheduler:
     def _fork(self, request: Request) -> list[Request]:
         """Siblings of a request whose prompt has just been computed. They share its pages while slots last."""
         siblings = request.split_siblings()
+        if not siblings:
+            return siblings
         num_slots = sum(other.num_slots for other in self.running)
         for sibling in siblings:
             if num_slots < self.config.max_num_seqs:

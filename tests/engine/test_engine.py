@@ -54,12 +54,12 @@ def test_a_stop_id_ends_a_response_and_is_kept(policy: Policy) -> None:
 def test_eos_of_the_tokenizer_ends_a_response_unless_ignored(
     policy: Policy, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    params = [SamplingParams(max_tokens=200, temperature=3.0, seed=seed, ignore_eos=seed >= 4) for seed in range(8)]
+    params = [SamplingParams(max_tokens=120, temperature=3.0, seed=seed, ignore_eos=seed >= 4) for seed in range(8)]
     completions = flat(Engine(policy, tokenizer, roomy()).generate([PROMPTS[0]] * 8, params))
     stopped = [c for c in completions[:4] if c.finish_reason == "stop"]
     assert stopped
     assert all(c.token_ids[-1] == EOS and EOS not in c.token_ids[:-1] for c in stopped)
-    assert all(c.finish_reason == "length" and len(c.token_ids) == 200 for c in completions[4:])
+    assert all(c.finish_reason == "length" and len(c.token_ids) == 120 for c in completions[4:])
 
 
 def test_min_tokens_bans_what_would_stop(policy: Policy) -> None:

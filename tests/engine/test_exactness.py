@@ -30,8 +30,8 @@ from support.engines import (
     tiny_policy,
 )
 
-PROMPTS = random_prompts(0, 18)
-PARAMS = mixed_params(1, 18)
+PROMPTS = random_prompts(0, 12, high=36)
+PARAMS = mixed_params(1, 12, max_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_t2_order_of_requests(policy: Policy, base: list[tuple]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
 def test_t3_content_of_unused_slots(policy: Policy, base: list[tuple], value: float) -> None:
-    config = roomy(num_pages=25, page_size=8, max_batch_tokens=50, prefill_chunk=13)
+    config = roomy(num_pages=12, page_size=8, max_batch_tokens=50, prefill_chunk=13)
     engine = Engine(policy, None, config)
     assert outcome(run_poisoned(engine, PROMPTS, PARAMS, value)) == base
     assert engine.stats["preemptions"] > 0
@@ -79,7 +79,7 @@ def test_t3_content_of_unused_slots(policy: Policy, base: list[tuple], value: fl
 def test_t5_chunk_boundaries(policy: Policy, base: list[tuple], seed: int) -> None:
     rng = random.Random(seed)
     chunk = [1, 3, 16, 17][seed] if seed < 4 else rng.randint(2, 40)
-    engine = Engine(policy, None, roomy(prefill_chunk=chunk, max_batch_tokens=rng.randint(20, 90)))
+    engine = Engine(policy, None, roomy(prefill_chunk=chunk, max_batch_tokens=rng.randint(16, 60)))
     assert outcome(flat(engine.generate(PROMPTS, PARAMS))) == base
     assert engine.stats["mixed_steps"] > 0
 
@@ -101,9 +101,9 @@ def test_t7_prefix_cache_hit(policy: Policy, base: list[tuple]) -> None:
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_t7_preempted_and_recomputed(policy: Policy, base: list[tuple], prefix_cache: bool) -> None:
-    engine = Engine(policy, None, roomy(page_size=4, num_pages=40, prefix_cache=prefix_cache))
+    engine = Engine(policy, None, roomy(page_size=4, num_pages=14, prefix_cache=prefix_cache))
     assert outcome(flat(engine.generate(PROMPTS, PARAMS))) == base
-    assert engine.stats["preemptions"] > 3
+    assert engine.stats["preemptions"] > 2
 
 
 def test_t7_resumed_by_another_engine(policy: Policy, base: list[tuple]) -> None:
@@ -111,7 +111,7 @@ def test_t7_resumed_by_another_engine(policy: Policy, base: list[tuple]) -> None
     first = Engine(policy, None, roomy())
     for number, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True)):
         first.add(str(number), prompt, params)
-    done = {int(c.request_id): c for _ in range(10) for c in first.step()}
+    done = {int(c.request_id): c for _ in range(6) for c in first.step()}
     assert 0 < len(done) < len(PROMPTS)
     rest = [number for number in range(len(PROMPTS)) if number not in done]
     again = Engine(policy, None, roomy()).generate([PROMPTS[i] for i in rest], [PARAMS[i] for i in rest])
@@ -119,14 +119,14 @@ def test_t7_resumed_by_another_engine(policy: Policy, base: list[tuple]) -> None
     assert outcome([done[number] for number in range(len(PROMPTS))]) == base
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_t8_any_schedule(policy: Policy, base: list[tuple], seed: int) -> None:
     rng = random.Random(100 + seed)
     page_size = rng.choice([1, 2, 5, 16, 48])
     config = EngineConfig(
         page_size=page_size,
-        num_pages=-(-80 // page_size) * rng.randint(1, 8),
-        max_batch_tokens=rng.choice([3, 16, 100, 1000]),
+        num_pages=-(-50 // page_size) * rng.randint(1, 8),
+        max_batch_tokens=rng.choice([5, 16, 100, 1000]),
         max_num_seqs=rng.choice([1, 3, 50]),
         prefill_chunk=rng.choice([2, 9, 64]),
         prefix_cache=rng.random() < 0.5,
@@ -141,7 +141,7 @@ def test_t10_requests_spread_over_two_engines(policy: Policy, base: list[tuple])
 
 
 def test_t11_every_way_of_sampling_alone_and_mixed(policy: Policy) -> None:
-    params = [SamplingParams(**kind, max_tokens=25, seed=9) for kind in MIXED_SAMPLING]
+    params = [SamplingParams(**kind, max_tokens=15, seed=9) for kind in MIXED_SAMPLING]
     prompts = [PROMPTS[0]] * len(params)
     mixed = flat(Engine(policy, None, roomy()).generate(prompts, params))
     alone = [flat(Engine(policy, None, roomy()).generate(prompts[:1], p))[0] for p in params]
@@ -179,11 +179,17 @@ def test_t12_after_weight_syncs(base: list[tuple]) -> None:
     assert {c.weights_version for c in again} == {2}
 
 
-@pytest.mark.parametrize("config", [roomy(), roomy(page_size=4, num_pages=50), roomy(max_num_seqs=3)])
-def test_samples_that_share_a_prefill_are_those_computed_alone(policy: Policy, config: EngineConfig) -> None:
+@pytest.mark.parametrize(
+    ("config", "preempts"),
+    [(roomy(), False), (roomy(page_size=4, num_pages=16), True), (roomy(max_num_seqs=3), False)],
+)
+def test_samples_that_share_a_prefill_are_those_computed_alone(
+    policy: Policy, config: EngineConfig, preempts: bool
+) -> None:
     params = SamplingParams(n=5, max_tokens=12, seed=4, temperature=0.9)
     engine = Engine(policy, None, config)
     groups = engine.generate(PROMPTS[:3], params)
+    assert (engine.stats["preemptions"] > 0) == preempts
     trained = packed_logprobs(policy, flat(groups), [params] * 15)
     assert [bits(c.logprobs) for c in flat(groups)] == [bits(values) for values in trained]
     assert [[c.sample_index for c in group] for group in groups] == [list(range(5))] * 3
