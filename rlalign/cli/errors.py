@@ -29,7 +29,8 @@ EXIT_INTERNAL = 3
 EXIT_INTERRUPTED = 130
 
 _UNUSABLE = (ValueError, NotImplementedError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-_CONFIG_PACKAGES = ("hydra", "omegaconf")
+# their own exceptions are about what the user gave them: settings and weight files
+_INPUT_PACKAGES = ("hydra", "omegaconf", "safetensors")
 _MAX_CAUSES = 8
 
 
@@ -70,11 +71,12 @@ def root_cause(error: BaseException) -> BaseException:
 
 def exit_code(error: BaseException) -> int:
     """The exit code that ``error`` stands for."""
-    if isinstance(error, MismatchHalt):
+    # FloatingPointError: engine and trainer raise it for log-probs and gradients that are not finite
+    if isinstance(error, MismatchHalt | FloatingPointError):
         return EXIT_DIFFERENT
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    if isinstance(error, _UNUSABLE) or _package(error) in _CONFIG_PACKAGES:
+    if isinstance(error, _UNUSABLE) or _package(error) in _INPUT_PACKAGES:
         return EXIT_UNUSABLE
     # transformers reports an unreadable checkpoint as an OSError without an errno; a real I/O failure has one
     if isinstance(error, OSError) and error.errno is None:
@@ -89,7 +91,8 @@ def one_line(error: BaseException) -> str:
         return "; ".join(_field_error(item) for item in details(include_url=False, include_context=False))
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"no such file or folder: {error.filename}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"a weights file can't be read: {text}" if _package(error) == "safetensors" else text
 
 
 def _field_error(item: dict[str, object]) -> str:

@@ -23,12 +23,21 @@ class MetricsFile:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one line, ``step`` first, and flush it."""
-        row = {STEP: step, **{name: _plain(value) for name, value in metrics.items()}}
+        row = {STEP: step, **{name: to_json(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def to_json(value: Any) -> Any:
+    """``value`` with the floats that strict JSON has no word for as strings, in dicts and lists too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {name: to_json(inner) for name, inner in value.items()}
+    return [to_json(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -46,12 +55,6 @@ def _lines(path: Path) -> list[str]:
 
 def _step(line: str) -> int:
     return int(json.loads(line)[STEP])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def _number(value: Any) -> Any:

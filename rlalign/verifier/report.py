@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -72,37 +73,33 @@ class Report:
         return f"{line}; worst: {_where(self.worst[0])}" if self.worst else line
 
     def table(self) -> Table:
-        """Rich table of the worst tokens."""
-        table = Table(
-            title=f"Worst {len(self.worst)} of {self.mismatch_count:,} differing tokens", title_justify="left"
-        )
-        for name, column in _COLUMNS.items():
-            table.add_column(name, justify="left" if column.text else "right", no_wrap=not column.text)
+        """Rich table of the worst tokens, two lines each; readable from 80 columns on."""
+        title = f"Worst {len(self.worst)} of {self.mismatch_count:,} differing tokens"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("sample", "pos"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("token in context", overflow="fold", ratio=1)
+        for name in ("rollout", "train", "Δ", "ULP"):
+            table.add_column(name, justify="right", no_wrap=True)
         for token in self.worst:
-            table.add_row(*(escape(column.show(token)) for column in _COLUMNS.values()))
+            table.add_row(*_cells(token))
         return table
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    show: Callable[[WorstToken], str]
-    text: bool = False
-
-
-# float32 needs nine digits to be told apart from its neighbours
-_COLUMNS: dict[str, _Column] = {
-    "sample": _Column(lambda t: "/".join(map(str, t.key))),
-    "pos": _Column(lambda t: str(t.position)),
-    "token in context": _Column(lambda t: t.context, text=True),
-    "rollout": _Column(lambda t: f"{t.rollout:.9g}"),
-    "train": _Column(lambda t: f"{t.train:.9g}"),
-    "Δ": _Column(lambda t: f"{t.delta:+.2e}" if t.kind == "differs" else t.kind),
-    "ULP": _Column(lambda t: f"{t.ulp:,}" if t.kind == "differs" else "-"),
-    "length": _Column(lambda t: str(t.sequence_length)),
-    "batch": _Column(lambda t: str(t.batch_size) if t.batch_size >= 0 else "-"),
-    "version": _Column(lambda t: str(t.weights_version)),
-    "finish": _Column(lambda t: t.finish_reason),
-}
+def _cells(token: WorstToken) -> tuple[str, ...]:
+    batch = "batch unknown" if token.batch_size < 0 else f"batch of {token.batch_size}"
+    details = f"{token.sequence_length} tokens, {batch}, weights {token.weights_version}, {token.finish_reason}"
+    differs = token.kind == "differs"
+    return (
+        "/".join(map(str, token.key)),
+        str(token.position),
+        f"{escape(token.context)}\n[dim]{details}[/dim]",
+        # float32 needs nine digits to be told apart from its neighbours
+        f"{token.rollout:.9g}",
+        f"{token.train:.9g}",
+        f"{token.delta:+.2e}" if differs else token.kind,
+        f"{token.ulp:,}" if differs else "-",
+    )
 
 
 def build_report(
@@ -187,4 +184,4 @@ def _where(token: WorstToken) -> str:
     step, prompt, sample = token.key
     what = f"Δ {token.delta:+.3g} ({token.ulp:,} ULP)" if token.kind == "differs" else token.kind
     place = f"step {step} prompt {prompt} sample {sample} position {token.position}"
-    return f"{place}, token {token.token_id} {token.context}: {what}"
+    return f"{place}, token {token.token_id} in {token.context!r}: {what}"

@@ -30,6 +30,7 @@ def _no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     (FileNotFoundError(2, "No such file", "x.jsonl"), 2, "error: no such file or folder: x.jsonl"),
     (OSError("no config.json in DIR"), 2, "error: no config.json in DIR"),
     (OSError(28, "No space left on device"), 3, "internal error: OSError: [Errno 28] No space left on device"),
+    (FloatingPointError("log-prob is nan"), 1, "error: log-prob is nan"),
     (KeyError("k"), 3, "internal error: KeyError: 'k'"),
     (KeyboardInterrupt(), 130, "interrupted"),
 ])  # fmt: skip

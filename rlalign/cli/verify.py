@@ -1,0 +1,49 @@
+"""``rlalign-verify``: do a rollout engine and a trainer agree, bit for bit, on this model?
+
+Exit codes: 0 equal, 1 different (or a log-prob is non-finite or missing), 2 unusable input or nothing compared,
+3 internal error. Each subcommand is a module with ``add_parser(subparsers)`` and the function it sets as default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rlalign.cli import verify_run
+from rlalign.cli.errors import run_main
+
+_COMMANDS = (verify_run,)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here an error is one line, like every other one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="rlalign-verify", description=__doc__.split("\n\n")[0].partition(": ")[2])
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        added = command.add_parser(subparsers)
+        added.add_argument("--traceback", action="store_true", help="show the traceback of an error")
+    parser.epilog = "Exit codes: 0 equal, 1 different, 2 unusable input or nothing compared, 3 internal error."
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; ``argv`` None takes the process's own. Returns the exit code."""
+
+    def run() -> int:
+        args = make_parser().parse_args(argv)
+        return args.run(args)
+
+    return run_main(run, traceback="--traceback" in argv if argv is not None else None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What a verification shows: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
+from rlalign.dashboards.jsonl import to_json
+from rlalign.records import Completion
+from rlalign.verifier.report import Report, record
+
+_SHOWN = (
+    "mismatch_count", "nonfinite_count", "bitwise_match_frac", "logp_abs_diff/mean", "logp_abs_diff/p99",
+    "logp_abs_diff/max", "ulp/max", "prob_abs_diff/max", "k3", "ppl/ratio", "ratio_raw/max",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything one ``run`` found. facts: model, settings, fingerprints, seconds; plain JSON."""
+
+    report: Report
+    metrics: dict[str, float]
+    completions: tuple[Completion, ...]
+    facts: dict[str, Any]
+
+    @property
+    def failed(self) -> tuple[Completion, ...]:
+        """Requests that the engine could not serve."""
+        return tuple(c for c in self.completions if c.finish_reason == "error")
+
+    @property
+    def exit_code(self) -> int:
+        """A difference outweighs a prompt that could not be served; that in turn keeps the rest from being "equal"."""
+        if self.report.mismatch_count or self.report.nonfinite_count:
+            return EXIT_DIFFERENT
+        return EXIT_UNUSABLE if self.failed or self.report.num_tokens == 0 else EXIT_EQUAL
+
+
+def show(outcome: Outcome, console: Console) -> None:
+    """Print table, worst tokens, failed requests and, last, the verdict."""
+    report = outcome.report
+    console.print(_summary(outcome))
+    if report.worst:
+        console.print(report.table())
+    for completion in outcome.failed:
+        console.print(f"line {completion.request_id}: not compared: {completion.error}", markup=False, soft_wrap=True)
+    console.print(report.verdict, markup=False, soft_wrap=True, style="green" if outcome.exit_code == 0 else "red")
+
+
+def write_json(outcome: Outcome, path: Path) -> None:
+    """All of it as strict JSON; NaN and infinities are strings."""
+    content = {
+        "exit_code": outcome.exit_code,
+        "equal": outcome.report.equal,
+        "verdict": outcome.report.verdict,
+        "num_tokens": outcome.report.num_tokens,
+        "num_samples": outcome.report.num_samples,
+        "metrics": outcome.metrics,
+        "worst_tokens": [record(token) for token in outcome.report.worst],
+        "failed": [{"line": int(c.request_id), "error": c.error} for c in outcome.failed],
+        **outcome.facts,
+    }
+    path.write_text(json.dumps(to_json(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _summary(outcome: Outcome) -> Table:
+    facts, seconds = outcome.facts, outcome.facts["seconds"]
+    table = Table(title=f"{facts['model']}: rollout {facts['rollout']}, train {facts['train']}", title_justify="left")
+    table.add_column("rollout against train")
+    table.add_column("", justify="right")
+    finished = Counter(completion.finish_reason for completion in outcome.completions)
+    table.add_row("samples", f"{outcome.report.num_samples:,}")
+    table.add_row("response tokens", f"{outcome.report.num_tokens:,}")
+    table.add_row("finished by", ", ".join(f"{reason} {count:,}" for reason, count in sorted(finished.items())))
+    for name in _SHOWN:
+        table.add_row(name, f"{outcome.metrics[f'align/{name}']:.9g}")
+    table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
+    return table
