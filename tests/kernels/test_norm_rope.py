@@ -1,0 +1,101 @@
+"""RMSNorm and rotary embedding: invariance, accuracy, gradients, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rlalign_kernels import apply_rotary, rms_norm, rotary_cos_sin
+from rlalign_kernels.reference import truths
+from support_kernels import error, heavy, normal, same_bits
+
+FORMS = [(0.0, True), (1.0, False), (0.0, False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [16, 96, 128, 1000])
+def test_norm_row_bits_do_not_depend_on_the_batch(hidden, dtype):
+    x, weight = heavy(300, hidden, seed=0, dtype=dtype), normal(hidden, seed=1, dtype=dtype)
+    whole = rms_norm(x, weight, eps=1e-6, backend="reference")
+    for start, count in ((0, 1), (7, 1), (3, 17), (1, 299)):
+        part = rms_norm(x[start : start + count], weight, eps=1e-6, backend="reference")
+        assert same_bits(part, whole[start : start + count])
+    poisoned = x.clone()
+    poisoned[1::2] = float("nan")
+    assert same_bits(rms_norm(poisoned, weight, eps=1e-6, backend="reference")[::2], whole[::2])
+    heads = rms_norm(x.view(100, 3, hidden).transpose(0, 1), weight, eps=1e-6, backend="reference")
+    assert same_bits(heads.transpose(0, 1).reshape(300, hidden), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("offset", "cast"), FORMS)
+def test_norm_is_as_accurate_as_torch(offset, cast, dtype):
+    x, weight = normal(200, 128, seed=2, dtype=dtype) * 3, normal(128, seed=3, dtype=dtype) + 1
+    truth = truths.rms_norm(x, weight, 1e-5, offset)
+    args = {"eps": 1e-5, "weight_offset": offset, "cast_before_weight": cast}
+    ours, native = (rms_norm(x, weight, backend=b, **args) for b in ("reference", "native"))
+    assert error(ours, truth) <= 1.2 * error(native, truth)
+    assert ours.dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize(("offset", "cast"), FORMS)
+def test_norm_gradients_match_float64(offset, cast, backend):
+    x, weight, cotangent = normal(40, 64, seed=4), normal(64, seed=5), normal(40, 64, seed=6)
+    a = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    b = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    out = rms_norm(*a, eps=1e-5, weight_offset=offset, cast_before_weight=cast, backend=backend)
+    grads = torch.autograd.grad(out, a, cotangent)
+    expected = torch.autograd.grad(truths.rms_norm(*b, 1e-5, offset), b, cotangent.double())
+    assert all(error(g, e) < 2e-6 for g, e in zip(grads, expected, strict=True))
+
+
+def _tables(positions, inv_freq, dtype=torch.float32, backend="reference"):
+    return rotary_cos_sin(positions, inv_freq, attention_scaling=1.0, dtype=dtype, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotated", [32, 16])
+def test_rotary_is_invariant_and_right(rotated, dtype):
+    x = normal(70, 3, 32, seed=7, dtype=dtype)
+    positions = torch.randint(0, 4000, (70,), generator=torch.Generator().manual_seed(8))
+    inv_freq = 10000.0 ** (-torch.arange(0, rotated, 2) / rotated)
+    cos, sin = _tables(positions, inv_freq, dtype)
+    whole = apply_rotary(x, cos, sin, backend="reference")
+    truth = truths.rotary(x, positions, inv_freq)
+    native = apply_rotary(x, *_tables(positions, inv_freq, dtype, "native"), backend="native")
+    assert error(whole, truth) <= 1.2 * error(native, truth)
+    for start, count in ((0, 1), (13, 1), (5, 40)):
+        rows = slice(start, start + count)
+        tables = _tables(positions[rows], inv_freq, dtype)
+        assert same_bits(apply_rotary(x[rows], *tables, backend="reference"), whole[rows])
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_rotary_gradient_matches_float64(backend):
+    x, cotangent = normal(20, 2, 24, seed=9), normal(20, 2, 24, seed=10)
+    positions, inv_freq = torch.arange(20), 0.7 ** torch.arange(8).float()
+    a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+    out = apply_rotary(a, *_tables(positions, inv_freq, backend=backend), backend=backend)
+    (grad,) = torch.autograd.grad(out, a, cotangent)
+    (expected,) = torch.autograd.grad(truths.rotary(b, positions, inv_freq), b, cotangent.double())
+    assert error(grad, expected) < 1e-6
+    cos, sin = torch.randn(20, 16), torch.randn(20, 16)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(apply_rotary(one, cos, sin, backend="reference"), one, cotangent)
+    (plain,) = torch.autograd.grad(apply_rotary(other, cos, sin, backend="native"), other, cotangent)
+    torch.testing.assert_close(ours, plain)
+
+
+def test_refusals_name_the_argument():
+    x, weight = normal(4, 8, seed=11), normal(8, seed=12)
+    with pytest.raises(ValueError, match="weight has shape"):
+        rms_norm(x, weight[:4], eps=1e-6, backend="reference")
+    with pytest.raises(ValueError, match="eps=-1"):
+        rms_norm(x, weight, eps=-1, backend="reference")
+    with pytest.raises(ValueError, match=r"inv_freq is torch.bfloat16"):
+        rotary_cos_sin(torch.arange(3), weight.bfloat16(), dtype=torch.float32, backend="reference")
+    with pytest.raises(ValueError, match=r"position_ids.dtype=torch.float32"):
+        rotary_cos_sin(weight, weight, dtype=torch.float32, backend="reference")
+    heads = normal(4, 2, 8, seed=13)
+    with pytest.raises(ValueError, match="10 rotated channels"):
+        apply_rotary(heads, normal(4, 10, seed=14), normal(4, 10, seed=15), backend="reference")
