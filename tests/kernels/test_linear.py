@@ -65,7 +65,11 @@ def test_as_accurate_as_torch(width, depth, dtype):
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_match_float64(backend, dtype):
-    inputs = [normal(3, 40, 50, seed=10, dtype=dtype), normal(30, 50, seed=11, dtype=dtype), normal(30, seed=12, dtype=dtype)]
+    inputs = [
+        normal(3, 40, 50, seed=10, dtype=dtype),
+        normal(30, 50, seed=11, dtype=dtype),
+        normal(30, seed=12, dtype=dtype),
+    ]
     cotangent = normal(3, 40, 30, seed=13, dtype=dtype)
     a = [x.clone().requires_grad_() for x in inputs]
     b = [x.double().requires_grad_() for x in inputs]

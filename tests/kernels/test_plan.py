@@ -1,0 +1,88 @@
+"""Plan and fingerprint, conformance verdicts, and invariance under other instruction sets and thread counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rlalign_kernels
+import torch
+from rlalign_kernels import CONFORMANCE, Fingerprint, Plan, fingerprint, linear, probe, running_operator
+from rlalign_kernels.reference import gemm
+from support_kernels import normal, same_bits
+
+_CHILD = Path(__file__).with_name("invariance_child.py")
+
+
+def test_a_fingerprint_names_what_differs(monkeypatch):
+    one = fingerprint("reference", "cpu")
+    assert one.sha256 == fingerprint("reference", torch.device("cpu")).sha256
+    assert {"torch", "sources", "cpu.threads", "cpu.capability", "cpu.blas", "plan.attention"} <= set(one.fields)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    other = fingerprint("native", "cpu")
+    assert one.sha256 != other.sha256
+    assert one.difference(other) == ["backend: reference != native", "cpu.mkl_cbwr:  != COMPATIBLE"]
+    assert Fingerprint({"a": "1"}).difference(Fingerprint({})) == ["a: 1 != (absent)"]
+    with pytest.raises(ValueError, match="backend='fast'"):
+        fingerprint("fast", "cpu")
+
+
+def test_a_plan_is_frozen():
+    with pytest.raises(AttributeError):
+        Plan().attention.kv_tile = 128
+
+
+def test_probe_reports_every_verdict_as_json():
+    report = probe([("linear", (48, 64)), ("linear_logprob", (1500, 64)), ("attention", (32, 16))])
+    json.dumps(report)
+    threads = torch.get_num_threads()
+    names = {f"gemm,48,64,{threads}", f"gemm,1024,64,{threads}", f"gemm,476,64,{threads}", f"elementwise,exp,{threads}"}
+    assert names <= set(report)
+    with pytest.raises(ValueError, match="'conv' is unknown"):
+        probe([("conv", (1,))])
+
+
+def test_a_narrower_verdict_changes_the_schedule_and_no_bit(monkeypatch):
+    x, weight = normal(100, 64, seed=0), normal(48, 64, seed=1)
+    whole = linear(x, weight, backend="reference")
+    base = gemm.gemm_schedule(48, 64).base
+    key = ("gemm", 48, 64, torch.get_num_threads())
+    monkeypatch.setitem(CONFORMANCE._verdicts, key, gemm.GemmSchedule(base, (base,), False))
+    tiles = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **kwargs: tiles.append(a.shape[0]) or real(a, b, **kwargs))
+    assert same_bits(linear(x, weight, backend="reference"), whole)
+    assert set(tiles) == {base}
+
+
+def test_a_machine_without_an_invariant_schedule_is_refused(monkeypatch):
+    monkeypatch.setattr(gemm, "_position_free", lambda *args: False)
+    with pytest.raises(RuntimeError, match=r"linear: .*N=41, K=23"):
+        linear(normal(4, 23, seed=2), normal(41, 23, seed=3), backend="reference")
+
+
+def test_the_running_operator_is_known_inside_only(monkeypatch):
+    seen = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: seen.append(running_operator()) or real(*a, **k))
+    linear(normal(16, 32, seed=4), normal(32, 32, seed=5), backend="reference")
+    assert set(seen) == {"linear"}
+    assert running_operator() is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("cbwr", ["", "AVX2", "COMPATIBLE"])
+def test_invariance_under_other_instruction_sets_and_threads(cbwr, threads):
+    """Another instruction set may leave only narrow schedules; the bits must not depend on the batch all the same."""
+    package = str(Path(rlalign_kernels.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    env.pop("MKL_CBWR", None)
+    if cbwr:
+        env["MKL_CBWR"] = cbwr
+    done = subprocess.run([sys.executable, str(_CHILD)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["linear", "attention", "vocab"]
