@@ -163,11 +163,14 @@ WORST_COLUMNS = (
 def _environment(config: TrackingConfig, folder: Path) -> Iterator[None]:
     """wandb's environment while the run lasts; put back afterwards.
 
-    The mode is the config's, whatever WANDB_MODE says. Staging folders are inside ``folder`` unless the user chose.
+    The mode is the config's, whatever WANDB_MODE says. Staging folders are inside ``folder`` unless the user chose, and
+    offline means that nothing is sent.
     """
-    staging = {name: str(folder.absolute() / ".staging") for name in _FOLDERS if name not in os.environ}
+    mine = {name: str(folder.absolute() / ".staging") for name in _FOLDERS if name not in os.environ}
     # silent also means that it asks nothing: without a key an online run fails instead of prompting
-    mine = {"WANDB_MODE": config.mode, "WANDB_SILENT": "true", **staging}
+    mine |= {"WANDB_MODE": config.mode, "WANDB_SILENT": "true"}
+    if config.mode == "offline":
+        mine["WANDB_ERROR_REPORTING"] = "false"  # wandb reports its own errors over the network
     before = {name: os.environ.get(name) for name in mine}
     os.environ.update(mine)
     try:

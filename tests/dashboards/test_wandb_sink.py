@@ -204,6 +204,7 @@ KILLED = """
         except OSError:
             continue
         if rest.split()[1] == str(os.getpid()) and "wandb-core" in name:
+            assert b"--no-observability" in (entry.parent / "cmdline").read_bytes()
             os.kill(int(entry.parent.name), 9)
     time.sleep(0.5)
     for step in range(1, 6):
