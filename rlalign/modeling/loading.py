@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlalign.config import Dtype, Numerics
@@ -15,6 +16,8 @@ from rlalign.modeling.policy import Policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 def backend_for(numerics: Numerics, device: torch.device | str) -> str:
@@ -46,9 +49,12 @@ def load_policy(
 def load_model(path: Path | str, *, dtype: Dtype, device: torch.device | str) -> PreTrainedModel:
     """The checkpoint's causal LM, in evaluation mode, with finite weights."""
     folder = _checkpoint_folder(path)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
+        )
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder}: weights can't be read ({_first_line(error)})") from error
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{folder}: weight {name!r} holds NaN or infinite values")
@@ -58,10 +64,13 @@ def load_model(path: Path | str, *, dtype: Dtype, device: torch.device | str) ->
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises ValueError if it has more ids than the model, or can't be read."""
     folder = _checkpoint_folder(path)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make one up from the model's type, with ids of its own.
+        raise FileNotFoundError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{folder}: no usable tokenizer ({_first_line(error)})") from error
     vocab_size = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
@@ -84,3 +93,7 @@ def _checkpoint_folder(path: Path | str) -> Path:
         what = "has no config.json" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"model folder {folder} {what}")
     return folder
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

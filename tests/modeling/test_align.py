@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rlalign.modeling import AuditError, PackedContext, Policy, align, audit, load_policy
+from rlalign.modeling import AuditError, PackedContext, Policy, align, audit
 
 from support.models import tiny_model
 
@@ -97,9 +97,7 @@ def test_gradients_match_the_original(family: str) -> None:
     cotangent = torch.randn(len(tokens) - 1, generator=torch.Generator().manual_seed(5))
     (reference_logprobs(original, tokens) * cotangent).sum().backward()
     (policy_logprobs(policy, [tokens])[0] * cotangent).sum().backward()
-    for (name, theirs), (_, ours) in zip(
-        original.named_parameters(), policy.model.named_parameters(), strict=True
-    ):
+    for (name, theirs), (_, ours) in zip(original.named_parameters(), policy.model.named_parameters(), strict=True):
         error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp_min(1e-12)
         assert error < 1e-3, f"{name}: relative error {error:.2e}"
 
@@ -186,22 +184,6 @@ def test_refuses_a_model_that_scales_its_logits() -> None:
     head.register_forward_hook(lambda module, args, output: output * 3)
     with pytest.raises(ValueError, match="transforms its logits"):
         Policy(model)
-
-
-def test_load_names_the_parameter_that_is_not_finite(tmp_path) -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        load_policy(tmp_path)
-
-
-def test_load_says_which_folder_is_missing(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        load_policy(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        load_policy(tmp_path)
 
 
 def test_weights_round_trip_with_their_hash(family: str) -> None:
