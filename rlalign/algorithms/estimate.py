@@ -38,7 +38,7 @@ def estimate_gae(
     *,
     ref_logprobs: Sequence[np.ndarray] | None = None,
 ) -> Estimate:
-    """GAE advantages, whitened over the batch's tokens in order of sample key, and returns (not whitened).
+    """GAE advantages, whitened over the batch's tokens, and returns (not whitened).
 
     values: float32 [L] per sample, of the critic before the update. ref_logprobs: needed when kl_coef > 0.
     """
@@ -49,12 +49,9 @@ def estimate_gae(
             torch.from_numpy(values[index]), gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
         for index, sample in enumerate(samples)
     ]  # fmt: skip
-    order = sorted(range(len(samples)), key=lambda index: samples[index].key)
-    whitened = whiten(torch.cat([pairs[index][0] for index in order]))
-    advantages: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
-    for index, part in zip(order, whitened.split([_length(samples[index]) for index in order]), strict=True):
-        advantages[index] = part.numpy()
-    return Estimate(advantages, [returns.numpy() for _, returns in pairs])
+    whitened = whiten(torch.cat([advantages for advantages, _ in pairs]))
+    parts = whitened.split([_length(sample) for sample in samples])
+    return Estimate([part.numpy() for part in parts], [returns.numpy() for _, returns in pairs])
 
 
 def _rewards(sample: Sample, algorithm: AlgorithmConfig, ref_logprobs: np.ndarray | None) -> torch.Tensor:

@@ -11,6 +11,8 @@ KL to a reference enters through the rewards, not the loss: the critic then valu
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rlalign.algorithms.aggregation import Aggregation, Denominators, token_weights
@@ -91,9 +93,9 @@ def token_rewards(
 def whiten(advantages: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
     """Advantages of all tokens of the batch, [N], to mean 0 and standard deviation 1; float32 [N].
 
-    Statistics in float64 over the tokens in the order given, which the caller fixes (by sample key).
+    The sums behind both are correctly rounded (``math.fsum``): the order of tokens reaches nothing.
     """
     exact = advantages.double()
-    mean = exact.mean()
-    std = (exact - mean).square().mean().sqrt()
-    return ((exact - mean) / (std + eps)).float()
+    centred = exact - math.fsum(exact.tolist()) / len(exact)
+    std = math.sqrt(math.fsum(centred.square().tolist()) / len(exact))
+    return (centred / (std + eps)).float()

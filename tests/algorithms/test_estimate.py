@@ -50,14 +50,14 @@ def test_the_same_prompt_in_two_steps_is_two_groups() -> None:
 
 def test_gae_whitens_over_all_tokens_whatever_the_order() -> None:
     generator = np.random.default_rng(0)
-    samples = [make_sample(i // 2, i % 2, 1 + i, float(i)) for i in range(6)]
-    values = [generator.standard_normal(1 + i).astype(np.float32) for i in range(6)]
+    samples = [make_sample(i // 2, i % 2, 1 + i, float(i)) for i in range(60)]
+    values = [(10.0 ** generator.uniform(-6, 3, 1 + i)).astype(np.float32) for i in range(60)]
     algorithm = AlgorithmConfig(adv_estimator="gae", gamma=0.9)
     first = estimate_gae(samples, algorithm, values)
     flat = np.concatenate(first.advantages).astype(np.float64)
     assert abs(flat.mean()) < 1e-6
     assert flat.std() == pytest.approx(1.0, abs=1e-6)
-    order = generator.permutation(6)
+    order = generator.permutation(60)
     second = estimate_gae([samples[i] for i in order], algorithm, [values[i] for i in order])
     for place, index in enumerate(order):
         assert second.advantages[place].tobytes() == first.advantages[index].tobytes()

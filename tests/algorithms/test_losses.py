@@ -220,6 +220,14 @@ def test_token_rewards_with_kl() -> None:
         ppo.token_rewards(5.0, 3, kl_coef=0.5)
 
 
+def test_whitening_ignores_the_order_of_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(999, generator=generator) * 10.0 ** torch.randint(-9, 9, (999,), generator=generator)
+    shuffle = torch.randperm(999, generator=generator)
+    expected = ppo.whiten(values)
+    assert torch.equal(ppo.whiten(values[shuffle]).view(torch.int32), expected[shuffle].view(torch.int32))
+
+
 def test_whiten() -> None:
     got = ppo.whiten(torch.tensor([1.0, 3.0]), eps=0.0)
     assert got.tolist() == [-1.0, 1.0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.models import tiny_model
 from support.samples import make_samples
 from support.trainers import GAE, make_policy, make_trainer, ppo_step
 
 from rlalign.config import AlgorithmConfig, TrainerConfig
+from rlalign.modeling import Policy, align
 from rlalign.trainer import Critic, Trainer
 
 SHAPES = [(3, 4), (1, 1), (5, 2), (2, 6), (4, 3), (1, 9)]
@@ -63,6 +65,9 @@ def test_a_frozen_output_embedding_is_not_the_critics() -> None:
     names = Critic(make_policy()).named_parameters()
     assert {"head.weight", "head.bias", "backbone.model.embed_tokens.weight"} <= names.keys()
     assert "backbone.lm_head.weight" not in names
+    untied = Critic(Policy(align(tiny_model("llama"), backend="reference"))).named_parameters()
+    assert "backbone.model.embed_tokens.weight" in untied
+    assert "backbone.lm_head.weight" not in untied
 
 
 def test_missing_and_useless_parts_are_refused() -> None:

@@ -172,7 +172,8 @@ def test_the_kept_support_is_held_through_later_updates() -> None:
     first = trainer.compute_logprobs(samples)
     assert all(np.isfinite(array).all() for array in first)
     for _ in range(4):
-        trainer.accumulate(samples, advantages_of(samples), old_logprobs=first)
+        result = trainer.accumulate(samples, advantages_of(samples), old_logprobs=first)
+        assert all(np.isfinite(array).all() for array in result.train_logprobs)
         trainer.apply_update()
     held = trainer.compute_logprobs(samples)
     assert all(np.isfinite(array).all() for array in held)
