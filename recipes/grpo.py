@@ -1,0 +1,115 @@
+"""GRPO on a verifiable reward, with rollout and trainer proven equal at every step.
+
+    python recipes/grpo.py                      a small model made on the spot learns to sort, on a CPU
+    python recipes/grpo.py numerics=native      the same on ordinary operators: now the two sides differ
+    python recipes/grpo.py --help               settings that are often used
+
+prompts -> rollout -> rewards -> forward and backward -> verify -> update -> weight sync, and again.
+"""
+
+from __future__ import annotations
+
+import hydra
+from common import evaluate, initial_checkpoint, read_config
+from omegaconf import DictConfig
+
+from rlalign.actors import Controller
+from rlalign.algorithms.estimate import estimate_grpo
+from rlalign.algorithms.minibatches import split_minibatches
+from rlalign.cli.launch import launch
+from rlalign.config import Config
+from rlalign.modeling import load_tokenizer
+from rlalign.records import derive_seed
+from rlalign.run import Run, prompts_of_step
+from rlalign.tasks import make_task, score_samples
+from rlalign.verifier.metrics import Provenance
+
+
+def train(config: Config) -> None:
+    """The whole run. Raises MismatchHalt when the two sides differ and ``align.on_mismatch`` says to stop."""
+    algorithm, seed = config.algorithm, config.run.seed
+    one_update = algorithm.epochs * algorithm.minibatches == 1
+    with Run("grpo", config) as run, Controller(config) as actors:
+        trainer = actors.trainer
+        checkpoint = initial_checkpoint(config, run)
+        tokenizer = load_tokenizer(checkpoint)
+        task = make_task(config.task, tokenizer, seed=seed)
+        actors.load(checkpoint)
+        done = run.restore(trainer)
+        actors.sync_weights()
+        run.facts |= actors.facts()
+
+        with run.saved_on_interrupt(trainer):
+            if done == 0:
+                run.evaluated(evaluate(actors, task, config), trainer)
+
+            for step in range(done + 1, config.run.steps + 1):
+                fault = config.align.fault.kind if step == config.align.fault.step else "none"
+
+                with run.phase("rollout"):
+                    prompts = prompts_of_step(
+                        task.prompts("train"), step=step, count=algorithm.prompts_per_step, seed=seed
+                    )
+                    rollout = actors.generate(prompts, step=step, plant_fault=fault == "kv_page")
+                    run.note_failed(rollout.failed, served=len(rollout.samples))
+
+                with run.phase("reward"):
+                    samples = score_samples(task, rollout.samples)
+                    advantages = estimate_grpo(samples, algorithm).advantages
+
+                # The trainer sees token ids only; its log-probs are its own. With one update per batch, the forward
+                # that is trained on is the one that is verified.
+                with run.phase("train"):
+                    trainer.begin_batch(samples)
+                    if fault in ("trainer_weight", "position"):
+                        run.progress.say(f"fault planted: {trainer.plant_fault(fault)}")
+                    reference = trainer.reference_logprobs() if algorithm.kl_coef > 0 else None
+                    if one_update:
+                        sampled = [sample.completion.logprobs for sample in samples]
+                        result = trainer.accumulate(
+                            range(len(samples)), advantages, old_logprobs=sampled, ref_logprobs=reference
+                        )
+                        train_logprobs = result.train_logprobs
+                    else:
+                        train_logprobs = trainer.compute_logprobs()
+
+                with run.phase("verify"):
+                    run.verify(
+                        samples,
+                        train_logprobs,
+                        advantages=advantages,
+                        provenance=Provenance(trainer.version(), actors.weights_equal, actors.weights_version),
+                        decode=tokenizer.decode,
+                    )
+
+                with run.uninterrupted():
+                    with run.phase("update"):
+                        if one_update:
+                            run.metrics |= result.metrics | trainer.apply_update()
+                        for epoch in range(0 if one_update else algorithm.epochs):
+                            order = derive_seed(seed, step, epoch)
+                            for part in split_minibatches(len(samples), algorithm.minibatches, seed=order):
+                                result = trainer.accumulate(
+                                    part, advantages, old_logprobs=train_logprobs, ref_logprobs=reference
+                                )
+                                run.metrics |= result.metrics | trainer.apply_update()
+                    with run.phase("sync"):
+                        actors.sync_weights()
+                    run.end_step(step, samples, rollout_stats=rollout.stats)
+
+                if step == config.run.steps or (config.eval.every and step % config.eval.every == 0):
+                    run.evaluated(evaluate(actors, task, config), trainer)
+                if step == config.run.steps or step % config.run.save_every == 0:
+                    run.save(trainer)
+
+        run.facts |= actors.facts()
+        run.finish(trainer.masters_sha256())
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="grpo")
+def main(settings: DictConfig) -> None:
+    train(read_config(settings))
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,117 @@
+"""Ray: a private one that leaves nothing behind, or an existing one to join; and calls whose errors can be read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlalign.actors.process import environment
+from rlalign.config import ClusterConfig
+
+ActorDied = RayActorError
+# so small that actors never wait for a CPU: they take turns, and their thread counts are fixed anyway
+_CPUS_PER_ACTOR = 0.05
+_START_SECONDS = 180.0
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_enable_worker_prestart": "0",  # idle workers would each import torch beside the actors that start
+}
+
+
+@contextmanager
+def cluster(config: ClusterConfig) -> Iterator[None]:
+    """A Ray to start actors in. One that this process is connected to already is used, and left as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    folder = tempfile.mkdtemp(prefix="rlalign-")  # short: Ray's sockets live in it
+    options: dict[str, Any] = {"namespace": f"rlalign-{uuid.uuid4().hex}", "logging_level": "ERROR"}
+    if config.address is None:
+        options |= {"include_dashboard": False, "_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
+    else:
+        options |= {"address": config.address}
+    try:
+        try:
+            ray.init(log_to_driver=False, **options)
+        except (ConnectionError, OSError) as error:
+            raise ValueError(f"cluster.address={config.address}: {error}") from error
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_actor(cls: type, config: ClusterConfig, *args: Any, num_gpus: float = 0.0) -> Any:
+    """A new actor's handle; the process starts in the background. ``cls`` stays a plain class, as tests like it."""
+    remote = ray.remote(cls).options(
+        num_cpus=_CPUS_PER_ACTOR,
+        num_gpus=num_gpus,
+        max_restarts=0,
+        runtime_env={"env_vars": environment(config.threads)},
+    )
+    return remote.remote(*args)
+
+
+def stop_actor(handle: Any) -> None:
+    """Kill an actor, whatever it is doing."""
+    ray.kill(handle, no_restart=True)
+
+
+def fetch(reference: Any, *, timeout: float | None = None) -> Any:
+    """The result of a call. What the actor raised is raised here as itself; its traceback hangs on it as a note."""
+    try:
+        return ray.get(reference, timeout=timeout)
+    except RayTaskError as error:
+        cause = error.cause
+        if not isinstance(cause, Exception):
+            raise
+        cause.add_note(str(error))
+        raise cause from None
+
+
+def fetch_started(references: list[Any]) -> list[Any]:
+    """Results of the actors' first calls. Raises ValueError when the cluster has no room for them."""
+    try:
+        return [fetch(reference, timeout=_START_SECONDS) for reference in references]
+    except ray.exceptions.GetTimeoutError:
+        raise ValueError(
+            f"{len(references)} actors did not start within {_START_SECONDS:.0f} s: has the cluster room for them?"
+        ) from None
+
+
+class Remote:
+    """An actor whose methods are called as if it were here: ``Remote(handle).method(...)`` waits and returns.
+
+    Raises RuntimeError naming the actor if its process is gone.
+    """
+
+    def __init__(self, handle: Any, name: str) -> None:
+        self._handle, self._name = handle, name
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.wait_for(getattr(self._handle, method).remote(*args, **kwargs))
+
+        return call
+
+    def wait_for(self, reference: Any) -> Any:
+        """The result of a call that was made on the handle."""
+        try:
+            return fetch(reference)
+        except ActorDied as error:
+            raise RuntimeError(f"{self._name} died: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

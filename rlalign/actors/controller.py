@@ -1,0 +1,198 @@
+"""Starts the actors, hands out requests, keeps weights in step, and puts a lost rollout actor back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rlalign_kernels import Fingerprint
+
+from rlalign.actors.cluster import ActorDied, Remote, cluster, fetch, fetch_started, start_actor, stop_actor
+from rlalign.actors.process import device_of
+from rlalign.actors.rollout_actor import RolloutActor, RolloutRequest
+from rlalign.actors.trainer_actor import TrainerActor
+from rlalign.config import Config, SamplingParams
+from rlalign.records import Completion, Prompt, Sample, derive_seed
+
+_LOG = logging.getLogger(__name__)
+# deaths of one actor within one rollout: beyond that it isn't an accident
+_MAX_RESTARTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """samples: finished ones, in order of key. failed: one line per request that could not be served."""
+
+    samples: list[Sample]
+    failed: list[str]
+    stats: dict[str, float]
+
+
+class Controller:
+    """One trainer actor and any number of rollout actors, as a context manager.
+
+    Processes start when it is entered and import their libraries in the background; ``load`` gives them a model.
+
+    Example:
+        >>> with Controller(config) as actors:
+        ...     actors.load(checkpoint)
+        ...     actors.sync_weights()
+        ...     rollout = actors.generate(prompts, step=1)
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Raises ValueError for settings that the controller itself decides."""
+        if config.sampling.n != 1 or config.sampling.seed is not None or config.sampling.raw_logprobs:
+            raise ValueError(
+                "sampling.n, sampling.seed and sampling.raw_logprobs are not settings of a run: samples per prompt are "
+                "algorithm.group_size, and seeds follow from run.seed"
+            )
+        self.config = config
+        self.num_restarts = 0
+        self.weights_version = 0
+        self.weights_equal = True
+        self.plan: Fingerprint | None = None
+        self._checkpoint: Path | None = None
+        self._weights: Any = None
+        self._rollouts: list[Any] = []
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Controller:
+        with ExitStack() as entering:
+            entering.enter_context(cluster(self.config.cluster))
+            self._trainer_handle = self._start(TrainerActor)
+            entering.callback(stop_actor, self._trainer_handle)
+            self._rollouts = [self._start(RolloutActor) for _ in range(self.config.cluster.num_rollout_actors)]
+            entering.callback(lambda: [stop_actor(handle) for handle in self._rollouts])
+            self._exit = entering.pop_all()
+        self.trainer = Remote(self._trainer_handle, "the trainer actor")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the checkpoint everywhere and compare plans. Raises RuntimeError naming the fields that differ."""
+        config = self.config
+        updates = config.run.steps * config.algorithm.epochs * config.algorithm.minibatches
+        self._checkpoint = checkpoint.absolute()
+        loading = [
+            self._trainer_handle.load.remote(config, self._checkpoint, updates),
+            *(handle.load.remote(config, self._checkpoint) for handle in self._rollouts),
+        ]
+        self.plan, *others = fetch_started(loading)
+        for index, plan in enumerate(others):
+            self._check_plan(plan, index)
+
+    def sync_weights(self) -> None:
+        """Give the trainer's weights to every engine; each checks their hash on arrival.
+
+        The bundle goes from process to process through the object store; this one only holds a reference to it.
+        """
+        self._weights, reference = self._trainer_handle.weights.options(num_returns=2).remote()
+        version, sha256 = self.trainer.wait_for(reference)
+        pending = [handle.load_weights.remote(self._weights) for handle in self._rollouts]
+        held = [self._call(i, "load_weights", self._weights, pending=one) for i, one in enumerate(pending)]
+        self.weights_version, self.weights_equal = version, all(other == sha256 for other in held)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int,
+        sampling: SamplingParams | None = None,
+        plant_fault: bool = False,
+    ) -> Rollout:
+        """Sample every prompt, ``algorithm.group_size`` times unless ``sampling`` says otherwise.
+
+        Which actor serves a prompt, and whether it died on the way, reaches no token: seeds are hashes of
+        (run seed, step, prompt).
+        """
+        params = sampling or replace(self.config.sampling, n=self.config.algorithm.group_size)
+        each = [replace(params, seed=derive_seed(self.config.run.seed, step, p.prompt_id)) for p in prompts]
+        requests = [
+            RolloutRequest(prompt.token_ids.tolist(), its_params)
+            for prompt, its_params in zip(prompts, each, strict=True)
+        ]
+        num_shards = min(len(self._rollouts), len(requests))
+        shards = [requests[index::num_shards] for index in range(num_shards)]
+        pending = [
+            self._rollouts[index].generate.remote(shard, plant_fault=plant_fault and index == 0)
+            for index, shard in enumerate(shards)
+        ]
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        stats: list[dict[str, float]] = []
+        for index, (shard, one) in enumerate(zip(shards, pending, strict=True)):
+            groups[index::num_shards], its_stats = self._call(index, "generate", shard, pending=one)
+            stats.append(its_stats)
+        return _collect(prompts, groups, each, stats, step=step)
+
+    def facts(self) -> dict[str, Any]:
+        """What a summary should say about plan, schedules and accidents, JSON-ready."""
+        plan = self.plan.fields if self.plan else {}
+        return {
+            "plan_fingerprint": self.plan.sha256 if self.plan else None,
+            "plan": dict(plan),
+            "schedules": self.trainer.conformance(),
+            "rollout_restarts": self.num_restarts,
+        }
+
+    def _start(self, cls: type) -> Any:
+        on_gpu = device_of(self.config) == "cuda"
+        share = 1.0 / (1 + self.config.cluster.num_rollout_actors) if on_gpu else 0.0
+        return start_actor(cls, self.config.cluster, self.config.cluster.threads, num_gpus=share)
+
+    def _call(self, index: int, method: str, *args: Any, pending: Any) -> Any:
+        """The result of ``pending``, a call on a rollout actor; if its process dies, a new one makes the call again."""
+        for attempt in range(1 + _MAX_RESTARTS):
+            try:
+                if attempt > 0:
+                    self._restart(index)
+                    pending = getattr(self._rollouts[index], method).remote(*args)
+                return fetch(pending)
+            except ActorDied as error:
+                died = error
+                _LOG.warning("rollout actor %d died: it is restarted, and its requests run again", index)
+        raise RuntimeError(f"rollout actor {index} died {1 + _MAX_RESTARTS} times over the same call") from died
+
+    def _restart(self, index: int) -> None:
+        """A new process with the weights that the others hold."""
+        stop_actor(self._rollouts[index])
+        self._rollouts[index] = self._start(RolloutActor)
+        self.num_restarts += 1
+        self._check_plan(fetch(self._rollouts[index].load.remote(self.config, self._checkpoint)), index)
+        if self._weights is not None:
+            fetch(self._rollouts[index].load_weights.remote(self._weights))
+
+    def _check_plan(self, plan: Fingerprint, index: int) -> None:
+        assert_same = self.config.numerics == "invariant"
+        if assert_same and (fields := self.plan.difference(plan)):
+            raise RuntimeError(
+                f"the trainer and rollout actor {index} would not compute the same bits: {'; '.join(fields)}"
+            )
+
+
+def _collect(
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Completion]],
+    params: Sequence[SamplingParams],
+    stats: Sequence[Mapping[str, float]],
+    *,
+    step: int,
+) -> Rollout:
+    samples = [
+        Sample(step=step, prompt=prompt, completion=completion, sampling=its_params)
+        for prompt, completions, its_params in zip(prompts, groups, params, strict=True)
+        for completion in completions
+    ]
+    served = sorted((s for s in samples if s.completion.error is None), key=lambda sample: sample.key)
+    failed = [f"prompt {s.prompt.prompt_id}: {s.completion.error}" for s in samples if s.completion.error is not None]
+    names = stats[0] if stats else {}
+    return Rollout(served, list(dict.fromkeys(failed)), {name: sum(one[name] for one in stats) for name in names})

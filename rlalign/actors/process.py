@@ -1,0 +1,41 @@
+"""What every actor's process has in common: thread count, device, silence."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from rlalign_kernels import Fingerprint, fingerprint
+from transformers.utils import logging as transformers_logging
+
+from rlalign.config import Config
+from rlalign.modeling import backend_for
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Environment of an actor's process, read by the maths libraries when they are loaded."""
+    return {**dict.fromkeys(_THREAD_VARIABLES, str(threads)), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def set_up(threads: int) -> None:
+    """Fix the thread count, which is part of the plan on a CPU, and keep libraries from talking."""
+    torch.set_num_threads(threads)
+    transformers_logging.disable_progress_bar()
+    # weights arrive as read-only views of Ray's object store, and are copied from there
+    warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")
+
+
+def device_of(config: Config) -> str:
+    """Where the actors compute. Raises ValueError for a GPU that isn't there."""
+    if config.cluster.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cluster.device=cuda: torch sees no CUDA device")
+    # the invariant operators run on the CPU today: "auto" must not pick a device that can't keep the promise
+    return "cpu" if config.cluster.device == "auto" else config.cluster.device
+
+
+def plan_of(config: Config) -> Fingerprint:
+    """What can change a bit in this process."""
+    device = device_of(config)
+    return fingerprint(backend_for(config.numerics, device), device)

@@ -1,0 +1,62 @@
+"""One rollout engine in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlalign_kernels import Fingerprint
+
+from rlalign.actors.faults import kv_page_fault
+from rlalign.actors.process import device_of, plan_of, set_up
+from rlalign.actors.weight_sync import WeightBundle, unbundle_weights
+from rlalign.config import Config, SamplingParams
+from rlalign.engine import Engine
+from rlalign.modeling import load_policy, load_tokenizer
+from rlalign.records import Completion
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """One prompt and how it is sampled; its seed makes the result independent of where and when it runs."""
+
+    token_ids: list[int]
+    params: SamplingParams
+
+
+class RolloutActor:
+    """Wraps an Engine; ``load`` does what may fail, so that its errors arrive as what they are."""
+
+    def __init__(self, threads: int) -> None:
+        set_up(threads)
+        self._engine: Engine | None = None
+
+    def load(self, config: Config, checkpoint: Path) -> Fingerprint:
+        """Load the checkpoint; returns what can change a bit in this process."""
+        policy = load_policy(
+            checkpoint, dtype=config.model.dtype, numerics=config.numerics, device=device_of(config)
+        )  # fmt: skip
+        self._engine = Engine(policy, load_tokenizer(checkpoint), config.engine)
+        return plan_of(config)
+
+    def load_weights(self, bundle: WeightBundle) -> str:
+        """Take over new weights, checked on arrival; returns the SHA-256 of what the engine now holds."""
+        self.engine.update_weights(unbundle_weights(bundle), bundle.version, bundle.sha256)
+        return self.engine.weights_hash()
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, plant_fault: bool = False
+    ) -> tuple[list[list[Completion]], dict[str, float]]:
+        """Completions of every request in order, and the engine's totals."""
+        planted = kv_page_fault(self.engine.policy) if plant_fault else contextlib.nullcontext()
+        with planted:
+            completions = self.engine.generate([r.token_ids for r in requests], [r.params for r in requests])
+        return completions, self.engine.stats
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("load() comes first")
+        return self._engine

@@ -1,0 +1,124 @@
+"""The trainer in a process of its own. It holds one batch at a time; calls after ``begin_batch`` refer to it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rlalign_kernels import CONFORMANCE, Fingerprint
+
+from rlalign.actors.faults import flip_weight_bit, position_fault
+from rlalign.actors.process import device_of, plan_of, set_up
+from rlalign.actors.weight_sync import WeightBundle, bundle_weights
+from rlalign.config import Config
+from rlalign.modeling import load_policy, load_tokenizer
+from rlalign.records import Sample
+from rlalign.trainer import AccumulateResult, Critic, Trainer
+
+Arrays = list[np.ndarray]
+
+
+class TrainerActor:
+    """Wraps a Trainer. Arrays are float32 [L], one per sample of the batch, in its order."""
+
+    def __init__(self, threads: int) -> None:
+        set_up(threads)
+        self._trainer: Trainer | None = None
+        self._samples: list[Sample] = []
+        self._shift_position = False
+
+    def load(self, config: Config, checkpoint: Path, total_updates: int) -> Fingerprint:
+        """Load the checkpoint, with a critic or a reference where the algorithm needs one; returns the plan."""
+        settings = {"dtype": config.model.dtype, "numerics": config.numerics, "device": device_of(config)}
+        algorithm = config.algorithm
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._trainer = Trainer(
+            load_policy(checkpoint, **settings),
+            config.trainer,
+            algorithm,
+            total_steps=total_updates,
+            critic=Critic(load_policy(checkpoint, **settings)) if algorithm.adv_estimator == "gae" else None,
+            reference=load_policy(checkpoint, **settings) if algorithm.kl_coef > 0 else None,
+        )
+        return plan_of(config)
+
+    def begin_batch(self, samples: Sequence[Sample]) -> None:
+        """Hold these samples until the next call."""
+        self._samples = list(samples)
+        self.trainer.begin_batch()
+
+    def compute_logprobs(self) -> Arrays:
+        """Train log-probs of the batch, from a forward of their own."""
+        with self._fault():
+            return self.trainer.compute_logprobs(self._samples)
+
+    def reference_logprobs(self) -> Arrays:
+        """Log-probs of the batch under the initial policy."""
+        return self.trainer.reference_logprobs(self._samples)
+
+    def compute_values(self) -> Arrays:
+        """The critic's values of the batch."""
+        return self.trainer.compute_values(self._samples)
+
+    def accumulate(self, indices: Sequence[int], advantages: Arrays, **arrays: Arrays | None) -> AccumulateResult:
+        """Forward and backward over some samples of the batch: one optimizer batch. Changes no weight."""
+        chosen = {name: None if values is None else [values[i] for i in indices] for name, values in arrays.items()}
+        with self._fault():
+            return self.trainer.accumulate(
+                [self._samples[i] for i in indices], [advantages[i] for i in indices], **chosen
+            )
+
+    def apply_update(self) -> dict[str, float]:
+        """One optimizer step."""
+        return self.trainer.apply_update()
+
+    def discard(self) -> None:
+        """Forget gradients that were accumulated."""
+        self.trainer.discard()
+
+    def weights(self) -> tuple[WeightBundle, tuple[int, str]]:
+        """Compute-dtype weights, to be handed to the engines by reference; and their (version, SHA-256)."""
+        weights, version, sha256 = self.trainer.weights()
+        return bundle_weights(weights, version, sha256), (version, sha256)
+
+    def version(self) -> int:
+        """Updates applied so far."""
+        return self.trainer.version
+
+    def masters_sha256(self) -> dict[str, str | None]:
+        """SHA-256 of the float32 masters: ``policy``, and ``critic`` (None without one)."""
+        return {"policy": self.trainer.masters_sha256(), "critic": self.trainer.critic_sha256()}
+
+    def save(self, path: Path, data_state: dict[str, Any]) -> None:
+        """Write a whole checkpoint, atomically."""
+        self.trainer.save(path, tokenizer=self._tokenizer, data_state=data_state)
+
+    def resume(self, path: Path) -> dict[str, Any]:
+        """Continue from ``save(path)``; returns its data state."""
+        return self.trainer.load(path)
+
+    def plant_fault(self, kind: str) -> str:
+        """A fault in this process, at once (trainer_weight) or in the next forward (position); returns where."""
+        if kind == "trainer_weight":
+            return flip_weight_bit(self.trainer.policy)
+        self._shift_position = True
+        return "position of one token in the next forward"
+
+    def conformance(self) -> dict[str, Any]:
+        """What this process found out about its machine, JSON-ready."""
+        return CONFORMANCE.report()
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            raise RuntimeError("load() comes first")
+        return self._trainer
+
+    @contextlib.contextmanager
+    def _fault(self) -> Any:
+        planted, self._shift_position = self._shift_position, False
+        with position_fault(self.trainer.policy) if planted else contextlib.nullcontext():
+            yield

@@ -1,0 +1,92 @@
+"""A run's folder.
+
+config.yaml          every setting, resolved
+metrics.jsonl        one line per step
+samples/             step_00001.jsonl, …: every sample with its reward
+checkpoints/         initial (a model made on the spot), last, best: Hugging Face folders
+wandb/               the offline run
+mismatch.json        worst tokens of the last step that differed, if one did
+summary.json         what it came to
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlalign.config import Config, config_to_dict
+from rlalign.dashboards.jsonl import to_json
+from rlalign.records import Sample
+
+
+class RunFolder:
+    """Paths inside one folder, and the files that are written there once or once per step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples"
+        self.summary = self.path / "summary.json"
+        self.mismatch = self.path / "mismatch.json"
+        self.initial, self.last, self.best = (self.path / "checkpoints" / name for name in ("initial", "last", "best"))
+
+    @classmethod
+    def create(cls, recipe: str, config: Config) -> RunFolder:
+        """A new folder: ``run.dir``, or a fresh one under ``runs/``. Raises ValueError if a run is there already."""
+        folder = cls(config.run.dir or _fresh(Path("runs"), f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"))
+        if folder.config.exists():
+            raise ValueError(
+                f"run.dir={folder.path} holds a run already: continue it with run.resume, or choose another"
+            )
+        folder.samples.mkdir(parents=True, exist_ok=True)
+        folder.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path, config: Config) -> RunFolder:
+        """The folder of a run that goes on. Raises FileNotFoundError if there is none with a checkpoint."""
+        folder = cls(path)
+        if not folder.last.is_dir():
+            raise FileNotFoundError(f"run.resume={path}: no checkpoint in {folder.last}")
+        folder.samples.mkdir(exist_ok=True)
+        folder.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+        return folder
+
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """All samples of a step, one per line, in order of key."""
+        lines = [json.dumps(_row(sample), ensure_ascii=False) for sample in samples]
+        (self.samples / f"step_{step:05d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def write_json(self, path: Path, content: dict[str, Any]) -> None:
+        """Strict JSON; NaN and infinities are strings."""
+        path.write_text(json.dumps(to_json(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    """A folder that doesn't exist yet: two runs may start within one second."""
+    candidates = (parent / (name if number == 1 else f"{name}-{number}") for number in range(1, 1000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    step, prompt_id, index = sample.key
+    completion = sample.completion
+    return {
+        "step": step,
+        "prompt_id": prompt_id,
+        "sample": index,
+        "prompt": sample.prompt.text,
+        "completion": completion.text,
+        "ground_truth": sample.prompt.ground_truth,
+        "reward": sample.reward,
+        "tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "weights_version": completion.weights_version,
+        "seed": completion.seed,
+    }

@@ -1,0 +1,283 @@
+"""A run while it lasts: phases and their seconds, the verdict on every step, checkpoints, and the summary.
+
+Totals are part of every checkpoint, so that a resumed run ends with the numbers of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from rlalign.config import Config, config_to_dict
+from rlalign.dashboards import MetricsFile, PictureData, Sink, make_sink
+from rlalign.records import Sample
+from rlalign.run.facts import git_commit, versions
+from rlalign.run.folder import RunFolder
+from rlalign.run.interrupts import Interrupts
+from rlalign.run.progress import Progress
+from rlalign.verifier.compare import Comparison, compare, pairs_from_samples
+from rlalign.verifier.decide import MismatchHalt, enforce, policy_of
+from rlalign.verifier.metrics import Provenance, align_metrics
+from rlalign.verifier.report import Report, build_report, record
+
+
+class Checkpointer(Protocol):
+    """Whoever holds the weights: the trainer actor."""
+
+    def save(self, path: Path, data_state: dict[str, Any]) -> None: ...
+
+    def resume(self, path: Path) -> dict[str, Any]: ...
+
+    def discard(self) -> None: ...
+
+
+@dataclass
+class Totals:
+    """Sums over all steps, earlier parts of a resumed run included."""
+
+    steps: int = 0
+    tokens: int = 0
+    mismatch_count: int = 0
+    logp_abs_diff_max: float = 0.0
+    reward_first: float | None = None
+    reward_last: float | None = None
+    eval_first: float | None = None
+    eval_last: float | None = None
+    eval_best: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """Context manager around one run. ``recipe`` names it; ``config.run.resume`` makes it go on.
+
+    Within a step: ``phase`` around its parts, ``verify`` before the update, ``end_step`` at its end.
+    """
+
+    def __init__(self, recipe: str, config: Config) -> None:
+        self.recipe, self.config = recipe, config
+        self.totals = Totals()
+        self.metrics: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+        self.status = "failed"
+        self._seconds: dict[str, float] = {}
+        self._interrupts = Interrupts()
+        self._pictures: PictureData | None = None
+
+    def __enter__(self) -> Run:
+        config, path = self.config, self.config.run.resume
+        self.folder = RunFolder.create(self.recipe, config) if path is None else RunFolder.existing(path, config)
+        self.progress = Progress(config.run.steps)
+        self.sink: Sink = make_sink(config.tracking, self.folder.path, config_to_dict(config))
+        self.progress.say(f"{self.recipe}: numerics={config.numerics}, run folder {self.folder.path}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.close()
+        if isinstance(error, MismatchHalt):
+            self.status = "halted"
+        elif isinstance(error, KeyboardInterrupt | SystemExit):
+            self.status = "interrupted"
+        self.folder.write_json(self.folder.summary, self._summary())
+        self.sink.close(exit_code=0 if error is None else 1)
+
+    def restore(self, trainer: Checkpointer) -> int:
+        """The number of finished steps: 0, or those of the checkpoint that the trainer now goes on from."""
+        if self.config.run.resume is not None:
+            self.totals = Totals(**trainer.resume(self.folder.last))
+            if self.totals.steps >= self.config.run.steps:
+                raise ValueError(
+                    f"run.steps={self.config.run.steps}: {self.folder.path} has finished {self.totals.steps} steps already"
+                )
+            self.progress.say(f"continuing after step {self.totals.steps}")
+        self._metrics_file = MetricsFile(self.folder.metrics, first_step=self.totals.steps + 1)
+        return self.totals.steps
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a part of the step."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    @contextmanager
+    def saved_on_interrupt(self, trainer: Checkpointer) -> Iterator[None]:
+        """Around the loop: Ctrl-C or SIGTERM write a checkpoint of the last finished step on their way out."""
+        with self._interrupts:
+            try:
+                yield
+            except (KeyboardInterrupt, SystemExit):
+                self.progress.close()
+                self._save_interrupted(trainer)
+                raise
+
+    def uninterrupted(self) -> Any:
+        """Context of a step's part after which weights, version and totals belong together again."""
+        return self._interrupts.shield()
+
+    def note_failed(self, failed: Sequence[str], *, served: int) -> None:
+        """Say which requests could not be served; the batch goes on without them. ValueError if none could."""
+        if served == 0:
+            raise ValueError(f"no request of this step could be served: {failed[0]}")
+        for line in failed:
+            self.progress.say(f"left out: {line}")
+        self.metrics["rollout/failed"] = float(len(failed))
+
+    def verify(
+        self,
+        samples: Sequence[Sample],
+        train_logprobs: Sequence[np.ndarray],
+        *,
+        advantages: Sequence[np.ndarray],
+        provenance: Provenance,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        """Compare both sides bit for bit, and act on a difference. Raises MismatchHalt where the run must stop."""
+        comparison = compare(pairs_from_samples(samples, train_logprobs))
+        report = build_report(comparison, samples, worst_tokens=self.config.align.worst_tokens, decode=decode)
+        self.metrics |= align_metrics(comparison, advantages=advantages, provenance=provenance)
+        self.totals.tokens += report.num_tokens
+        self.totals.mismatch_count += report.mismatch_count
+        self.totals.logp_abs_diff_max = max(self.totals.logp_abs_diff_max, report.max_abs_delta)
+        self._pictures = _pictures(comparison, report)
+        if not report.equal:
+            worst = [record(token) for token in report.worst]
+            self.folder.write_json(self.folder.mismatch, {"verdict": report.verdict, "worst_tokens": worst})
+        try:
+            enforce(report, policy_of(self.config), warn=self.progress.say)
+        except MismatchHalt:
+            # the step that stops a run is the one that people want to look at
+            self._log(self.totals.steps + 1, with_pictures=True)
+            raise
+
+    def end_step(self, step: int, samples: Sequence[Sample], *, rollout_stats: Mapping[str, float]) -> None:
+        """Write the finished step to every place, and show it."""
+        self.totals.steps = step
+        self.metrics |= _rewards(samples) | _speed(samples, self._seconds, rollout_stats)
+        self.totals.reward_last = self.metrics["reward/mean"]
+        if self.totals.reward_first is None:
+            self.totals.reward_first = self.totals.reward_last
+        for name, seconds in self._seconds.items():
+            self.totals.seconds[name] = self.totals.seconds.get(name, 0.0) + seconds
+        self.folder.write_samples(step, samples)
+        self.progress.step(step, self.metrics, self._seconds)
+        self._log(step, with_pictures=step == 1 or step % self.config.tracking.media_every == 0)
+        self.metrics, self._seconds = {}, {}
+
+    def evaluated(self, accuracy: float, trainer: Checkpointer) -> None:
+        """Take a held-out accuracy, and keep the weights if it is the best so far."""
+        totals = self.totals
+        totals.eval_last = accuracy
+        if totals.eval_first is None:
+            totals.eval_first = accuracy
+        if totals.eval_best is None or accuracy > totals.eval_best:
+            totals.eval_best = accuracy
+            trainer.save(self.folder.best, asdict(totals))
+        for place in (self._metrics_file, self.sink):
+            place.log(totals.steps, {"eval/accuracy": accuracy})
+        self.progress.say(f"held-out accuracy after {totals.steps} steps: {accuracy:.3f}")
+
+    def save(self, trainer: Checkpointer) -> None:
+        """Write the last checkpoint."""
+        trainer.save(self.folder.last, asdict(self.totals))
+
+    def finish(self, final: Mapping[str, str | None]) -> None:
+        """The closing table. final: SHA-256 of the masters, ``policy`` and ``critic``."""
+        self.status = "finished"
+        self.facts |= {"final_weights_sha256": final["policy"], "critic_sha256": final["critic"]}
+        self.progress.table(f"{self.recipe}, numerics={self.config.numerics}", _closing_rows(self))
+
+    def _save_interrupted(self, trainer: Checkpointer) -> None:
+        if self._interrupts.torn:
+            self.progress.say(f"interrupted within an update: the checkpoint before it stays in {self.folder.last}")
+            return
+        trainer.discard()
+        self.save(trainer)
+        self.progress.say(
+            f"checkpoint written after step {self.totals.steps}; "
+            f"continue with: python recipes/{self.recipe}.py run.resume={self.folder.path}"
+        )
+
+    def _log(self, step: int, *, with_pictures: bool) -> None:
+        self._metrics_file.log(step, self.metrics)
+        self.sink.log(step, self.metrics)
+        if with_pictures and self._pictures is not None:
+            self.sink.pictures(step, self._pictures)
+
+    def _summary(self) -> dict[str, Any]:
+        totals = asdict(self.totals)
+        return {
+            "status": self.status,
+            "recipe": self.recipe,
+            "numerics": self.config.numerics,
+            "final_weights_sha256": None,
+            **self.facts,
+            **totals,
+            "seed": self.config.run.seed,
+            "versions": versions(),
+            "git_commit": git_commit(),
+        }
+
+
+def _rewards(samples: Sequence[Sample]) -> dict[str, float]:
+    rewards = np.array([sample.reward for sample in samples], np.float64)
+    lengths = np.array([len(sample.completion.token_ids) for sample in samples], np.float64)
+    cut = np.array([sample.completion.finish_reason == "length" for sample in samples])
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/min": float(rewards.min()),
+        "reward/max": float(rewards.max()),
+        "response_length/mean": float(lengths.mean()),
+        "response_length/max": float(lengths.max()),
+        "response_length/cut_frac": float(cut.mean()),
+    }
+
+
+def _speed(samples: Sequence[Sample], seconds: Mapping[str, float], stats: Mapping[str, float]) -> dict[str, float]:
+    tokens = sum(len(sample.completion.token_ids) for sample in samples)
+    total = sum(sample.num_tokens for sample in samples)
+    return {
+        **{f"perf/seconds/{name}": value for name, value in seconds.items()},
+        **{f"perf/{name}": float(value) for name, value in stats.items()},
+        "perf/step_seconds": sum(seconds.values()),
+        "perf/rollout_tokens_per_s": tokens / seconds["rollout"],
+        "perf/train_tokens_per_s": total / seconds["train"],
+    }
+
+
+def _pictures(comparison: Comparison, report: Report) -> PictureData:
+    return PictureData(
+        rollout=comparison.rollout,
+        train=comparison.train,
+        delta=comparison.delta,
+        nonfinite=comparison.nonfinite,
+        worst=[record(token) for token in report.worst],
+    )
+
+
+def _closing_rows(run: Run) -> list[tuple[str, str]]:
+    totals = run.totals
+    seconds = "  ".join(f"{name} {value:.1f}" for name, value in totals.seconds.items())
+    rows = [
+        ("held-out accuracy", f"{totals.eval_first:.3f} before, {totals.eval_last:.3f} after"),
+        ("mean reward", f"{totals.reward_first:.3f} first step, {totals.reward_last:.3f} last step"),
+        ("response tokens", f"{totals.tokens:,} in {totals.steps} steps"),
+        ("tokens that differ", f"{totals.mismatch_count:,}"),
+        ("max |Δ log-prob|", f"{totals.logp_abs_diff_max:.3g}"),
+        ("seconds", seconds),
+        ("final weights", f"SHA-256 {run.facts['final_weights_sha256']}"),
+        ("run folder", f"{run.folder.path}: config, metrics, samples, checkpoints, summary.json"),
+    ]
+    tracked = getattr(run.sink, "folder", None)
+    return rows if tracked is None else [*rows, ("look at it", f"wandb leet {tracked}")]
