@@ -103,7 +103,7 @@ def test_t7_prefix_cache_hit(policy: Policy, base: list[tuple]) -> None:
 def test_t7_preempted_and_recomputed(policy: Policy, base: list[tuple], prefix_cache: bool) -> None:
     engine = Engine(policy, None, roomy(page_size=4, num_pages=14, prefix_cache=prefix_cache))
     assert outcome(flat(engine.generate(PROMPTS, PARAMS))) == base
-    assert engine.stats["preemptions"] > 2
+    assert engine.stats["preemptions"] > 1
 
 
 def test_t7_resumed_by_another_engine(policy: Policy, base: list[tuple]) -> None:
