@@ -20,7 +20,7 @@ def check_linear() -> None:
 
 
 def check_attention() -> None:
-    for dims in (32, 24):
+    for dims in (32,):
         lengths = torch.tensor([70, 3, 130, 1, 64, 9])
         cu = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).int()
         q, k, v = (torch.randn(int(cu[-1]), heads, dims) for heads in (4, 2, 2))

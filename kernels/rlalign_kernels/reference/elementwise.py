@@ -50,6 +50,9 @@ def _blocked(name: str, x: torch.Tensor) -> torch.Tensor:
 
 def _probe(name: str) -> bool:
     """True if the plain call equals the padded blocks at every length up to 200, at offsets, and split over threads."""
+    # Seen in 1 of 12 fresh processes: when several threads make a vector library's first call together, one of them
+    # may still run its generic code, with other bits. One short call, on one thread, settles the choice first.
+    FUNCTIONS[name](torch.ones(LANES))
     x = probe_data(5 * BLOCK + 37, seed=1)
     if name in ("log", "log1p"):
         x = x.abs()

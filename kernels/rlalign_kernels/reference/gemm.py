@@ -22,6 +22,7 @@ MAX_ROWS = 256
 K_BLOCK = 384
 N_BLOCK = 2048
 MAX_BATCH = 128
+MAX_BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _probe_batched(row_counts: tuple[int, ...], depth: int, width: int, transpos
 
 def _largest_batches(rows: int, base: int, b: torch.Tensor) -> tuple[int, ...]:
     _, depth, width = b.shape
-    limit = min(MAX_BATCH, max(1, 2**24 // (rows * depth * width)))
+    limit = max(1, min(MAX_BATCH, MAX_BATCH_ROWS // rows, 2**24 // (rows * depth * width)))
     a = probe_data(limit, rows, depth, seed=8)
     truth = torch.stack([_by_row_tile(a[i], b[i], base) for i in range(limit)])
     largest = [0]
