@@ -14,7 +14,7 @@ from rlalign.actors.faults import flip_weight_bit, position_fault
 from rlalign.actors.process import device_of, plan_of, set_up
 from rlalign.actors.weight_sync import WeightBundle, bundle_weights
 from rlalign.config import Config
-from rlalign.modeling import load_policy, load_tokenizer
+from rlalign.modeling import eos_ids, load_policy, load_tokenizer
 from rlalign.records import Sample
 from rlalign.trainer import AccumulateResult, Critic, Trainer
 
@@ -35,11 +35,13 @@ class TrainerActor:
         settings = {"dtype": config.model.dtype, "numerics": config.numerics, "device": device_of(config)}
         algorithm = config.algorithm
         self._tokenizer = load_tokenizer(checkpoint)
+        policy = load_policy(checkpoint, **settings)
         self._trainer = Trainer(
-            load_policy(checkpoint, **settings),
+            policy,
             config.trainer,
             algorithm,
             total_steps=total_updates,
+            eos_ids=eos_ids(self._tokenizer, policy.model),
             critic=Critic(load_policy(checkpoint, **settings)) if algorithm.adv_estimator == "gae" else None,
             reference=load_policy(checkpoint, **settings) if algorithm.kl_coef > 0 else None,
         )

@@ -17,8 +17,8 @@ from rlalign.engine.request import Request
 from rlalign.engine.runner import Runner
 from rlalign.engine.sampler import sample
 from rlalign.engine.scheduler import Scheduler
-from rlalign.engine.stopping import StopStringWatcher, decode_text, eos_ids, stop_ids
-from rlalign.modeling import Policy, hash_tensors
+from rlalign.engine.stopping import StopStringWatcher, decode_text, stop_ids
+from rlalign.modeling import Policy, eos_ids, hash_tensors
 from rlalign.records import Completion, FinishReason
 
 if TYPE_CHECKING:

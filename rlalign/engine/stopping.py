@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 from rlalign.config import SamplingParams
 
@@ -19,20 +18,6 @@ class Decoder(Protocol):
 def decode_text(tokenizer: Decoder, token_ids: list[int]) -> str:
     """Text of a response, without special tokens."""
     return tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
-def eos_ids(tokenizer: Any | None, model: Any | None) -> frozenset[int]:
-    """End-of-sequence ids: the tokenizer's, and those of the model's generation config or config."""
-    found: set[int] = set()
-    for holder in (tokenizer, getattr(model, "generation_config", None), getattr(model, "config", None)):
-        found.update(_as_ids(getattr(holder, "eos_token_id", None)))
-    return frozenset(found)
-
-
-def _as_ids(value: int | Iterable[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
 
 
 def stop_ids(params: SamplingParams, eos: frozenset[int], vocab_size: int) -> frozenset[int]:

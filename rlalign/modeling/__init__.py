@@ -3,6 +3,7 @@
 from rlalign.modeling.align import align
 from rlalign.modeling.audit import AuditError, AuditReport, Finding, audit
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext, PagedContext
+from rlalign.modeling.eos import eos_ids
 from rlalign.modeling.loading import backend_for, load_model, load_policy, load_tokenizer, save_checkpoint
 from rlalign.modeling.policy import KVShape, Policy, hash_tensors
 from rlalign.modeling.sampling_rows import sampling_rows
@@ -21,6 +22,7 @@ __all__ = [
     "align",
     "audit",
     "backend_for",
+    "eos_ids",
     "hash_tensors",
     "load_model",
     "load_policy",

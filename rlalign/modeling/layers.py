@@ -6,7 +6,7 @@ A module is aligned by changing its class to a subclass made here: parameters, n
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from rlalign_kernels import gelu, linear, rms_norm, rotary_cos_sin, silu
@@ -72,7 +72,7 @@ class AlignedGELU(AlignedModule):
         return gelu(input, approximate=self.rlalign_approximate, backend=self.rlalign_backend)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _aligned_class(mixin: type[AlignedModule], original: type[nn.Module]) -> type[nn.Module]:
     return type(f"Aligned{original.__name__}", (mixin, original), {"__module__": __name__})
 

@@ -9,7 +9,8 @@ import pytest
 
 from rlalign.config import SamplingParams
 from rlalign.engine.request import Draw, Request
-from rlalign.engine.stopping import StopStringWatcher, eos_ids, stop_ids
+from rlalign.engine.stopping import StopStringWatcher, stop_ids
+from rlalign.modeling import eos_ids
 
 
 class ByteTokenizer:

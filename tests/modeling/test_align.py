@@ -6,11 +6,10 @@ import copy
 
 import pytest
 import torch
+from support.models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rlalign.modeling import AuditError, PackedContext, Policy, align, audit
-
-from support.models import tiny_model
 
 LENGTHS = (5, 23, 1, 40, 12)
 

@@ -73,5 +73,3 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
                 scale = 0.3 if parameter.dim() == 1 else 0.15
                 parameter.add_(torch.randn_like(parameter) * scale) if "bias" not in name else parameter.normal_()
     return model
-
-
