@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import cached, check_heads, check_settings, content, host_offsets, layout_of
+from rlalign_kernels.attention.shared import check_heads, check_settings, host_offsets, layout_of
+from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, operator
 from rlalign_kernels.native import attention as native
 from rlalign_kernels.reference import attention as reference
@@ -80,8 +81,11 @@ def _native(
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    key_rows = [np.arange(cu_k[b], cu_k[b + 1]) for b in range(len(cu_k) - 1)]
-    return native.attend(q, k, v, cu_q, key_rows, settings, return_lse)
+    def batch() -> native.Batch:
+        return native.Batch(cu_q, [np.arange(cu_k[b], cu_k[b + 1]) for b in range(len(cu_k) - 1)], q.device)
+
+    found = cached(("native packed", q.device, cu_q.tobytes(), cu_k.tobytes()), batch)
+    return native.attend(q, k, v, found, settings, return_lse)
 
 
 _IMPLEMENTATIONS = Implementations("attention_packed", reference=_reference, native=_native)

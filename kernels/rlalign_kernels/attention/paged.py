@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import cached, check_heads, check_settings, content, host_offsets, layout_of
+from rlalign_kernels.attention.shared import check_heads, check_settings, host_offsets, layout_of
 from rlalign_kernels.checks import check_integer
+from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, operator
 from rlalign_kernels.native import attention as native
 from rlalign_kernels.reference import attention as reference
@@ -63,10 +64,14 @@ def _native(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     page_size = k_cache.shape[1]
-    kv_len = batch.kv_len
-    slots = (batch.tables[:, :, None] * page_size + np.arange(page_size)).reshape(len(kv_len), -1)
-    key_rows = [slots[b, : kv_len[b]] for b in range(len(kv_len))]
-    return native.attend(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), batch.cu_q, key_rows, settings, return_lse)
+
+    def padded() -> native.Batch:
+        kv_len = batch.kv_len
+        slots = (batch.tables[:, :, None] * page_size + np.arange(page_size)).reshape(len(kv_len), -1)
+        return native.Batch(batch.cu_q, [slots[b, : kv_len[b]] for b in range(len(kv_len))], q.device)
+
+    found = cached(("native paged", q.device, *batch.key), padded)
+    return native.attend(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), found, settings, return_lse)
 
 
 _IMPLEMENTATIONS = Implementations("attention_paged", reference=_reference, native=_native)

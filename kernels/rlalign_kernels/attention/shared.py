@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from rlalign_kernels.checks import check_dtype, check_same
+from rlalign_kernels.content import cached
 from rlalign_kernels.reference.attention import MAX_HEAD_DIM, MAX_ITEMS, MAX_SCORES, ROW_UNITS, schedules
 from rlalign_kernels.reference.attention_layout import Layout, Problem, build_layout
-
-T = TypeVar("T")
 
 
 def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -47,37 +44,6 @@ def host_offsets(operator: str, name: str, offsets: torch.Tensor, total: int) ->
     if values[0] != 0 or values[-1] != total or (np.diff(values) < 0).any():
         raise ValueError(f"{operator}: {name} must rise from 0 to {total}; got {values.tolist()[:8]}...{values[-1]}")
     return values
-
-
-class ContentCache:
-    """The last few values by content of what they were made from: every layer of a forward asks for the same one."""
-
-    def __init__(self, size: int = 16) -> None:
-        self._size = size
-        self._values: OrderedDict[tuple[object, ...], Any] = OrderedDict()
-
-    def get(self, key: tuple[object, ...], build: Callable[[], Any]) -> Any:
-        found = self._values.get(key)
-        if found is None:
-            found = self._values[key] = build()
-            if len(self._values) > self._size:
-                self._values.popitem(last=False)
-        else:
-            self._values.move_to_end(key)
-        return found
-
-
-_CACHE = ContentCache()
-
-
-def content(*tensors: torch.Tensor) -> tuple[object, ...]:
-    """Hashable content of small integer tensors."""
-    return tuple(part for x in tensors for part in (x.cpu().numpy().tobytes(), x.dtype, x.shape))
-
-
-def cached(key: tuple[object, ...], build: Callable[[], T]) -> T:
-    """``build()``, remembered by ``key``; for validated offsets and layouts."""
-    return _CACHE.get(key, build)
 
 
 def layout_of(

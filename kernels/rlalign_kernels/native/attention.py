@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,30 +15,63 @@ from rlalign_kernels.reference.attention_backward import Settings
 _MAX_PADDING = 4
 
 
+@dataclass(frozen=True)
+class _Padded:
+    """Some sequences padded to the longest: rows int64 [b, L], valid bool [b, L], of queries and keys."""
+
+    q_index: torch.Tensor
+    q_valid: torch.Tensor
+    k_index: torch.Tensor
+    k_valid: torch.Tensor
+
+    @cached_property
+    def q_rows(self) -> torch.Tensor:
+        return self.q_index[self.q_valid]
+
+
+class Batch:
+    """Padded indices of a batch: all sequences together, or one by one where padding would waste too much.
+
+    cu_q: [B + 1]; key_rows: each sequence's key slots in order.
+    """
+
+    def __init__(self, cu_q: np.ndarray, key_rows: list[np.ndarray], device: torch.device) -> None:
+        q_len = np.diff(cu_q)
+        kv_len = np.array([len(rows) for rows in key_rows], dtype=np.int64)
+        members = np.flatnonzero((q_len > 0) & (kv_len > 0))
+        self.parts: list[_Padded] = []
+        if not len(members):
+            return
+        padded = len(members) * q_len[members].max() * kv_len[members].max()
+        together = padded <= _MAX_PADDING * int((q_len * kv_len)[members].sum())
+        for group in [members] if together else [members[i : i + 1] for i in range(len(members))]:
+            q_rows = [np.arange(cu_q[b], cu_q[b + 1]) for b in group]
+            self.parts.append(_Padded(*_pad(q_rows, device), *_pad([key_rows[b] for b in group], device)))
+        self.masks: dict[tuple[bool, int | None], list[torch.Tensor]] = {}
+
+    def mask(self, index: int, settings: Settings) -> torch.Tensor:
+        """bool [b, Lq, Lk] of part ``index``; kept unless a key mask is part of it."""
+        if settings.key_mask is not None:
+            return _mask(self.parts[index], settings)
+        key = (settings.causal, settings.window)
+        if key not in self.masks:
+            self.masks[key] = [_mask(part, settings) for part in self.parts]
+        return self.masks[key][index]
+
+
 def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: np.ndarray,
-    key_rows: list[np.ndarray],
-    settings: Settings,
-    return_lse: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q [T, Hq, D], k and v [slots, Hkv, .]; ``key_rows``: each sequence's slots in order. out [T, Hq, Dv], lse."""
-    q_len = np.diff(cu_q)
-    kv_len = np.array([len(rows) for rows in key_rows])
+    """q [T, Hq, D], k and v [slots, Hkv, .] -> out [T, Hq, Dv], lse float32 [T, Hq] or None."""
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device) if return_lse else None
-    members = np.flatnonzero((q_len > 0) & (kv_len > 0))
-    if not len(members):
+    if not batch.parts:
         return out + 0 * q.sum() if q.requires_grad else out, lse
-    padded = len(members) * q_len[members].max() * kv_len[members].max()
-    together = padded <= _MAX_PADDING * int((q_len * kv_len)[members].sum())
-    for group in [members] if together else [members[i : i + 1] for i in range(len(members))]:
-        index, values, sums = _padded(q, k, v, cu_q, [key_rows[b] for b in group], group, settings, return_lse)
-        out = out.index_copy(0, index, values)
-        if lse is not None:
-            lse = lse.index_copy(0, index, sums)
+    for index, part in enumerate(batch.parts):
+        values, sums = _padded(q, k, v, part, batch.mask(index, settings), settings, return_lse)
+        out = out.index_copy(0, part.q_rows, values)
+        if lse is not None and sums is not None:
+            lse = lse.index_copy(0, part.q_rows, sums)
     return out, lse
 
 
@@ -43,36 +79,28 @@ def _padded(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_q: np.ndarray,
-    key_rows: list[np.ndarray],
-    group: np.ndarray,
+    part: _Padded,
+    mask: torch.Tensor,
     settings: Settings,
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """One padded batch: token rows that it covers, their outputs, their log-sum-exp."""
-    q_rows = [np.arange(cu_q[b], cu_q[b + 1]) for b in group]
-    q_index, q_valid = _pad(q_rows, q.device)
-    k_index, k_valid = _pad(key_rows, q.device)
-    visible = k_valid.clone()
-    keys, values = k[k_index], v[k_index]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Outputs of the part's query rows, and their log-sum-exp where asked for."""
+    keys, values = k[part.k_index], v[part.k_index]
     if settings.key_mask is not None:
-        visible &= settings.key_mask[k_index]
-        keys, values = (x.masked_fill(~visible[:, :, None, None], 0.0) for x in (keys, values))
-    mask = _mask(q_valid, k_valid, visible, settings)
-    heads = [x.transpose(1, 2) for x in (q[q_index], keys, values)]
+        hidden = ~settings.key_mask[part.k_index][:, :, None, None]
+        keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
+    heads = [x.transpose(1, 2) for x in (q[part.q_index], keys, values)]
     if settings.softcap is None and not return_lse:
         plain = settings.causal and settings.window is None and mask.shape[1] == mask.shape[2]
-        plain = plain and len(group) == 1 and settings.key_mask is None
+        plain = plain and mask.shape[0] == 1 and settings.key_mask is None
         attn_mask = None if plain else mask[:, None]
+        grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
-            *heads, attn_mask=attn_mask, is_causal=plain, scale=settings.scale, enable_gqa=q.shape[1] != k.shape[1]
+            *heads, attn_mask=attn_mask, is_causal=plain, scale=settings.scale, enable_gqa=grouped
         )
-        sums = None
-    else:
-        out, sums = _explicit(*heads, mask, settings)
-        sums = sums.transpose(1, 2)[q_valid]
-    rows = q_index[q_valid]
-    return rows, out.transpose(1, 2)[q_valid], sums
+        return out.transpose(1, 2)[part.q_valid], None
+    out, sums = _explicit(*heads, mask, settings)
+    return out.transpose(1, 2)[part.q_valid], sums.transpose(1, 2)[part.q_valid]
 
 
 def _explicit(
@@ -90,8 +118,10 @@ def _explicit(
     return weights.to(v.dtype) @ v, torch.logsumexp(scores, dim=-1)
 
 
-def _mask(q_valid: torch.Tensor, k_valid: torch.Tensor, visible: torch.Tensor, settings: Settings) -> torch.Tensor:
+def _mask(part: _Padded, settings: Settings) -> torch.Tensor:
     """bool [b, Lq, Lk], queries bottom-right aligned."""
+    q_valid, k_valid = part.q_valid, part.k_valid
+    visible = k_valid if settings.key_mask is None else k_valid & settings.key_mask[part.k_index]
     offset = k_valid.sum(1) - q_valid.sum(1)
     absolute = (torch.arange(q_valid.shape[1], device=q_valid.device) + offset[:, None])[:, :, None]
     key = torch.arange(k_valid.shape[1], device=q_valid.device)

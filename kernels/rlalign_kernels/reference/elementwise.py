@@ -76,21 +76,20 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
     if width == 1:
         return x.clone()
     half = 1 << ((width - 1).bit_length() - 1)
-    total = _fold(x, half, width)
+    total = torch.add(*x.chunk(2, -1)) if width == 2 * half else _fold(x, half, width)
     while half > 8:
         half //= 2
-        total = total[..., :half] + total[..., half:]
+        total = torch.add(*total.chunk(2, -1))
     # A short last axis wastes the vector unit: the last folds run along the rows instead.
     columns = total.movedim(-1, 0).contiguous()
     while half > 1:
         half //= 2
-        columns = columns[:half] + columns[half:]
-    return columns[0].unsqueeze(-1)
+        columns = torch.add(*columns.chunk(2))
+    return columns.movedim(0, -1)
 
 
 def _fold(x: torch.Tensor, half: int, width: int) -> torch.Tensor:
-    if width == 2 * half:
-        return x[..., :half] + x[..., half:]
+    """First halving of a width that is no power of two: what is missing counts as zero."""
     folded = x[..., :half].clone()
     folded[..., : width - half] += x[..., half:]
     return folded
