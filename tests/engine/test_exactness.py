@@ -16,12 +16,14 @@ import torch
 from rlalign.config import EngineConfig, SamplingParams
 from rlalign.engine import Engine
 from rlalign.modeling import Policy
+from rlalign.records import derive_seed
 from support.engines import (
     MIXED_SAMPLING,
     bits,
     flat,
     mixed_params,
     outcome,
+    packed_draws,
     packed_logprobs,
     random_prompts,
     roomy,
@@ -196,6 +198,16 @@ def test_samples_that_share_a_prefill_are_those_computed_alone(
     assert all(len({tuple(c.token_ids) for c in group}) == 5 for group in groups)
     first = flat(Engine(policy, None, roomy()).generate(PROMPTS[:3], SamplingParams(**{**_fields(params), "n": 1})))
     assert outcome(first) == outcome([group[0] for group in groups])
+
+
+def test_every_token_is_drawn_with_its_samples_own_seed_and_position(policy: Policy) -> None:
+    """Drawn again from a packed forward, with seeds hashed here: the first token after the fork as well."""
+    params = SamplingParams(n=6, max_tokens=5, seed=2**63 + 11, temperature=1.5)
+    [group] = Engine(policy, None, roomy()).generate(PROMPTS[:1], params)
+    for sample_index, completion in enumerate(group):
+        redrawn = packed_draws(policy, completion, params, seed=derive_seed(2**63 + 11, sample_index))
+        assert completion.token_ids.tolist() == redrawn
+    assert len({c.token_ids[0] for c in group}) > 1
 
 
 def test_a_shared_prompt_is_computed_once(policy: Policy) -> None:

@@ -87,6 +87,23 @@ def packed_logprobs(
     return [piece for _, piece in sorted(zip(order, pieces, strict=True), key=lambda pair: pair[0])]
 
 
+@torch.no_grad()
+def packed_draws(policy: Policy, completion: Completion, params: SamplingParams, *, seed: int) -> list[int]:
+    """The response drawn again, all positions at once, from one packed forward over the whole sequence."""
+    length = len(completion.token_ids)
+    sequence = torch.from_numpy(np.concatenate([completion.prompt_ids, completion.token_ids]))
+    cu_seqlens = torch.tensor([0, len(sequence)], dtype=torch.int32)
+    hidden = policy.hidden(sequence, torch.arange(len(sequence)), PackedContext(cu_seqlens))
+    key = int(np.uint64(seed).view(np.int64))
+    output = policy.sample(
+        hidden[-length - 1 : -1],
+        sampling_rows([params] * length),
+        torch.full((length,), key, dtype=torch.int64),
+        torch.arange(length),
+    )
+    return output.token.tolist()
+
+
 def bits(values: np.ndarray) -> list[int]:
     """The 32 bits of each float32."""
     return values.astype(np.float32).view(np.int32).tolist()
