@@ -72,16 +72,16 @@ class ModelConfig:
 
     path: Path | None = None
     dtype: Dtype = "float32"
-    hidden_size: int = Field(128, ge=16)
-    num_layers: int = Field(3, ge=1)
+    hidden_size: int = Field(64, ge=16)
+    num_layers: int = Field(2, ge=1)
     num_heads: int = Field(4, ge=1)
     num_kv_heads: int = Field(2, ge=1)
-    head_dim: int = Field(32, ge=8)
-    intermediate_size: int = Field(384, ge=16)
+    head_dim: int = Field(16, ge=8)
+    intermediate_size: int = Field(192, ge=16)
     max_position_embeddings: int = Field(512, ge=16)
     warm_start_steps: int = Field(300, ge=0)
     """Supervised steps on the task's demonstrations before RL (recipes/sft.py); only for a model made on the spot."""
-    warm_start_lr: float = Field(2e-3, gt=0)
+    warm_start_lr: float = Field(3e-3, gt=0)
     warm_start_batch: int = Field(64, ge=1)
 
 
