@@ -94,9 +94,8 @@ class Run:
         if self.config.run.resume is not None:
             self.totals = Totals(**trainer.resume(self.folder.last))
             if self.totals.steps >= self.config.run.steps:
-                raise ValueError(
-                    f"run.steps={self.config.run.steps}: {self.folder.path} has finished {self.totals.steps} steps already"
-                )
+                done = f"{self.folder.path} has finished {self.totals.steps} steps already"
+                raise ValueError(f"run.steps={self.config.run.steps}: {done}")
             self.progress.say(f"continuing after step {self.totals.steps}")
         self._metrics_file = MetricsFile(self.folder.metrics, first_step=self.totals.steps + 1)
         return self.totals.steps
