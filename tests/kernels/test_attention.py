@@ -120,6 +120,23 @@ def test_padding_by_key_mask_gives_the_packed_bits():
     assert same_bits(packed(q2, k2, v2, [64], [64], key_mask=mask)[0][:40], alone)
 
 
+@pytest.mark.parametrize("broken", [NAN, float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"window": 37}])
+def test_a_later_token_of_the_sequence_cannot_reach_back(settings, broken):
+    """A row's past is all it may see: a value that is not finite further on must not leak in as 0 * NaN."""
+    q, k, v = make([150], seed=14)
+    whole, _ = packed(q, k, v, [150], [150], **settings)
+    for at in (0, 70, 149):
+        damaged = [x.clone() for x in (q, k, v)]
+        for x in damaged:
+            x[at] = broken
+        out, _ = packed(*damaged, [150], [150], **settings)
+        assert same_bits(out[:at], whole[:at])
+        assert not torch.isfinite(out[at]).any()
+        if "window" in settings:
+            assert same_bits(out[at + 37 :], whole[at + 37 :])
+
+
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_a_row_that_sees_nothing_is_zero(backend):
     q, k, v = make([30], seed=13)

@@ -8,6 +8,9 @@ A tile that a row may not see is an exact no-op (p = 0, alpha = 1), so skipping 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 
 from rlalign_kernels.reference.attention_layout import KV_TILE, Chunk, Layout
@@ -109,6 +112,9 @@ def _run_chunk(
         if softcap is not None:
             s = elementwise("tanh", s.div_(softcap), inplace=True).mul_(softcap)
         _mask(s, chunk, step, first_masked, active, hidden)
+        shield = None if first_masked == active else _Shield.against(v, s)
+        if shield is not None:
+            v = shield.clean
         m, norm, a = highest[:active], total[:active], acc[:active]
         new_m = torch.maximum(m, s.amax(-1, keepdim=True))
         p = elementwise("exp", s.sub_(new_m), inplace=True)
@@ -118,9 +124,30 @@ def _run_chunk(
             padded[:active, :used] = p
             p = padded[:active]
         pv = product_batched(p, v, weighted[:active], products[1])
-        a.mul_(alpha).add_(pv[:, :used])
+        pv = pv[:, :used]
+        a.mul_(alpha).add_(pv if shield is None else pv.masked_fill(shield.hit, torch.nan))
         m.copy_(new_m)
     _store(highest, total, acc, chunk, out, lse)
+
+
+@dataclass(frozen=True)
+class _Shield:
+    """Keeps a value that is not finite from rows that may not see its key: in a product, 0 * NaN would be NaN.
+
+    clean [n, 64, Dv]: the values, 0 where they were not finite. hit bool [n, used, Dv]: sums that did see one.
+    """
+
+    clean: torch.Tensor
+    hit: torch.Tensor
+
+    @classmethod
+    def against(cls, v: torch.Tensor, masked_scores: torch.Tensor) -> _Shield | None:
+        """None where every value is finite, as nearly always; the sum alone may overflow without harm."""
+        if math.isfinite(v.sum().item()):
+            return None
+        broken = ~torch.isfinite(v)
+        seen = (masked_scores != -torch.inf).float()
+        return cls(v.masked_fill(broken, 0.0), torch.bmm(seen, broken.float()) > 0)
 
 
 def _mask(
@@ -143,7 +170,8 @@ def _store(
 ) -> None:
     """Divide, and scatter; a row that saw no key is 0 with lse -inf."""
     empty = total == 0
-    values = (acc / total).masked_fill_(empty, 0.0)
+    # + 0.0: a skipped tile leaves -0.0 as it is, a masked one adds +0.0 to it; both end as +0.0.
+    values = (acc / total).add_(0.0).masked_fill_(empty, 0.0)
     logs = (highest + elementwise("log", total)).masked_fill_(empty, -torch.inf)
     out.index_copy_(0, chunk.out_rows, values.view(-1, values.shape[2]))
     lse.index_copy_(0, chunk.out_rows, logs.view(-1))
