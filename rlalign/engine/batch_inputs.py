@@ -11,12 +11,12 @@ from itertools import chain
 
 import numpy as np
 import torch
+from rlalign_kernels import SamplingRows
 from torch import Tensor
 
 from rlalign.engine.request import Request
 from rlalign.engine.scheduler import Chunk, ScheduledStep
 from rlalign.modeling import sampling_rows
-from rlalign_kernels import SamplingRows
 
 
 @dataclass(frozen=True, slots=True)

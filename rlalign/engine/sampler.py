@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from rlalign_kernels import SampleOutput
 from torch import Tensor
 
 from rlalign.engine.batch_inputs import SamplingInputs
 from rlalign.engine.request import Draw
 from rlalign.modeling import Policy
-from rlalign_kernels import SampleOutput
 
 
 @torch.no_grad()

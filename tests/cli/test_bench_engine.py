@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.engines import tiny_policy
 
 from rlalign.cli import bench_engine
 from rlalign.cli.bench_engine import IMPLEMENTATIONS, Case, batching_gain, make_cases, make_records, make_workloads
-from support.engines import tiny_policy
 
 
 def nothing() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from support.engines import character_tokenizer, tiny_policy
 from transformers import PreTrainedTokenizerFast
 
 from rlalign.modeling import Policy
-from support.engines import character_tokenizer, tiny_policy
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from support.engines import EOS, MODEL_LIMIT, VOCAB, flat, outcome, random_prompts, roomy
 from transformers import PreTrainedTokenizerFast
 
 from rlalign.config import EngineConfig, SamplingParams
 from rlalign.engine import Engine
 from rlalign.modeling import Policy
 from rlalign.records import derive_seed
-from support.engines import EOS, MODEL_LIMIT, VOCAB, flat, outcome, random_prompts, roomy
 
 PROMPTS = random_prompts(5, 4, low=4, high=20)
 

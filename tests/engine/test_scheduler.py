@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from support.simulated_cache import VOCAB, Simulation, expected
 
 from rlalign.config import EngineConfig
 from rlalign.records import derive_seed
-from support.simulated_cache import VOCAB, Simulation, expected
 
 
 def random_prompt(rng: random.Random, low: int = 1, high: int = 40) -> list[int]:
