@@ -1,0 +1,87 @@
+"""``scripts/readme_tables.py``: write the tables of README.md from the JSON that the benchmarks wrote.
+
+A table stands between ``<!-- table KIND FILE -->`` and ``<!-- /table -->``; FILE is relative to the repository's root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlalign.cli.errors import run_main
+
+ROOT = Path(__file__).resolve().parents[2]
+_MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def rendered(text: str, root: Path = ROOT) -> str:
+    """``text`` with every marked table made anew. Raises ValueError for a kind of table that is not known."""
+
+    def table(match: re.Match[str]) -> str:
+        start, kind, file, end = match.groups()
+        if kind not in _TABLES:
+            raise ValueError(f"README: table of unknown kind {kind!r}; known are {', '.join(_TABLES)}")
+        return start + _TABLES[kind](json.loads((root / file).read_text(encoding="utf-8"))) + end
+
+    return _MARKED.sub(table, text)
+
+
+def _exactness(data: dict[str, Any]) -> str:
+    rows = [
+        "| axis | moved to | rlalign: tokens that differ | ordinary operators, float32 | ordinary operators, bfloat16 |"
+    ]
+    rows.append("|---|---|---|---|---|")
+    records = data["records"]
+    for case in dict.fromkeys(record["case"] for record in records):
+        mine = [record for record in records if record["case"] == case]
+        exact = [record for record in mine if record["impl"] == "invariant"]
+        differing, total = (sum(record[key] for record in exact) for key in ("mismatch_count", "tokens"))
+        native = {record["dtype"]: record for record in mine if record["impl"] == "native"}
+        others = (_difference(native[dtype]) for dtype in ("float32", "bfloat16"))
+        rows.append("| " + " | ".join([case, mine[0]["moved"], f"**{differing}** of {total:,}", *others]) + " |")
+    return "\n".join(rows) + "\n" + _source(data["meta"])
+
+
+def _difference(record: dict[str, Any]) -> str:
+    share = 100 * record["mismatch_count"] / record["tokens"]
+    return f"{share:.0f}%, max {record['logp_abs_diff_max']:.0e}"
+
+
+def _speed(data: dict[str, Any]) -> str:
+    rows = ["| case | ordinary operators, tokens/s | rlalign, tokens/s | time, ratio |", "|---|---|---|---|"]
+    rates: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in data["records"]:
+        rates.setdefault(record["case"], {})[record["impl"]] = record
+    for case, by_impl in rates.items():
+        numbers = (f"{by_impl[impl]['tokens_per_s']:,.0f}" for impl in ("native", "invariant"))
+        rows.append(f"| {case} | {' | '.join(numbers)} | {by_impl['invariant']['ratio']:.2f} |")
+    return "\n".join(rows) + "\n" + _source(data["meta"])
+
+
+def _source(meta: dict[str, Any]) -> str:
+    threads = f"{meta['threads']} thread" + "s" * (meta["threads"] != 1)
+    return f"\n{meta['machine']}, {threads}, torch {meta['torch']}, {meta['date'][:10]}, commit {meta['commit'][:9]}.\n"
+
+
+_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"exactness": _exactness, "speed": _speed}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: with ``--check`` 1 if README.md is not what the JSON says."""
+    parser = argparse.ArgumentParser(prog="readme_tables.py", description="Tables of README.md from benchmark JSON.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    args = parser.parse_args(argv)
+
+    def run() -> int:
+        readme = ROOT / "README.md"
+        before = readme.read_text(encoding="utf-8")
+        after = rendered(before)
+        if not args.check:
+            readme.write_text(after, encoding="utf-8")
+        return int(args.check and before != after)
+
+    return run_main(run)
