@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -103,10 +104,10 @@ def fingerprint(backend: str, device: torch.device | str) -> Fingerprint:
 
 def _cpu_fields() -> dict[str, str]:
     config = torch.__config__.show()
-    blas = [line.strip(" -") for line in config.splitlines() if "MKL" in line and "Version" in line]
+    named = re.findall(r"(Math Kernel Library Version \S+|MKL-DNN v\S+|BLAS_INFO=\w+)", config)
     return {
         "cpu.capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu.blas": "; ".join(blas) or "other",
+        "cpu.blas": "; ".join(named) or "unknown",
         "cpu.mkl_cbwr": os.environ.get("MKL_CBWR", ""),
         "cpu.mkl_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", ""),
         "cpu.threads": str(torch.get_num_threads()),
