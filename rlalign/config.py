@@ -181,7 +181,7 @@ class ClusterConfig:
     address: str | None = None
     """An existing Ray to join (``auto`` or host:port); None starts a private one."""
     num_rollout_actors: int = Field(1, ge=1)
-    threads: int = Field(2, ge=1)
+    threads: int = Field(1, ge=1)
     """CPU threads of every process: part of the plan's fingerprint on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

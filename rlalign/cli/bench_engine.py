@@ -221,7 +221,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: the quick start's model, untrained)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--response", type=int, default=48, help="tokens to generate per request")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/<machine>/engine.json)")
