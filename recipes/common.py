@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from sft import warm_start
 
 from rlalign.actors import Controller
+from rlalign.actors.process import set_up
 from rlalign.config import Config, config_from_dict
 from rlalign.run import Run, resumed_config
 from rlalign.tasks import Task, score_samples
@@ -19,9 +19,10 @@ from rlalign.tasks import Task, score_samples
 def read_config(settings: DictConfig) -> Config:
     """Validated settings; with ``run.resume`` those of that run, and this command line's on top."""
     config = config_from_dict(OmegaConf.to_container(settings, resolve=True, throw_on_missing=True))
-    if config.run.resume is None:
-        return config
-    return resumed_config(config.run.resume, HydraConfig.get().overrides.task)
+    if config.run.resume is not None:
+        config = resumed_config(config.run.resume, HydraConfig.get().overrides.task)
+    _check_files(config)
+    return config
 
 
 def initial_checkpoint(config: Config, run: Run) -> Path:
@@ -29,7 +30,7 @@ def initial_checkpoint(config: Config, run: Run) -> Path:
     if config.model.path is not None:
         return config.model.path
     if config.run.resume is None:
-        torch.set_num_threads(config.cluster.threads)
+        set_up(config.cluster.threads)
         warm_start(config, run.folder.initial, say=run.progress.say)
     return run.folder.initial
 
@@ -42,3 +43,13 @@ def evaluate(actors: Controller, task: Task, config: Config) -> float:
     if rollout.failed:
         raise ValueError(f"held-out {rollout.failed[0]}")
     return sum(sample.reward for sample in score_samples(task, rollout.samples)) / len(prompts)
+
+
+def _check_files(config: Config) -> None:
+    """Say what is missing before anything is started. Raises FileNotFoundError."""
+    if config.model.path is not None and not (config.model.path / "config.json").is_file():
+        raise FileNotFoundError(f"model.path={config.model.path}: no such folder, or no config.json in it")
+    for name in ("path", "eval_path"):
+        file = getattr(config.task, name)
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"task.{name}={file}: no such file")

@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 
 from rlalign.actors import Controller
 from rlalign.algorithms.estimate import estimate_grpo
+from rlalign.algorithms.metrics import merge, values
 from rlalign.algorithms.minibatches import split_minibatches
-from rlalign.cli.launch import launch
+from rlalign.cli.launch import finish, launch
 from rlalign.config import Config
 from rlalign.modeling import load_tokenizer
 from rlalign.records import derive_seed
@@ -29,7 +30,8 @@ def train(config: Config) -> None:
     """The whole run. Raises MismatchHalt when the two sides differ and ``align.on_mismatch`` says to stop."""
     algorithm, seed = config.algorithm, config.run.seed
     one_update = algorithm.epochs * algorithm.minibatches == 1
-    with Run("grpo", config) as run, Controller(config) as actors:
+    actors = Controller(config)
+    with Run("grpo", config) as run, actors:
         trainer = actors.trainer
         checkpoint = initial_checkpoint(config, run)
         tokenizer = load_tokenizer(checkpoint)
@@ -86,13 +88,16 @@ def train(config: Config) -> None:
                     with run.phase("update"):
                         if one_update:
                             run.metrics |= result.metrics | trainer.apply_update()
+                        parts = []
                         for epoch in range(0 if one_update else algorithm.epochs):
                             order = derive_seed(seed, step, epoch)
-                            for part in split_minibatches(len(samples), algorithm.minibatches, seed=order):
+                            for indices in split_minibatches(len(samples), algorithm.minibatches, seed=order):
                                 result = trainer.accumulate(
-                                    part, advantages, old_logprobs=train_logprobs, ref_logprobs=reference
+                                    indices, advantages, old_logprobs=train_logprobs, ref_logprobs=reference
                                 )
-                                run.metrics |= result.metrics | trainer.apply_update()
+                                parts.append(result.parts)
+                                run.metrics |= trainer.apply_update()
+                        run.metrics |= values(merge(parts))
                     with run.phase("sync"):
                         actors.sync_weights()
                     run.end_step(step, samples, rollout_stats=rollout.stats)
@@ -108,7 +113,7 @@ def train(config: Config) -> None:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="grpo")
 def main(settings: DictConfig) -> None:
-    train(read_config(settings))
+    finish(lambda: train(read_config(settings)))
 
 
 if __name__ == "__main__":

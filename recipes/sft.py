@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
-from rlalign.cli.launch import launch
+from rlalign.actors.process import set_up
+from rlalign.cli.launch import finish, launch
 from rlalign.config import Config, SamplingParams, TrainerConfig, config_from_dict
 from rlalign.engine import Engine
 from rlalign.modeling import Policy, load_policy, load_tokenizer, make_tiny_model, save_checkpoint
@@ -69,7 +69,7 @@ def warm_start(config: Config, path: Path, *, say: Callable[[str], None]) -> Non
 
 def train(config: Config) -> None:
     """The stand-alone recipe: all of it in this process, without actors."""
-    torch.set_num_threads(config.cluster.threads)
+    set_up(config.cluster.threads)
     folder = RunFolder.create("sft", config)
     if config.model.path is None:
         policy, tokenizer, task = _fresh_policy(config, folder.initial)
@@ -111,7 +111,7 @@ def _fresh_policy(config: Config, path: Path) -> tuple[Policy, PreTrainedTokeniz
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sft")
 def main(settings: DictConfig) -> None:
-    train(config_from_dict(OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)))
+    finish(lambda: train(config_from_dict(OmegaConf.to_container(settings, resolve=True, throw_on_missing=True))))
 
 
 if __name__ == "__main__":

@@ -46,13 +46,13 @@ class Controller:
     """
 
     def __init__(self, config: Config) -> None:
-        """Raises ValueError for settings that the controller itself decides."""
+        """Raises ValueError for a GPU that isn't there, and for settings that the controller itself decides."""
         if config.sampling.n != 1 or config.sampling.seed is not None or config.sampling.raw_logprobs:
             raise ValueError(
                 "sampling.n, sampling.seed and sampling.raw_logprobs are not settings of a run: samples per prompt are "
                 "algorithm.group_size, and seeds follow from run.seed"
             )
-        self.config = config
+        self.config, self.device = config, device_of(config)
         self.num_restarts = 0
         self.weights_version = 0
         self.weights_equal = True
@@ -145,8 +145,7 @@ class Controller:
         }
 
     def _start(self, cls: type) -> Any:
-        on_gpu = device_of(self.config) == "cuda"
-        share = 1.0 / (1 + self.config.cluster.num_rollout_actors) if on_gpu else 0.0
+        share = 1.0 / (1 + self.config.cluster.num_rollout_actors) if self.device == "cuda" else 0.0
         return start_actor(cls, self.config.cluster, self.config.cluster.threads, num_gpus=share)
 
     def _call(self, index: int, method: str, *args: Any, pending: Any) -> Any:

@@ -16,7 +16,12 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 def environment(threads: int) -> dict[str, str]:
     """Environment of an actor's process, read by the maths libraries when they are loaded."""
-    return {**dict.fromkeys(_THREAD_VARIABLES, str(threads)), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **dict.fromkeys(_THREAD_VARIABLES, str(threads)),
+        "OMP_WAIT_POLICY": "PASSIVE",  # see rlalign/__init__.py
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def set_up(threads: int) -> None:

@@ -1,0 +1,163 @@
+"""The YAML files against the dataclasses they mirror, and how a command line is answered."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from rlalign.config import Config, config_from_dict, config_to_dict
+from rlalign.run import resumed_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# decided by the controller: samples are algorithm.group_size, seeds follow from run.seed
+NOT_SETTINGS = {"n", "seed", "raw_logprobs"}
+
+
+def composed(recipe: str, *overrides: str) -> dict:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_container(compose(recipe, list(overrides)), resolve=True, throw_on_missing=True)
+
+
+def test_yaml_and_dataclass_agree_on_every_default():
+    assert config_from_dict(composed("grpo")) == Config()
+
+
+def test_yaml_names_every_field_and_no_other():
+    wanted = config_to_dict(Config())
+    wanted["sampling"] = {name: value for name, value in wanted["sampling"].items() if name not in NOT_SETTINGS}
+    assert _keys(composed("grpo")) == _keys(wanted)
+
+
+def test_ppo_differs_from_grpo_in_its_algorithm_only():
+    grpo, ppo = composed("grpo"), composed("ppo")
+    assert {name for name in grpo if grpo[name] != ppo[name]} == {"algorithm"}
+    assert config_from_dict(ppo).algorithm.adv_estimator == "gae"
+
+
+def test_sft_is_a_part_of_it():
+    assert _keys(composed("sft")) <= _keys(composed("grpo"))
+    config_from_dict(composed("sft"))
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_change_something_and_are_valid(recipe, name):
+    given = ("model.path=a", "task.path=b") if name == "gsm8k" else ()
+    experiment = composed(recipe, f"experiment={name}", *given)
+    config_from_dict(experiment)
+    assert experiment != composed(recipe, *given)
+
+
+def test_an_experiment_gives_way_to_the_command_line():
+    assert composed("grpo", "experiment=smoke", "run.steps=7")["run"]["steps"] == 7
+    assert composed("grpo", "experiment=smoke")["run"]["steps"] == 2
+
+
+def test_every_group_file_says_what_it_is():
+    for path in CONF.rglob("*.yaml"):
+        assert path.read_text(encoding="utf-8").startswith("#"), f"{path} has no comment at its top"
+
+
+def test_unknown_keys_are_errors():
+    with pytest.raises(ConfigCompositionException):
+        composed("grpo", "engine.no_such_field=1")
+    with pytest.raises(ValueError, match=r"engine\.no_such_field"):
+        config_from_dict(composed("grpo", "+engine.no_such_field=1"))
+
+
+def test_the_resolved_page_is_a_page():
+    assert len(yaml.safe_dump(composed("grpo")).splitlines()) < 130
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_those_given(tmp_path):
+    config = config_from_dict(composed("grpo", "trainer.lr=0.5", "run.seed=3"))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    resumed = resumed_config(tmp_path, [f"run.resume={tmp_path}", "run.steps=9", "trainer.eps=1e-4"])
+    assert (resumed.trainer.lr, resumed.run.seed, resumed.run.steps, resumed.trainer.eps) == (0.5, 3, 9, 1e-4)
+    assert resumed.run.dir == resumed.run.resume == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("task=gsm8k", "single fields"), ("nothing.at_all=1", "single fields"), ("run.dir=x", "own folder"),
+     ("run.no_such=1", "no_such")],
+)  # fmt: skip
+def test_what_a_resumed_run_refuses(tmp_path, override, message):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_to_dict(Config())))
+    with pytest.raises(ValueError, match=message):
+        resumed_config(tmp_path, [override])
+
+
+@pytest.fixture
+def recipe(monkeypatch, capfd):
+    """Runs a recipe's command line in this process: (exit code, stdout, stderr)."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # so that it is put back afterwards
+        monkeypatch.setattr(sys, "argv", [str(RECIPES / f"{name}.py"), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        return (ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "sft"])
+def test_help_explains_itself(recipe, name):
+    code, out, _ = recipe(name, "--help")
+    assert code == 0
+    assert f"python recipes/{name}.py [setting=value ...]" in out
+    mentioned = re.findall(r"^  ([a-z_.]+)=", out, re.MULTILINE)
+    assert len(mentioned) >= 4
+    settings = composed(name)
+    for setting in mentioned:
+        group = setting.split(".")[0]
+        assert group in settings or group == "experiment", f"--help names {setting}, which is no setting"
+
+
+def test_cfg_job_prints_the_settings(recipe):
+    code, out, _ = recipe("grpo", "--cfg", "job", "run.steps=17")
+    assert code == 0 and yaml.safe_load(out) == composed("grpo", "run.steps=17")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["engine.no_such=1"], "no_such"),
+        (["+engine.no_such=1"], "engine.no_such"),
+        (["sampling.temperature=-1"], "sampling.temperature"),
+        (["algorithm.group_size=1"], "group_size=1"),
+        (["+sampling.n=4"], "algorithm.group_size"),
+        (["task=gsm8k"], "task.path"),
+        (["task=gsm8k", "task.path=no.jsonl", "model.path=x"], "model.path=x"),
+        (["task=gsm8k", "task.path=no.jsonl"], "no.jsonl"),
+        (["model=checkpoint"], "model.path"),
+        (["run.resume=no/such/run"], "no/such/run"),
+        (["run.steps=abc"], "run.steps"),
+        (["cluster.device=cuda"], "cluster.device=cuda"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_2(recipe, arguments, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = recipe("grpo", *arguments)
+    assert code == 2
+    assert named in err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert not list(tmp_path.iterdir()), "a run that can't start leaves no folder behind"
+
+
+def _keys(values: dict, prefix: str = "") -> set[str]:
+    found = set()
+    for name, value in values.items():
+        found |= _keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+    return found

@@ -1,0 +1,104 @@
+"""Which room may import which, and where ray, wandb, hydra and triton may be named at all. Read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# room: the rooms of ours that it may import, besides config and records
+ALLOWED = {
+    "modeling": set(),
+    "algorithms": set(),
+    "verifier": set(),
+    "dashboards": set(),
+    "tasks": set(),
+    "engine": {"modeling"},
+    "trainer": {"modeling", "algorithms"},
+    "actors": {"engine", "trainer", "verifier", "modeling"},
+    "run": {"dashboards", "verifier"},
+}
+WITH_KERNELS = {"modeling", "engine", "trainer", "actors"}
+# the only places that may name a package, as path prefixes
+ONLY_IN = {"ray": ("rlalign/actors/",), "wandb": ("rlalign/dashboards/",), "hydra": ("recipes/",)}
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Dotted names and lines of all imports, those inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide which room is meant"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def problems(path: Path) -> Iterator[str]:
+    relative = path.relative_to(ROOT).as_posix()
+    room = relative.split("/")[1].removesuffix(".py") if relative.startswith("rlalign/") else None
+    for name, line in imported(ast.parse(path.read_text(encoding="utf-8"))):
+        package, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        where = f"{relative}:{line} imports {name}"
+        if package in ONLY_IN and not relative.startswith(ONLY_IN[package]):
+            yield where
+        if relative.startswith("kernels/") and package == "rlalign":
+            yield where
+        if room in ALLOWED:
+            if package == "rlalign" and other not in ALLOWED[room] | {room, "config", "records"}:
+                yield where
+            if package == "rlalign_kernels" and room not in WITH_KERNELS:
+                yield where
+        if room in ("config", "records") and package in ("rlalign", "rlalign_kernels") and other != "config":
+            yield where
+
+
+@pytest.mark.parametrize("folder", ["kernels", "rlalign", "recipes"])
+def test_every_import_goes_the_allowed_way(folder):
+    files = sources(folder)
+    assert files
+    assert [problem for path in files for problem in problems(path)] == []
+
+
+def test_every_room_has_a_rule():
+    rooms = {path.parent.name for path in (ROOT / "rlalign").glob("*/__init__.py")}
+    assert rooms - {"cli"} == set(ALLOWED)  # cli may import every room
+
+
+def test_triton_is_only_imported_when_a_function_needs_it():
+    for path in sources("kernels", "rlalign", "recipes"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [name for name, _ in imported(ast.Module([node], []))] if _is_import(node) else []
+            assert not any(name.split(".")[0] == "triton" for name in names), f"{path}: triton at the top"
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("rlalign/engine/x.py", "from rlalign.trainer import Trainer"),
+        ("rlalign/trainer/x.py", "from rlalign.engine.engine import Engine"),
+        ("rlalign/verifier/x.py", "import rlalign_kernels"),
+        ("rlalign/tasks/x.py", "def f():\n    import wandb"),
+        ("rlalign/run/x.py", "import ray"),
+        ("rlalign/records.py", "from rlalign.modeling import Policy"),
+        ("kernels/rlalign_kernels/x.py", "from rlalign.config import Config"),
+    ],
+)
+def test_a_wrong_import_is_found(place, line, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / place
+    file.parent.mkdir(parents=True)
+    file.write_text(line)
+    assert list(problems(file))
+
+
+def _is_import(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
