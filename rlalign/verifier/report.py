@@ -79,7 +79,7 @@ class Report:
         for name in ("sample", "pos"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("token in context", overflow="fold", ratio=1)
-        for name in ("rollout", "train", "Δ", "ULP"):
+        for name in ("rollout\ntrain", "Δ\nULP"):
             table.add_column(name, justify="right", no_wrap=True)
         for token in self.worst:
             table.add_row(*_cells(token))
@@ -88,17 +88,15 @@ class Report:
 
 def _cells(token: WorstToken) -> tuple[str, ...]:
     batch = "batch unknown" if token.batch_size < 0 else f"batch of {token.batch_size}"
-    details = f"{token.sequence_length} tokens, {batch}, weights {token.weights_version}, {token.finish_reason}"
+    details = f"of {token.sequence_length}, {batch}, weights {token.weights_version}, {token.finish_reason}"
     differs = token.kind == "differs"
     return (
         "/".join(map(str, token.key)),
         str(token.position),
         f"{escape(token.context)}\n[dim]{details}[/dim]",
         # float32 needs nine digits to be told apart from its neighbours
-        f"{token.rollout:.9g}",
-        f"{token.train:.9g}",
-        f"{token.delta:+.2e}" if differs else token.kind,
-        f"{token.ulp:,}" if differs else "-",
+        f"{token.rollout:.9g}\n{token.train:.9g}",
+        f"{token.delta:+.2e}\n{token.ulp:,}" if differs else token.kind,
     )
 
 
