@@ -24,15 +24,20 @@ _TANH_CUBIC = 0.044715
 
 
 def _silu_values(x: torch.Tensor) -> torch.Tensor:
+    x = x.contiguous()
     denominator = elementwise("exp", torch.neg(x), inplace=True).add_(1.0)
     return torch.div(x, denominator, out=denominator)
+
+
+def _silu_forward(x: torch.Tensor) -> torch.Tensor:
+    return _silu_values(x.float()).to(x.dtype)
 
 
 class _Silu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        return _silu_values(x.float().contiguous()).to(x.dtype)
+        return _silu_forward(x)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
@@ -44,7 +49,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return _silu_values(gate.float().contiguous()).to(gate.dtype).mul_(up)
+        return _silu_values(gate.float()).to(gate.dtype).mul_(up)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,11 +75,15 @@ class _Gelu(torch.autograd.Function):
         return torch.ops.aten.gelu_backward(grad, x, approximate=ctx.approximate), None
 
 
+def _reference_silu(x: torch.Tensor) -> torch.Tensor:
+    return _Silu.apply(x) if torch.is_grad_enabled() and x.requires_grad else _silu_forward(x)
+
+
 def _native_gelu(x: torch.Tensor, approximate: str) -> torch.Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-_SILU = Implementations("silu", reference=_Silu.apply, native=F.silu)
+_SILU = Implementations("silu", reference=_reference_silu, native=F.silu)
 _GELU = Implementations("gelu", reference=_Gelu.apply, native=_native_gelu)
 _SWIGLU = Implementations("swiglu", reference=_SwiGlu.apply, native=lambda gate, up: F.silu(gate) * up)
 

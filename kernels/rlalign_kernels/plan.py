@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from rlalign_kernels.dispatch import BACKENDS
+from rlalign_kernels.norm import ONE_CHAIN
 from rlalign_kernels.reference.attention import FLOOR
 from rlalign_kernels.reference.attention_layout import KV_TILE
 from rlalign_kernels.reference.elementwise import BLOCK, LANES
@@ -31,6 +32,13 @@ class LinearPlan:
     row_tiles: tuple[int, ...] = BASES
     k_block: int = K_BLOCK
     n_block: int = N_BLOCK
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """Mean square as a product with constants; beyond ``one_chain`` channels, of 16 segments and then over those."""
+
+    one_chain: int = ONE_CHAIN
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Plan:
     """Everything a reduction's bits follow from."""
 
     linear: LinearPlan = LinearPlan()
+    norm: NormPlan = NormPlan()
     attention: AttentionPlan = AttentionPlan()
     vocab: VocabPlan = VocabPlan()
     elementwise: ElementwisePlan = ElementwisePlan()

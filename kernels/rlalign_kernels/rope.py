@@ -37,60 +37,39 @@ def _native_tables(
     return _tables(angles.cos(), angles.sin(), scaling, dtype)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
-    """Rotate by sign * angle: multiplications and additions only, so the bits do not depend on layout."""
-    rotated = cos.shape[-1]
-    half = rotated // 2
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned = x[..., :rotated]
-    out = turned * cos
-    cross = torch.empty_like(out)
-    torch.mul(turned[..., half:], sin[..., :half], out=cross[..., :half])
-    torch.mul(turned[..., :half], sin[..., half:], out=cross[..., half:])
-    if sign > 0:
-        out[..., :half] -= cross[..., :half]
-        out[..., half:] += cross[..., half:]
-    else:
-        out[..., :half] += cross[..., :half]
-        out[..., half:] -= cross[..., half:]
-    return out if rotated == x.shape[-1] else torch.cat((out, x[..., rotated:]), -1)
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Multiplications, additions and signs only: correctly rounded in any layout, hence reference and native alike."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, -1)
+    out = turned * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+    return torch.cat((out, rest), -1) if rest.shape[-1] else out
+
+
+def _rotate_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Transpose of the rotation: the sine of each output's own channel travels back with it."""
+    turned, rest = grad[..., : cos.shape[-1]], grad[..., cos.shape[-1] :]
+    first, second = (turned * sin.unsqueeze(1)).chunk(2, -1)
+    out = turned * cos.unsqueeze(1) + torch.cat((second, -first), -1)
+    return torch.cat((out, rest), -1) if rest.shape[-1] else out
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate_back(grad, cos, sin), None, None
-
-
-def _rotate_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Transpose of the rotation: the sine of each output's own channel travels back with it."""
-    half = sin.shape[-1] // 2
-    swapped = torch.cat((sin[..., half:], sin[..., :half]), -1)
-    return _rotate(grad, cos, swapped, -1.0)
+        return _rotate_back(grad, *ctx.saved_tensors), None, None
 
 
 def _reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotary.apply(x, cos, sin)
-    return _rotate(x, cos, sin, 1.0)
-
-
-def _native(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    rotated = cos.shape[-1]
-    turned = x[..., :rotated]
-    first, second = turned.chunk(2, -1)
-    out = turned * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
-    return out if rotated == x.shape[-1] else torch.cat((out, x[..., rotated:]), -1)
+    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotate(x, cos, sin)
 
 
 _TABLES = Implementations("rotary_cos_sin", reference=_reference_tables, native=_native_tables)
-_APPLY = Implementations("apply_rotary", reference=_reference, native=_native)
+_APPLY = Implementations("apply_rotary", reference=_reference, native=_rotate)
 
 
 @operator

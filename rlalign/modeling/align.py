@@ -42,6 +42,7 @@ def align(model: PreTrainedModel, *, backend: str) -> PreTrainedModel:
             module.rlalign_backend = backend
         if backend != "native":
             _align_module(name, module, backend)
+    _align_storage(model)
     model.rlalign_backend = backend
     return model
 
@@ -59,6 +60,16 @@ def _align_module(name: str, module: nn.Module, backend: str) -> None:
     elif kind in _GELU_APPROXIMATION:
         approximate = _GELU_APPROXIMATION[kind] or module.approximate
         layers.become(module, layers.AlignedGELU, backend, approximate=approximate)
+
+
+def _align_storage(model: PreTrainedModel) -> None:
+    """Weights onto 64-byte boundaries, where a checkpoint's mapped file need not have put them.
+
+    Our products ask for that, and would copy an unaligned weight at every call. Tied weights stay one parameter.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def _refuse_dropout(model: PreTrainedModel) -> None:

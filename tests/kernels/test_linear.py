@@ -39,6 +39,15 @@ def test_misaligned_and_strided_inputs_keep_the_bits():
     assert same_bits(linear(strided, weight, backend="reference"), whole)
 
 
+@pytest.mark.parametrize(("width", "depth"), [(16, 64), (64, 500)])
+def test_tall_tiles_keep_the_bits(width, depth):
+    x, weight = heavy(5000, depth, seed=8), heavy(width, depth, seed=9)
+    assert gemm.gemm_schedule(width, depth).rows[-1] <= 4096
+    whole = linear(x, weight, backend="reference")
+    for start, count in ((0, 1), (4095, 2), (17, 600), (900, 4100), (4900, 100)):
+        assert same_bits(linear(x[start : start + count], weight, backend="reference"), whole[start : start + count])
+
+
 @pytest.mark.parametrize("depth", [64, 384, 1000])
 def test_every_schedule_equals_the_base_tile(depth):
     x, weight = heavy(300, depth, seed=6), heavy(96, depth, seed=7)

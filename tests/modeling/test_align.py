@@ -197,3 +197,14 @@ def test_weights_round_trip_with_their_hash(family: str) -> None:
         receiver.load_weights(weights)
     with pytest.raises(ValueError, match="need"):
         receiver.load_weights({**weights, name: tensor.double()})
+
+
+def test_weights_are_moved_to_aligned_storage():
+    model = tiny_model("llama")
+    parameter = next(model.parameters())
+    before = parameter.detach().clone()
+    parameter.data = torch.empty(parameter.numel() + 1)[1:].view(parameter.shape).copy_(before)
+    align(model, backend="reference")
+    assert next(model.parameters()) is parameter
+    assert torch.equal(parameter, before)
+    assert all(p.data_ptr() % 64 == 0 for p in model.parameters())

@@ -3,7 +3,7 @@
 Plan: K in absolute blocks of 384; each block is a product from zero over a tile of 16 rows (padded); block results are
 added in ascending order. Columns in absolute blocks of 2,048. Nothing of it depends on the number of rows. Where the
 machine's library gives a row of a 16-row tile bits that depend on its place, another of ``BASES`` that is free of that.
-Schedule: row tiles up to 256 and batched products, each only for shapes that a probe has found equal on this machine.
+Schedule: row tiles up to 4,096 and batched products, each only for shapes that a probe has found equal on this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from rlalign_kernels.conformance import CONFORMANCE, probe_data, same_bits
 
@@ -19,6 +20,9 @@ ROW_TILE = 16
 # Tried in this order where 16 rows are not position independent: BLAS kernels for AVX2 work on 6 rows at a time.
 BASES = (16, 48, 32, 64, 96, 192)
 MAX_ROWS = 256
+# Small products want taller tiles than that; large ones gain nothing from them, and would take long to probe.
+TALL_ROWS = (512, 1024, 2048, 4096)
+MAX_TALL_WORK = 2**27
 K_BLOCK = 384
 N_BLOCK = 2048
 MAX_BATCH = 128
@@ -66,56 +70,58 @@ def product_nt(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     width = weight.shape[0]
     if width < ROW_TILE:
         # Narrow products take another code path in BLAS libraries; zero columns keep them on the usual one.
-        return product_nt(x, torch.nn.functional.pad(weight, (0, 0, 0, ROW_TILE - width)))[:, :width].contiguous()
+        return product_nt(x, pad(weight, (0, 0, 0, ROW_TILE - width)))[:, :width].contiguous()
     if depth == 0:
         return x.new_zeros(num_rows, width)
-    out = x.new_empty(num_rows, width)
     if width <= N_BLOCK:
-        _product_columns(x, weight, out)
-        return out
+        return _product_columns(x, weight, None)
+    out = x.new_empty(num_rows, width)
     for start in range(0, width, N_BLOCK):
         _product_columns(x, weight[start : start + N_BLOCK], out[:, start : start + N_BLOCK])
     return out
 
 
-def _product_columns(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+def _product_columns(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """One block of columns, into ``out`` if that is given."""
     num_rows, depth = x.shape
     schedule = gemm_schedule(weight.shape[0], depth)
     weight_t = weight.t()
-    for start, rows in row_tiles(num_rows, schedule.base, schedule.rows):
+    tiles = row_tiles(num_rows, schedule.base, schedule.rows)
+    if len(tiles) == 1 and tiles[0][1] == num_rows:
+        return _tile(x, weight_t, out, schedule.fused_add)
+    if out is None:
+        if len(tiles) == 1:
+            return _padded_tile(x, weight_t, tiles[0][1], schedule.fused_add)
+        out = x.new_empty(num_rows, weight.shape[0])
+    for start, rows in tiles:
         if start + rows > num_rows:
             if num_rows < rows or depth % 16:
-                _padded_tile(x[start:], weight_t, out[start:], rows, schedule.fused_add)
+                out[start:] = _padded_tile(x[start:], weight_t, rows, schedule.fused_add)
                 continue
             # Rows do not depend on their position: redo a few earlier ones rather than copy and pad.
             start = num_rows - rows
-        if rows == num_rows:
-            _tile(x, weight_t, out, schedule.fused_add)
-        else:
-            _tile(x[start : start + rows], weight_t, out[start : start + rows], schedule.fused_add)
+        _tile(x[start : start + rows], weight_t, out[start : start + rows], schedule.fused_add)
+    return out
 
 
-def _padded_tile(x: torch.Tensor, weight_t: torch.Tensor, out: torch.Tensor, rows: int, fused_add: bool) -> None:
-    tile = x.new_zeros(rows, x.shape[1])
-    tile[: x.shape[0]] = x
-    result = x.new_empty(rows, weight_t.shape[1])
-    _tile(tile, weight_t, result, fused_add)
-    out.copy_(result[: x.shape[0]])
+def _padded_tile(x: torch.Tensor, weight_t: torch.Tensor, rows: int, fused_add: bool) -> torch.Tensor:
+    """The product of fewer rows than a tile has."""
+    return _tile(pad(x, (0, 0, 0, rows - x.shape[0])), weight_t, None, fused_add)[: x.shape[0]]
 
 
-def _tile(x: torch.Tensor, weight_t: torch.Tensor, out: torch.Tensor, fused_add: bool) -> None:
+def _tile(x: torch.Tensor, weight_t: torch.Tensor, out: torch.Tensor | None, fused_add: bool) -> torch.Tensor:
     """One row tile: K blocks ascending."""
     depth = x.shape[1]
     if depth <= K_BLOCK:
-        torch.mm(x, weight_t, out=out)
-        return
-    torch.mm(x[:, :K_BLOCK], weight_t[:K_BLOCK], out=out)
+        return torch.mm(x, weight_t, out=out)
+    out = torch.mm(x[:, :K_BLOCK], weight_t[:K_BLOCK], out=out)
     for start in range(K_BLOCK, depth, K_BLOCK):
         x_block, w_block = x[:, start : start + K_BLOCK], weight_t[start : start + K_BLOCK]
         if fused_add:
             torch.addmm(out, x_block, w_block, out=out)
         else:
             out.add_(torch.mm(x_block, w_block))
+    return out
 
 
 def gemm_schedule(width: int, depth: int) -> GemmSchedule:
@@ -125,7 +131,8 @@ def gemm_schedule(width: int, depth: int) -> GemmSchedule:
 
 def _probe_gemm(width: int, depth: int) -> GemmSchedule:
     blocks = sorted({K_BLOCK, depth % K_BLOCK or K_BLOCK}) if depth > K_BLOCK else [depth]
-    operands = [_probe_operands(width, block, depth) for block in blocks]
+    tall = max((rows for rows in TALL_ROWS if rows * width * max(blocks) <= MAX_TALL_WORK), default=MAX_ROWS)
+    operands = [_probe_operands(tall, width, block, depth) for block in blocks]
     best = None
     for base in BASES:
         found = _probe_base(operands, base, accumulates=depth > K_BLOCK)
@@ -142,20 +149,21 @@ def _probe_gemm(width: int, depth: int) -> GemmSchedule:
 
 
 def _probe_base(operands: list[tuple[torch.Tensor, torch.Tensor]], base: int, accumulates: bool) -> GemmSchedule | None:
-    if not all(_position_free(x, weight_t, base) for x, weight_t in operands):
+    if not all(_position_free(x[:MAX_ROWS], weight_t, base) for x, weight_t in operands):
         return None
-    rows, fused = set(range(base, MAX_ROWS + 1, base)), True
+    num_rows = operands[0][0].shape[0]
+    rows = {*range(base, MAX_ROWS + 1, base), *(size // base * base for size in TALL_ROWS if size <= num_rows)}
+    fused = True
     for x, weight_t in operands:
-        block_rows, block_fused = _probe_block(x, weight_t, base, accumulates)
-        rows &= block_rows
+        rows, block_fused = _probe_block(x, weight_t, base, rows, accumulates)
         fused &= block_fused
     return GemmSchedule(base, tuple(sorted(rows)), fused)
 
 
-def _probe_operands(width: int, block: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _probe_operands(num_rows: int, width: int, block: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One K block with the row strides that the real call has."""
-    x, weight = probe_data(MAX_ROWS, block, seed=3), probe_data(width, block, seed=4)
-    x_strided, weight_strided = x.new_empty(MAX_ROWS, depth), x.new_empty(width, depth)
+    x, weight = probe_data(num_rows, block, seed=3), probe_data(width, block, seed=4)
+    x_strided, weight_strided = x.new_empty(num_rows, depth), x.new_empty(width, depth)
     x_strided[:, :block], weight_strided[:, :block] = x, weight
     return x_strided[:, :block], weight_strided[:, :block].t()
 
@@ -172,11 +180,13 @@ def _position_free(x: torch.Tensor, weight_t: torch.Tensor, base: int) -> bool:
     return True
 
 
-def _probe_block(x: torch.Tensor, weight_t: torch.Tensor, base: int, accumulates: bool) -> tuple[set[int], bool]:
+def _probe_block(
+    x: torch.Tensor, weight_t: torch.Tensor, base: int, candidates: set[int], accumulates: bool
+) -> tuple[set[int], bool]:
     """Row tiles equal to the base tile for one K block, and whether ``addmm`` equals product plus add."""
-    truth = _by_row_tile(x[: MAX_ROWS // base * base], weight_t, base)
+    truth = _by_row_tile(x[: x.shape[0] // base * base], weight_t, base)
     rows, fused = {base}, True
-    for size in range(base, MAX_ROWS + 1, base):
+    for size in candidates:
         tile = torch.mm(x[:size], weight_t)
         if same_bits(tile, truth[:size]):
             rows.add(size)
