@@ -43,9 +43,13 @@ class NormPlan:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Online softmax over absolute key tiles, ascending, float32, from the finite maximum ``floor``."""
+    """Online softmax over absolute key tiles, ascending, float32, from the finite maximum ``floor``.
+
+    Row sums are one more column of the product with the values.
+    """
 
     kv_tile: int = KV_TILE
+    row_sums: str = "product"
     floor: float = FLOOR
 
 

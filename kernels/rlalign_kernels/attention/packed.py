@@ -15,8 +15,14 @@ from rlalign_kernels.reference.attention_layout import packed_problem
 
 
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: np.ndarray, cu_k: np.ndarray, settings: Settings
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: np.ndarray,
+    cu_k: np.ndarray,
+    settings: Settings,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     layout = layout_of(
         ("packed layout", cu_q.tobytes(), cu_k.tobytes()),
         lambda: packed_problem(cu_q, cu_k),
@@ -27,7 +33,14 @@ def _forward(
         settings.window,
     )
     return reference.forward(
-        q, k, v, layout, scale=settings.scale, softcap=settings.softcap, key_mask=settings.key_mask
+        q,
+        k,
+        v,
+        layout,
+        scale=settings.scale,
+        softcap=settings.softcap,
+        key_mask=settings.key_mask,
+        return_lse=return_lse,
     )
 
 
@@ -42,7 +55,7 @@ class _Packed(torch.autograd.Function):
         cu_k: np.ndarray,
         settings: Settings,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wide, lse = _forward(q, k, v, cu_q, cu_k, settings)
+        wide, lse = _forward(q, k, v, cu_q, cu_k, settings, True)
         out = wide.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.cu_q, ctx.cu_k, ctx.settings = cu_q, cu_k, settings
@@ -65,10 +78,10 @@ def _reference(
     cu_k: np.ndarray,
     settings: Settings,
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Packed.apply(q, k, v, cu_q, cu_k, settings)
-    out, lse = _forward(q, k, v, cu_q, cu_k, settings)
+    out, lse = _forward(q, k, v, cu_q, cu_k, settings, return_lse)
     return out.to(q.dtype), lse
 
 

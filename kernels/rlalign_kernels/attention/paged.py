@@ -39,7 +39,7 @@ def _reference(
     batch: _Batch,
     settings: Settings,
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     page_size = k_cache.shape[1]
     layout = layout_of(
         ("layout", *batch.key),
@@ -51,7 +51,9 @@ def _reference(
         settings.window,
     )
     k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    out, lse = reference.forward(q, k, v, layout, scale=settings.scale, softcap=settings.softcap, key_mask=None)
+    out, lse = reference.forward(
+        q, k, v, layout, scale=settings.scale, softcap=settings.softcap, key_mask=None, return_lse=return_lse
+    )
     return out.to(q.dtype), lse
 
 

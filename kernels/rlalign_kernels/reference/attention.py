@@ -2,7 +2,7 @@
 
 Plan: key tiles of 64 at absolute positions, ascending; per tile, in float32: s = q @ k.T (one product over D <= 256),
 s * scale, soft cap, masked scores -inf; m' = max(m, max s) from m0 = -1e30; p = exp(s - m'); alpha = exp(m - m');
-l = l alpha + tree(p); acc = acc alpha + p @ v (one product over the 64 keys). Then acc / l and lse = m + log l.
+[acc, l] = [acc, l] alpha + p @ [v, 1] (one product over the 64 keys). Then acc / l and lse = m + log l.
 A tile that a row may not see is an exact no-op (p = 0, alpha = 1), so skipping it is schedule, and so is batching.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rlalign_kernels.reference.attention_layout import KV_TILE, Chunk, Layout
-from rlalign_kernels.reference.elementwise import elementwise, tree_sum
+from rlalign_kernels.reference.elementwise import elementwise
 from rlalign_kernels.reference.gemm import BatchSchedule, batch_schedules, product_batched
 
 FLOOR = -1e30
@@ -26,9 +26,9 @@ ROW_UNITS = (1, 4)
 
 
 def schedules(head_dim: int, value_dim: int) -> tuple[BatchSchedule, BatchSchedule]:
-    """Proven schedules of q @ k.T and p @ v, on one base tile. Raises RuntimeError if no tile is position free."""
+    """Proven schedules of q @ k.T and p @ [v, 1], on one base tile. Raises RuntimeError if no tile is position free."""
     scores = batch_schedules(ROW_UNITS, head_dim, KV_TILE, True)
-    values = batch_schedules(ROW_UNITS, KV_TILE, value_dim, False)
+    values = batch_schedules(ROW_UNITS, KV_TILE, value_dim + 1, False)
     for base, schedule in scores.items():
         if base in values:
             return schedule, values[base]
@@ -47,20 +47,22 @@ def forward(
     scale: float,
     softcap: float | None,
     key_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [T, Hq, D], k [slots, Hkv, D], v [slots, Hkv, Dv] -> out float32 [T, Hq, Dv], lse float32 [T, Hq]."""
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q [T, Hq, D], k [slots, Hkv, D], v [slots, Hkv, Dv] -> out float32 [T, Hq, Dv], lse float32 [T, Hq] or None."""
     num_tokens, num_heads, head_dim = q.shape
     value_dim = v.shape[2]
     spare = num_tokens * num_heads
     out = torch.zeros(spare + 1, value_dim, device=q.device)
-    lse = torch.full((spare + 1,), -torch.inf, device=q.device)
+    lse = torch.full((spare + 1,), -torch.inf, device=q.device) if return_lse else None
     tiles = _Tiles(k, v, layout.slot_tiles, key_mask)
     q_rows = q.reshape(-1, head_dim)
     products = schedules(head_dim, value_dim)
     for chunk in layout.chunks:
         if chunk.steps:
             _run_chunk(q_rows, tiles, chunk, products, scale, softcap, out, lse)
-    return out[:spare].view(num_tokens, num_heads, value_dim), lse[:spare].view(num_tokens, num_heads)
+    out = out[:spare].view(num_tokens, num_heads, value_dim)
+    return out, None if lse is None else lse[:spare].view(num_tokens, num_heads)
 
 
 class _Tiles:
@@ -72,16 +74,19 @@ class _Tiles:
         self.k, self.v = k.reshape(-1, k.shape[2]), v.reshape(-1, v.shape[2])
         self.slot_tiles, self.key_mask, self.num_heads = slot_tiles, key_mask, k.shape[1]
 
-    def gather(self, chunk: Chunk, step: int, active: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """k [n, 64, D], v [n, 64, Dv] float32, and bool [n, 64] of keys masked by ``key_mask``."""
+    def gather(
+        self, chunk: Chunk, step: int, active: int, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """k [n, 64, D] float32, and bool [n, 64] of keys masked by ``key_mask``; v goes into values [n, 64, Dv]."""
         slots = self.slot_tiles.index_select(0, chunk.tiles[:active] + step)
         index = (slots + chunk.head[:active]).view(-1)
         k = self.k.index_select(0, index).view(active, KV_TILE, -1).float()
-        v = self.v.index_select(0, index).view(active, KV_TILE, -1).float()
+        values.copy_(self.v.index_select(0, index).view(active, KV_TILE, -1))
         if self.key_mask is None:
-            return k, v, None
+            return k, None
         hidden = ~self.key_mask[slots // self.num_heads]
-        return k.masked_fill_(hidden.unsqueeze(2), 0.0), v.masked_fill_(hidden.unsqueeze(2), 0.0), hidden
+        values.masked_fill_(hidden.unsqueeze(2), 0.0)
+        return k.masked_fill_(hidden.unsqueeze(2), 0.0), hidden
 
 
 def _run_chunk(
@@ -92,21 +97,23 @@ def _run_chunk(
     scale: float,
     softcap: float | None,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
     """Online softmax over the tiles of n items; the items still active at a step are a prefix."""
     count, rows, used = chunk.tiles.shape[0], chunk.rows, chunk.used
     q = q_rows.index_select(0, chunk.q_rows).float().view(count, rows, -1)
     value_dim = tiles.v.shape[1]
     highest = q.new_full((count, used, 1), FLOOR)
-    total = q.new_zeros(count, used, 1)
-    acc = q.new_zeros(count, used, value_dim)
+    # The last column of the values is 1: that of their weighted sum is the sum of the weights.
+    acc = q.new_zeros(count, used, value_dim + 1)
     scores = q.new_empty(count, rows, KV_TILE)
-    weighted = q.new_empty(count, rows, value_dim)
+    values = q.new_ones(count, KV_TILE, value_dim + 1)
+    weighted = q.new_empty(count, rows, value_dim + 1)
     # Padding rows of p meet only themselves; they are zero once and stay so.
     padded = q.new_zeros(count, rows, KV_TILE) if used < rows else None
     for step, (active, first_masked) in enumerate(chunk.steps):
-        k, v, hidden = tiles.gather(chunk, step, active)
+        v = values[:active, :, :value_dim]
+        k, hidden = tiles.gather(chunk, step, active, v)
         s = product_batched(q[:active], k.transpose(1, 2), scores[:active], products[0])
         s = s.mul_(scale) if used == rows else s[:, :used] * scale
         if softcap is not None:
@@ -114,20 +121,23 @@ def _run_chunk(
         _mask(s, chunk, step, first_masked, active, hidden)
         shield = None if first_masked == active else _Shield.against(v, s)
         if shield is not None:
-            v = shield.clean
-        m, norm, a = highest[:active], total[:active], acc[:active]
+            v.copy_(shield.clean)
+        m, a = highest[:active], acc[:active]
         new_m = torch.maximum(m, s.amax(-1, keepdim=True))
         p = elementwise("exp", s.sub_(new_m), inplace=True)
-        alpha = elementwise("exp", m - new_m, inplace=True)
-        norm.mul_(alpha).add_(tree_sum(p))
         if padded is not None:
             padded[:active, :used] = p
             p = padded[:active]
-        pv = product_batched(p, v, weighted[:active], products[1])
-        pv = pv[:, :used]
-        a.mul_(alpha).add_(pv if shield is None else pv.masked_fill(shield.hit, torch.nan))
+        pv = product_batched(p, values[:active], weighted[:active], products[1])[:, :used]
+        if shield is not None:
+            pv[:, :, :value_dim].masked_fill_(shield.hit, torch.nan)
+        if step == 0:
+            # Nothing to rescale yet: 0 * alpha + pv is pv.
+            a.copy_(pv)
+        else:
+            a.mul_(elementwise("exp", m - new_m, inplace=True)).add_(pv)
         m.copy_(new_m)
-    _store(highest, total, acc, chunk, out, lse)
+    _store(highest, acc, chunk, out, lse)
 
 
 @dataclass(frozen=True)
@@ -165,13 +175,13 @@ def _mask(
         s.masked_fill_(hidden.unsqueeze(1), -torch.inf)
 
 
-def _store(
-    highest: torch.Tensor, total: torch.Tensor, acc: torch.Tensor, chunk: Chunk, out: torch.Tensor, lse: torch.Tensor
-) -> None:
+def _store(highest: torch.Tensor, acc: torch.Tensor, chunk: Chunk, out: torch.Tensor, lse: torch.Tensor | None) -> None:
     """Divide, and scatter; a row that saw no key is 0 with lse -inf."""
+    acc, total = acc[..., :-1], acc[..., -1:]
     empty = total == 0
     # + 0.0: a skipped tile leaves -0.0 as it is, a masked one adds +0.0 to it; both end as +0.0.
     values = (acc / total).add_(0.0).masked_fill_(empty, 0.0)
-    logs = (highest + elementwise("log", total)).masked_fill_(empty, -torch.inf)
-    out.index_copy_(0, chunk.out_rows, values.view(-1, values.shape[2]))
-    lse.index_copy_(0, chunk.out_rows, logs.view(-1))
+    out.index_copy_(0, chunk.out_rows, values.reshape(-1, values.shape[2]))
+    if lse is not None:
+        logs = (highest + elementwise("log", total)).masked_fill_(empty, -torch.inf)
+        lse.index_copy_(0, chunk.out_rows, logs.reshape(-1))
