@@ -16,9 +16,15 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+from collections.abc import Iterator  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
+
+if TYPE_CHECKING:
+    from support.actors import ActorPool
 
 torch.set_num_threads(THREADS)
 transformers_logging.disable_progress_bar()
@@ -30,3 +36,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[ActorPool]:
+    """One Ray and few actor processes for all tests: starting them takes seconds, for every run anew."""
+    from support.actors import ActorPool
+
+    from rlalign.actors import controller
+    from rlalign.actors.cluster import cluster
+    from rlalign.config import ClusterConfig
+
+    with cluster(ClusterConfig()), pytest.MonkeyPatch.context() as patch:
+        pool = ActorPool()
+        patch.setattr(controller, "start_actor", pool.start)
+        patch.setattr(controller, "stop_actor", pool.stop)
+        yield pool

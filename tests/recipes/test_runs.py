@@ -1,0 +1,173 @@
+"""Whole runs through Ray: what may not change the result, what must be noticed, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import grpo
+import ppo
+import pytest
+import ray
+import yaml
+from support.runs import summary, tiny_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlalign.actors import Controller
+from rlalign.config import config_from_dict
+from rlalign.dashboards.jsonl import read_metrics
+from rlalign.run import resumed_config
+from rlalign.verifier.decide import MismatchHalt
+
+pytestmark = pytest.mark.usefixtures("shared_ray")
+
+
+def test_a_run_agrees_bit_for_bit_and_says_so(plain_run):
+    found = summary(plain_run)
+    assert found["status"] == "finished" and found["steps"] == 3
+    assert found["mismatch_count"] == 0 and found["logp_abs_diff_max"] == 0.0
+    assert len(found["final_weights_sha256"]) == 64 and found["critic_sha256"] is None
+    assert found["seed"] == 0 and found["versions"]["torch"] and found["plan_fingerprint"]
+    assert {"rollout", "reward", "train", "verify", "update", "sync"} <= set(found["seconds"])
+    assert found["reward_first"] is not None and found["reward_last"] is not None
+    rows = [row for row in read_metrics(plain_run / "metrics.jsonl") if "align/mismatch_count" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["align/bitwise_match_frac"] == 1.0 and row["align/weights_equal"] == 1.0 for row in rows)
+    assert [row["align/weights_version"] for row in rows] == [0, 1, 2]
+    assert all(row["align/policy_age/max"] == 0 and row["align/adv_skew"] == 0 for row in rows)
+    assert sum(row["perf/decode_tokens"] >= 0 for row in rows) == 3
+
+
+def test_the_folder_holds_what_is_needed_to_look_at_it_again(plain_run):
+    config = config_from_dict(yaml.safe_load((plain_run / "config.yaml").read_text()))
+    assert config.run.dir == plain_run
+    lines = (plain_run / "samples" / "step_00002.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 16 and len({(s["prompt_id"], s["sample"]) for s in samples}) == 16
+    assert all(s["completion"] is not None and s["seed"] > 0 for s in samples)
+    assert list((plain_run / "wandb").glob("offline-run-*/*.wandb"))
+    for name in ("initial", "last", "best"):
+        AutoModelForCausalLM.from_pretrained(plain_run / "checkpoints" / name)
+        AutoTokenizer.from_pretrained(plain_run / "checkpoints" / name)
+
+
+def test_engine_settings_and_actors_do_not_reach_the_weights(plain_run, tmp_path):
+    engine = {"page_size": 4, "num_pages": 40, "max_batch_tokens": 24, "max_num_seqs": 5, "prefill_chunk": 3,
+              "prefix_cache": False}  # fmt: skip
+    grpo.train(tiny_run(tmp_path, engine=engine, cluster={"num_rollout_actors": 2}))
+    assert summary(tmp_path)["final_weights_sha256"] == summary(plain_run)["final_weights_sha256"]
+    for step in (1, 2, 3):
+        name = f"samples/step_0000{step}.jsonl"
+        assert (tmp_path / name).read_text() == (plain_run / name).read_text()
+
+
+def test_another_seed_gives_other_weights(plain_run, tmp_path):
+    grpo.train(tiny_run(tmp_path, run={"seed": 1, "steps": 1}))
+    first = (tmp_path / "samples" / "step_00001.jsonl").read_text()
+    assert first != (plain_run / "samples" / "step_00001.jsonl").read_text()
+
+
+def test_a_resumed_run_ends_with_the_same_weights_and_numbers(plain_run, tmp_path):
+    grpo.train(tiny_run(tmp_path, run={"steps": 2}))
+    grpo.train(resumed_config(tmp_path, ["run.steps=3"]))
+    whole, parts = summary(plain_run), summary(tmp_path)
+    for name in ("final_weights_sha256", "steps", "tokens", "mismatch_count", "reward_first", "reward_last"):
+        assert parts[name] == whole[name], name
+    rows = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "reward/mean" in row]
+    assert rows == [1, 2, 3]
+
+
+def test_a_rollout_actor_that_dies_is_replaced_and_reaches_nothing(plain_run, tmp_path, monkeypatch):
+    generate = Controller.generate
+
+    def kill_then_generate(self, *args, **kwargs):
+        if kwargs["step"] == 2:
+            ray.kill(self._rollouts[0])
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(Controller, "generate", kill_then_generate)
+    grpo.train(tiny_run(tmp_path))
+    assert summary(tmp_path)["rollout_restarts"] == 1
+    assert summary(tmp_path)["final_weights_sha256"] == summary(plain_run)["final_weights_sha256"]
+
+
+def test_native_operators_differ_and_the_run_goes_on(tmp_path):
+    grpo.train(tiny_run(tmp_path, numerics={"numerics": "native"}))
+    found = summary(tmp_path)
+    assert found["status"] == "finished" and found["mismatch_count"] > 0
+    assert 0 < found["logp_abs_diff_max"] < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["trainer_weight", "kv_page", "position"])
+def test_a_planted_fault_stops_the_run_and_names_the_token(kind, tmp_path):
+    config = tiny_run(tmp_path, align={"fault": {"kind": kind, "step": 2}})
+    with pytest.raises(MismatchHalt, match=r"worst: step 2 prompt \d+ sample \d position \d, token \d+") as halted:
+        grpo.train(config)
+    worst = json.loads((tmp_path / "mismatch.json").read_text())["worst_tokens"][0]
+    assert worst["key"].startswith("2/") and worst["rollout"] != worst["train"]
+    assert halted.value.report.worst[0].position == worst["position"]
+    found = summary(tmp_path)
+    assert found["status"] == "halted" and found["steps"] == 1 and found["mismatch_count"] > 0
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "align/mismatch_count" in row]
+    assert [row["align/mismatch_count"] > 0 for row in rows] == [False, True]
+
+
+def test_ppo_updates_several_times_per_batch_and_still_agrees(tmp_path):
+    algorithm = {"adv_estimator": "gae", "group_size": 2, "epochs": 2, "minibatches": 2, "kl_coef": 0.05}
+    ppo.train(tiny_run(tmp_path / "whole", algorithm=algorithm))
+    found = summary(tmp_path / "whole")
+    assert found["mismatch_count"] == 0 and len(found["critic_sha256"]) == 64
+    rows = [row for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "critic/loss" in row]
+    assert [row["align/weights_version"] for row in rows] == [0, 4, 8]
+    assert all(math.isfinite(row["critic/loss"]) for row in rows)
+    ppo.train(tiny_run(tmp_path / "parts", algorithm=algorithm, run={"steps": 2}))
+    ppo.train(resumed_config(tmp_path / "parts", ["run.steps=3"]))
+    for name in ("final_weights_sha256", "critic_sha256"):
+        assert summary(tmp_path / "parts")[name] == found[name]
+
+
+def test_truncated_sampling_with_several_updates_agrees(tmp_path):
+    sampling = {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.02}
+    algorithm = {"epochs": 2, "minibatches": 2, "kl_coef": 0.1}
+    grpo.train(tiny_run(tmp_path, sampling=sampling, algorithm=algorithm, model={"dtype": "bfloat16"}))
+    assert summary(tmp_path)["mismatch_count"] == 0
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(plain_run):
+    with pytest.raises(ValueError, match=r"run\.resume"):
+        grpo.train(tiny_run(plain_run))
+
+
+def test_users_model_data_and_reward(plain_run, tmp_path):
+    rows = [{"prompt": f"sort {'7 ' * n}->", "reward_model": {"ground_truth": n}} for n in (2, 3, 4, 5, 6, 30)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "eval.jsonl").write_text(json.dumps(rows[0]))
+    (tmp_path / "reward.py").write_text("def one(*, ground_truth, **_): return int(ground_truth) * 10")
+    task = {"name": "gsm8k", "path": str(tmp_path / "train.jsonl"), "eval_path": str(tmp_path / "eval.jsonl"),
+            "reward": f"{tmp_path}/reward.py:one", "num_train": None}  # fmt: skip
+    grpo.train(
+        tiny_run(
+            tmp_path / "run",
+            model={"path": str(plain_run / "checkpoints" / "initial")},
+            task=task,
+            engine={"max_model_len": 24},
+            algorithm={"prompts_per_step": 6, "group_size": 2},
+            run={"steps": 1},
+        )
+    )
+    found = summary(tmp_path / "run")
+    assert found["eval_first"] == 20 and found["reward_first"] == 40  # the mean of 20 ... 60: the long one is left out
+    (row,) = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "rollout/failed" in row]
+    assert row["rollout/failed"] == 1 and row["align/mismatch_count"] == 0
+
+
+def test_a_rewards_exception_names_the_sample(plain_run, tmp_path):
+    (tmp_path / "reward.py").write_text("def broken(**_): raise KeyError('oops')")
+    with pytest.raises(ValueError, match=r"step 0, prompt \d+, sample 0.*broken raised KeyError: 'oops'"):
+        grpo.train(tiny_run(tmp_path / "run", task={"reward": f"{tmp_path}/reward.py:broken"}))
+    assert summary(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_cache_that_cannot_hold_one_request_is_an_error_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match=r"num_pages=2 with page_size=4 hold 8 tokens"):
+        grpo.train(tiny_run(tmp_path, engine={"num_pages": 2, "page_size": 4, "max_model_len": 32}))
