@@ -20,7 +20,7 @@ from rlalign_kernels.dispatch import BACKENDS
 from rlalign_kernels.norm import ONE_CHAIN
 from rlalign_kernels.reference.attention import FLOOR
 from rlalign_kernels.reference.attention_layout import KV_TILE
-from rlalign_kernels.reference.elementwise import BLOCK, LANES
+from rlalign_kernels.reference.elementwise import BLOCK, LANES, ZERO_EXP
 from rlalign_kernels.reference.gemm import BASES, K_BLOCK, N_BLOCK
 from rlalign_kernels.reference.vocab import VOCAB_BLOCK
 
@@ -62,10 +62,11 @@ class VocabPlan:
 
 @dataclass(frozen=True)
 class ElementwisePlan:
-    """Transcendentals in padded flat blocks."""
+    """Transcendentals in padded flat blocks; weights of attention are 0 from ``zero_exp`` down."""
 
     block: int = BLOCK
     lanes: int = LANES
+    zero_exp: float = ZERO_EXP
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rlalign_kernels import gelu, silu, swiglu
 from rlalign_kernels.reference import truths
-from rlalign_kernels.reference.elementwise import FUNCTIONS, _blocked, elementwise, tree_sum
+from rlalign_kernels.reference.elementwise import FUNCTIONS, _blocked, elementwise, softmax_exp, tree_sum
 from rlalign_kernels.reference.support import prefix_sum
 from support_kernels import error, heavy, normal, same_bits
 
@@ -105,3 +105,13 @@ def test_refusals_name_the_argument():
         silu(x, backend="triton")
     with pytest.raises(ValueError, match="backend='cuda' is unknown"):
         silu(x, backend="cuda")
+
+
+def test_softmax_exp_is_exp_where_it_matters_and_exactly_zero_below():
+    x = torch.linspace(-60, 0, 5001)
+    assert torch.equal(softmax_exp(x.clone()), elementwise("exp", x))
+    low = torch.tensor([-80.0, -81.0, -95.0, -1e30, -torch.inf])
+    assert torch.equal(softmax_exp(low.clone()), torch.zeros(5))
+    near = torch.linspace(-80, -60, 301)
+    assert (softmax_exp(near.clone()) - near.exp()).abs().max() < 1e-34
+    assert softmax_exp(torch.tensor([torch.nan])).isnan().all()

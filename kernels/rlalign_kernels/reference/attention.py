@@ -1,8 +1,9 @@
 """The invariant attention forward, packed and paged alike.
 
 Plan: key tiles of 64 at absolute positions, ascending; per tile, in float32: s = q @ k.T (one product over D <= 256),
-s * scale, soft cap, masked scores -inf; m' = max(m, max s) from m0 = -1e30; p = exp(s - m'); alpha = exp(m - m');
-[acc, l] = [acc, l] alpha + p @ [v, 1] (one product over the 64 keys). Then acc / l and lse = m + log l.
+s * scale, soft cap, masked scores -inf; m' = max(m, max s) from m0 = -1e30; p = exp(s - m'); alpha = exp(m - m'),
+both exactly 0 from -80 down (``softmax_exp``); [acc, l] = [acc, l] alpha + p @ [v, 1] (one product over the 64 keys).
+Then acc / l and lse = m + log l.
 A tile that a row may not see is an exact no-op (p = 0, alpha = 1), so skipping it is schedule, and so is batching.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from rlalign_kernels.reference.attention_layout import KV_TILE, Chunk, Layout
-from rlalign_kernels.reference.elementwise import elementwise
+from rlalign_kernels.reference.elementwise import elementwise, softmax_exp
 from rlalign_kernels.reference.gemm import BatchSchedule, batch_schedules, product_batched
 
 FLOOR = -1e30
@@ -124,7 +125,7 @@ def _run_chunk(
             v.copy_(shield.clean)
         m, a = highest[:active], acc[:active]
         new_m = torch.maximum(m, s.amax(-1, keepdim=True))
-        p = elementwise("exp", s.sub_(new_m), inplace=True)
+        p = softmax_exp(s.sub_(new_m))
         if padded is not None:
             padded[:active, :used] = p
             p = padded[:active]
@@ -135,7 +136,7 @@ def _run_chunk(
             # Nothing to rescale yet: 0 * alpha + pv is pv.
             a.copy_(pv)
         else:
-            a.mul_(elementwise("exp", m - new_m, inplace=True)).add_(pv)
+            a.mul_(softmax_exp(m - new_m)).add_(pv)
         m.copy_(new_m)
     _store(highest, acc, chunk, out, lse)
 

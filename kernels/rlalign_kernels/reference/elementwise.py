@@ -7,12 +7,16 @@ to a multiple of 64 elements and at most 16,384 long (short enough never to be s
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from rlalign_kernels.conformance import CONFORMANCE, probe_data, same_bits
 
 BLOCK = 16384
 LANES = 64
+# Where a softmax weight counts as 0: exp(-80) is 1.8e-35, and still far from where it would be subnormal.
+ZERO_EXP = -80.0
 FUNCTIONS = {
     "exp": torch.exp,
     "log": torch.log,
@@ -34,6 +38,20 @@ def elementwise(name: str, x: torch.Tensor, *, inplace: bool = False) -> torch.T
     if CONFORMANCE.get(("elementwise", name), lambda: _probe(name)):
         return FUNCTIONS[name](x, out=x) if inplace else FUNCTIONS[name](x)
     return _blocked(name, x)
+
+
+def softmax_exp(x: torch.Tensor) -> torch.Tensor:
+    """``exp(max(x, -80)) - exp(-80)`` of contiguous x <= 0, which is overwritten: exp, but exactly 0 from -80 down.
+
+    Masked scores are -inf, and vector libraries take up to 100 times as long where exp underflows. The subtraction
+    is exact, or rounds to what was there, wherever the result is above 1e-27.
+    """
+    return elementwise("exp", x.clamp_(min=ZERO_EXP), inplace=True).sub_(_smallest_exp(x.device))
+
+
+@functools.cache
+def _smallest_exp(device: torch.device) -> float:
+    return elementwise("exp", torch.full((1,), ZERO_EXP, device=device)).item()
 
 
 def _blocked(name: str, x: torch.Tensor) -> torch.Tensor:
