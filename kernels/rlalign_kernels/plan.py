@@ -1,6 +1,8 @@
 """Frozen reduction plans, and the fingerprint of everything that can change a bit.
 
-A plan is a function of nothing but these constants and the model's shapes; no schedule is in it.
+A plan is a function of nothing but these constants and the model's shapes; no schedule is in it. On a CPU whose BLAS
+makes a row's bits depend on its place among 16, products take the first of ``row_tiles`` that is free of that: a fact
+of CPU model and BLAS, which are fields of the fingerprint for this reason.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -120,12 +123,20 @@ def _cpu_fields() -> dict[str, str]:
     config = torch.__config__.show()
     named = re.findall(r"(Math Kernel Library Version \S+|MKL-DNN v\S+|BLAS_INFO=\w+)", config)
     return {
+        "cpu.model": cpu_model(),
         "cpu.capability": torch.backends.cpu.get_cpu_capability(),
         "cpu.blas": "; ".join(named) or "unknown",
         "cpu.mkl_cbwr": os.environ.get("MKL_CBWR", ""),
         "cpu.mkl_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", ""),
         "cpu.threads": str(torch.get_num_threads()),
     }
+
+
+def cpu_model() -> str:
+    """BLAS chooses its kernels by it, and so may the base row tile that the gemm probe finds free of position."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _gpu_fields(device: torch.device) -> dict[str, str]:

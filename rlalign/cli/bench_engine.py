@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rlalign_kernels.plan import cpu_model
 
 from rlalign.actors.process import set_up
 from rlalign.cli.errors import run_main
@@ -192,14 +192,8 @@ def batching_gain(records: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def machine_name(device: torch.device) -> str:
     """The processor's or GPU's name, fit for a folder."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()} {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_model()} {os.cpu_count()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def make_table(records: Sequence[dict[str, Any]], gain: dict[str, float]) -> Table:

@@ -151,7 +151,10 @@ class Policy:
 
     @torch.no_grad()
     def _probe_layers(self) -> list[KVShape]:
-        """Each layer's cache shape, seen rather than derived from config fields whose names differ by model."""
+        """Each layer's cache shape, seen rather than derived from config fields whose names differ by model.
+
+        Being the first forward, it also makes every operator probe the shapes of this model, before the first token.
+        """
         recorder = _KVRecorder(PackedContext(torch.tensor([0, 2], dtype=torch.int32, device=self.device)))
         self.hidden(*self._probe_rows(), recorder)
         layers = sorted(recorder.shapes)

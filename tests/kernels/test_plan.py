@@ -22,6 +22,8 @@ _CHILD = Path(__file__).with_name("invariance_child.py")
 def test_a_fingerprint_names_what_differs(monkeypatch):
     one = fingerprint("reference", "cpu")
     assert one.sha256 == fingerprint("reference", torch.device("cpu")).sha256
+    assert "" not in (one.fields["cpu.model"], one.fields["cpu.blas"])
+    assert one.fields["cpu.blas"] != "unknown"
     assert {"torch", "sources", "cpu.threads", "cpu.capability", "cpu.blas", "plan.attention"} <= set(one.fields)
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     other = fingerprint("native", "cpu")
