@@ -44,19 +44,21 @@ class RunFolder:
             raise ValueError(
                 f"run.dir={folder.path} holds a run already: continue it with run.resume, or choose another"
             )
-        folder.samples.mkdir(parents=True, exist_ok=True)
-        folder.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+        folder.begin(config)
         return folder
 
     @classmethod
-    def existing(cls, path: Path, config: Config) -> RunFolder:
-        """The folder of a run that goes on. Raises FileNotFoundError if there is none with a checkpoint."""
+    def existing(cls, path: Path) -> RunFolder:
+        """The folder of a run that may go on; nothing is written. FileNotFoundError if it has no checkpoint."""
         folder = cls(path)
         if not folder.last.is_dir():
             raise FileNotFoundError(f"run.resume={path}: no checkpoint in {folder.last}")
-        folder.samples.mkdir(exist_ok=True)
-        folder.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
         return folder
+
+    def begin(self, config: Config) -> None:
+        """Write the settings of a run that begins or goes on here."""
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """All samples of a step, one per line, in order of key."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlalign.config import Config, config_to_dict
-from rlalign.dashboards import MetricsFile, PictureData, Sink, make_sink
+from rlalign.dashboards import MetricsFile, NullSink, PictureData, Sink, make_sink
 from rlalign.records import Sample
 from rlalign.run.facts import git_commit, versions
 from rlalign.run.folder import RunFolder
@@ -69,12 +69,16 @@ class Run:
         self._seconds: dict[str, float] = {}
         self._interrupts = Interrupts()
         self._pictures: PictureData | None = None
+        self.sink: Sink = NullSink()
+        self._begun = False
 
     def __enter__(self) -> Run:
         config, path = self.config, self.config.run.resume
-        self.folder = RunFolder.create(self.recipe, config) if path is None else RunFolder.existing(path, config)
+        self.folder = RunFolder.create(self.recipe, config) if path is None else RunFolder.existing(path)
         self.progress = Progress(config.run.steps)
-        self.sink: Sink = make_sink(config.tracking, self.folder.path, config_to_dict(config))
+        # the record of an earlier run is not touched before ``restore`` knows that it goes on
+        if path is None:
+            self._begin()
         self.progress.say(f"{self.recipe}: numerics={config.numerics}, run folder {self.folder.path}")
         return self
 
@@ -86,8 +90,9 @@ class Run:
             self.status = "halted"
         elif isinstance(error, KeyboardInterrupt | SystemExit):
             self.status = "interrupted"
-        self.folder.write_json(self.folder.summary, self._summary())
-        self.sink.close(exit_code=0 if error is None else 1)
+        if self._begun:
+            self.folder.write_json(self.folder.summary, self._summary())
+            self.sink.close(exit_code=0 if error is None else 1)
 
     def restore(self, trainer: Checkpointer) -> int:
         """The number of finished steps: 0, or those of the checkpoint that the trainer now goes on from."""
@@ -96,6 +101,8 @@ class Run:
             if self.totals.steps >= self.config.run.steps:
                 done = f"{self.folder.path} has finished {self.totals.steps} steps already"
                 raise ValueError(f"run.steps={self.config.run.steps}: {done}")
+            self.folder.begin(self.config)
+            self._begin()
             self.progress.say(f"continuing after step {self.totals.steps}")
         self._metrics_file = MetricsFile(self.folder.metrics, first_step=self.totals.steps + 1)
         return self.totals.steps
@@ -195,6 +202,11 @@ class Run:
         self.status = "finished"
         self.facts |= {"final_weights_sha256": final["policy"], "critic_sha256": final["critic"]}
         self.progress.table(f"{self.recipe}, numerics={self.config.numerics}", _closing_rows(self))
+
+    def _begin(self) -> None:
+        """From here on this run leaves its marks in the folder."""
+        self.sink = make_sink(self.config.tracking, self.folder.path, config_to_dict(self.config))
+        self._begun = True
 
     def _save_interrupted(self, trainer: Checkpointer) -> None:
         if self._interrupts.torn:
