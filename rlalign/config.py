@@ -52,7 +52,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, config=_STRICT)
 class EngineConfig:
-    """The rollout engine's schedule: nothing here may change a bit of a token's log-prob."""
+    """The rollout engine's schedule, of which nothing may change a token or a bit of its log-prob.
+
+    ``max_model_len`` is the one field that is a limit, not schedule: it decides which prompts are refused, and where a
+    response ends. A run's cache must hold the longest request that its settings allow (an error at the start), so that
+    ``num_pages`` and ``page_size`` refuse nothing.
+    """
 
     page_size: int = Field(16, ge=1)
     num_pages: int = Field(2048, ge=1)
@@ -62,7 +67,7 @@ class EngineConfig:
     prefill_chunk: int = Field(512, ge=1)
     """Most prompt tokens of one sequence in one forward."""
     max_model_len: int | None = Field(None, ge=2)
-    """Longest prompt + response; None takes the model's own limit, bounded by the cache."""
+    """A limit, not schedule: longest prompt + response; None takes the model's own limit, bounded by the cache."""
     prefix_cache: bool = True
 
 

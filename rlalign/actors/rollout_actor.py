@@ -34,10 +34,14 @@ class RolloutActor:
         self._engine: Engine | None = None
 
     def load(self, config: Config, checkpoint: Path) -> Fingerprint:
-        """Load the checkpoint; returns what can change a bit in this process."""
+        """Load the checkpoint; returns what can change a bit in this process.
+
+        Raises ValueError if the cache can't hold the longest request that the settings allow.
+        """
         policy = load_policy(
             checkpoint, dtype=config.model.dtype, numerics=config.numerics, device=device_of(config)
         )  # fmt: skip
+        _check_cache(config, policy.max_positions)
         self._engine = Engine(policy, load_tokenizer(checkpoint), config.engine)
         return plan_of(config)
 
@@ -60,3 +64,17 @@ class RolloutActor:
         if self._engine is None:
             raise RuntimeError("load() comes first")
         return self._engine
+
+
+def _check_cache(config: Config, max_positions: int) -> None:
+    """Raises ValueError for a cache that would refuse a request: what a run trains on must not depend on its size."""
+    engine = config.engine
+    wanted = config.task.max_prompt_tokens + config.sampling.max_tokens
+    longest = min(engine.max_model_len or max_positions, wanted)
+    capacity = engine.num_pages * engine.page_size
+    if longest > capacity:
+        raise ValueError(
+            f"engine.num_pages={engine.num_pages} with page_size={engine.page_size} hold {capacity} tokens, but one "
+            f"request may have {longest} (task.max_prompt_tokens + sampling.max_tokens, or the model's limit): it "
+            f"needs num_pages={-(-longest // engine.page_size)}"
+        )
