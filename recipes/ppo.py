@@ -41,8 +41,11 @@ def train(config: Config) -> None:
         run.facts |= actors.facts()
 
         with run.saved_on_interrupt(trainer):
-            if done == 0:
+            # before the first step, or where an interrupt came in between
+            if run.evaluation_due():
                 run.evaluated(evaluate(actors, task, config), trainer)
+                if done > 0:
+                    run.save(trainer)
 
             for step in range(done + 1, config.run.steps + 1):
                 fault = config.align.fault.kind if step == config.align.fault.step else "none"
@@ -96,7 +99,7 @@ def train(config: Config) -> None:
                         actors.sync_weights()
                     run.end_step(step, samples, rollout_stats=rollout.stats)
 
-                if step == config.run.steps or (config.eval.every and step % config.eval.every == 0):
+                if run.evaluation_due():
                     run.evaluated(evaluate(actors, task, config), trainer)
                 if step == config.run.steps or step % config.run.save_every == 0:
                     run.save(trainer)

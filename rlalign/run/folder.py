@@ -60,6 +60,13 @@ class RunFolder:
         self.samples.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
 
+    def finished_steps(self) -> int | None:
+        """Steps of the run that finished here, as its summary says; None if it didn't."""
+        if not self.summary.is_file():
+            return None
+        summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        return summary["steps"] if summary.get("status") == "finished" else None
+
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """All samples of a step, one per line, in order of key."""
         lines = [json.dumps(_row(sample), ensure_ascii=False) for sample in samples]

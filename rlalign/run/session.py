@@ -51,6 +51,7 @@ class Totals:
     eval_first: float | None = None
     eval_last: float | None = None
     eval_best: float | None = None
+    last_eval_step: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -98,9 +99,10 @@ class Run:
         """The number of finished steps: 0, or those of the checkpoint that the trainer now goes on from."""
         if self.config.run.resume is not None:
             self.totals = Totals(**trainer.resume(self.folder.last))
-            if self.totals.steps >= self.config.run.steps:
-                done = f"{self.folder.path} has finished {self.totals.steps} steps already"
-                raise ValueError(f"run.steps={self.config.run.steps}: {done}")
+            done, wanted = self.totals.steps, self.config.run.steps
+            # all steps done, but not what follows them: that run may still come to its end
+            if done > wanted or done == wanted == self.folder.finished_steps():
+                raise ValueError(f"run.steps={wanted}: {self.folder.path} has finished {done} steps already")
             self.folder.begin(self.config)
             self._begin()
             self.progress.say(f"continuing after step {self.totals.steps}")
@@ -180,10 +182,20 @@ class Run:
         self._log(step, with_pictures=step == 1 or step % self.config.tracking.media_every == 0)
         self.metrics, self._seconds = {}, {}
 
+    def evaluation_due(self) -> bool:
+        """Before the first step, every ``eval.every`` steps and after the last one; once each, resumed or not."""
+        step, every = self.totals.steps, self.config.eval.every
+        wanted = step in (0, self.config.run.steps) or (every > 0 and step % every == 0)
+        return wanted and self.totals.last_eval_step != step
+
     def evaluated(self, accuracy: float, trainer: Checkpointer) -> None:
         """Take a held-out accuracy, and keep the weights if it is the best so far."""
+        with self.uninterrupted():
+            self._evaluated(accuracy, trainer)
+
+    def _evaluated(self, accuracy: float, trainer: Checkpointer) -> None:
         totals = self.totals
-        totals.eval_last = accuracy
+        totals.eval_last, totals.last_eval_step = accuracy, totals.steps
         if totals.eval_first is None:
             totals.eval_first = accuracy
         if totals.eval_best is None or accuracy > totals.eval_best:
@@ -210,7 +222,7 @@ class Run:
 
     def _save_interrupted(self, trainer: Checkpointer) -> None:
         if self._interrupts.torn:
-            self.progress.say(f"interrupted within an update: the checkpoint before it stays in {self.folder.last}")
+            self.progress.say(f"interrupted twice, within a step: the checkpoint before it stays in {self.folder.last}")
             return
         trainer.discard()
         self.save(trainer)

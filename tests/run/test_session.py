@@ -10,6 +10,7 @@ import pytest
 from support.runs import summary, tiny_run
 
 from rlalign.config import Config
+from rlalign.dashboards import read_metrics
 from rlalign.run import Run, resumed_config
 
 
@@ -30,17 +31,34 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run_once(config: Config) -> int:
-    """A run whose steps do nothing; returns how many were done before it."""
+def run_once(config: Config, *, stop_evaluation_after: int | None = None) -> int:
+    """A recipe's loop whose steps do nothing; returns how many were done before it."""
     trainer = FakeTrainer()
+
+    def evaluate(run: Run) -> float:
+        if run.totals.steps == stop_evaluation_after:
+            raise KeyboardInterrupt
+        return run.totals.steps / 10
+
     with Run("grpo", config) as run:
         done = run.restore(trainer)
-        run.evaluated(0.5, trainer)
-        run.totals.steps, run.totals.reward_first, run.totals.reward_last = config.run.steps, 0.0, 1.0
-        run.evaluated(0.75, trainer)
-        run.save(trainer)
+        with run.saved_on_interrupt(trainer):
+            if run.evaluation_due():
+                run.evaluated(evaluate(run), trainer)
+                if done > 0:
+                    run.save(trainer)
+            for step in range(done + 1, config.run.steps + 1):
+                run.totals.steps, run.totals.reward_first, run.totals.reward_last = step, 0.0, 1.0
+                if run.evaluation_due():
+                    run.evaluated(evaluate(run), trainer)
+                if step == config.run.steps or step % config.run.save_every == 0:
+                    run.save(trainer)
         run.finish({"policy": "abc", "critic": None})
     return done
+
+
+def evaluated_steps(folder: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "eval/accuracy" in row]
 
 
 def test_a_finished_run_is_refused_and_left_as_it_is(tmp_path):
@@ -69,3 +87,29 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     assert run_once(resumed_config(tmp_path, ["run.steps=5"])) == 3
     assert summary(tmp_path)["steps"] == 5 and summary(tmp_path)["status"] == "finished"
     assert resumed_config(tmp_path, []).run.steps == 5
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_an_evaluation_that_was_interrupted_is_made_up_for(step, tmp_path):
+    sections = {"run": {"steps": 4, "save_every": 3}, "eval": {"every": 2}}
+    with pytest.raises(KeyboardInterrupt):
+        run_once(tiny_run(tmp_path, **sections), stop_evaluation_after=step)
+    assert summary(tmp_path)["status"] == "interrupted"
+    assert run_once(resumed_config(tmp_path, [])) == step
+    found = summary(tmp_path)
+    assert found["status"] == "finished" and found["steps"] == found["last_eval_step"] == 4
+    assert (found["eval_first"], found["eval_last"]) == (0.0, 0.4)
+    assert evaluated_steps(tmp_path) == [0, 2, 4]
+    with pytest.raises(ValueError, match="has finished 4 steps already"):
+        run_once(resumed_config(tmp_path, []))
+
+
+def test_an_evaluation_is_not_repeated_when_step_1_was_interrupted(tmp_path):
+    config, trainer = tiny_run(tmp_path), FakeTrainer()
+    with pytest.raises(KeyboardInterrupt), Run("grpo", config) as run:
+        run.restore(trainer)
+        with run.saved_on_interrupt(trainer):
+            run.evaluated(0.0, trainer)
+            raise KeyboardInterrupt
+    run_once(resumed_config(tmp_path, []))
+    assert evaluated_steps(tmp_path) == [0, 3]
