@@ -1,7 +1,8 @@
 """Faults planted on purpose, so that one can see the verifier catch them. Each changes one bit, or one position.
 
 A fault enters where a real one would: in the trainer's weights, in the engine's cache, in the trainer's position ids.
-Values stay finite, since a NaN would be caught by simpler means.
+Values stay finite, since a NaN would be caught by simpler means. A context that ends without having planted its fault
+raises RuntimeError: a run that finds no mismatch must not be one that had none.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ def kv_page_fault(policy: Policy) -> Iterator[None]:
 
     with _instead_of_hidden(policy, hidden):
         yield
+    if forwards < 2:
+        raise RuntimeError(
+            f"fault kv_page was not planted: it needs a second forward, and there were {forwards}; "
+            "a response of more than one token has one"
+        )
 
 
 @contextmanager
@@ -65,6 +71,8 @@ def position_fault(policy: Policy) -> Iterator[None]:
 
     with _instead_of_hidden(policy, hidden):
         yield
+    if not done:
+        raise RuntimeError("fault position was not planted: there was no forward")
 
 
 def _largest(values: Tensor) -> tuple[int, ...]:

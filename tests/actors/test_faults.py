@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from support.engines import tiny_policy
 
@@ -65,3 +66,14 @@ def test_a_shifted_position_reaches_one_forward():
         policy.hidden(ids, positions, context)
     assert seen == [[0, 2, 2, 3], [0, 1, 2, 3]]
     assert positions.tolist() == [0, 1, 2, 3]
+
+
+def test_a_fault_that_never_happened_is_an_error():
+    policy = tiny_policy()
+    with pytest.raises(RuntimeError, match=r"kv_page was not planted.*there were 1"), kv_page_fault(policy):
+        Engine(policy, None, EngineConfig(num_pages=8)).generate([[1, 2, 3]], SamplingParams(max_tokens=1))
+    with pytest.raises(RuntimeError, match="position was not planted"), position_fault(policy):
+        pass
+    with pytest.raises(KeyError, match="its own"), kv_page_fault(policy):
+        raise KeyError("its own")
+    assert "hidden" not in vars(policy)
