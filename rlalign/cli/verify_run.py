@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from rlalign.tasks.rows import Row
 
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
-
-
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add this subcommand; returns its parser."""
     numerics = get_args(Numerics)
@@ -173,15 +170,15 @@ def _load(args: argparse.Namespace, numerics: Numerics | None) -> Policy:
 
 
 def _tokenizer(model: Path, *, required: bool) -> PreTrainedTokenizerBase | None:
-    """The checkpoint's tokenizer; without one, None if all prompts are ids (contexts are then shown as ids)."""
+    """The checkpoint's tokenizer; without one, None if all prompts are ids (contexts are then shown as ids).
+
+    Raises ValueError for one that is there but can't be used, whatever the prompts are.
+    """
     from rlalign.modeling import load_tokenizer
 
     try:
-        # transformers makes up an empty tokenizer for a folder without one, end-of-sequence id included
-        if not any(file for pattern in _TOKENIZER_FILES for file in model.glob(pattern)):
-            raise ValueError(f"{model}: no usable tokenizer (no such file), and a prompt is text")
         return load_tokenizer(model)
-    except ValueError:
+    except FileNotFoundError:
         if required:
             raise
         return None

@@ -153,7 +153,18 @@ def test_token_ids_need_no_tokenizer(model: Path, tmp_path: Path, capsys: pytest
     assert verify(bare, ids) == 0
     capsys.readouterr()
     assert verify(bare, text) == 2
-    assert "no usable tokenizer" in one_error_line(capsys)
+    assert "has no tokenizer" in one_error_line(capsys)
+
+
+def test_a_wrong_tokenizer_is_an_error_even_for_token_ids(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, ids = tmp_path / "wrong", tmp_path / "ids.jsonl"
+    shutil.copytree(model, wrong)
+    make_sort_tokenizer(max_value=500).save_pretrained(wrong)
+    ids.write_text('{"prompt_token_ids": [3, 5, 6, 4]}\n')
+    assert verify(wrong, ids) == 2
+    assert "wrong tokenizer" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("row", [
