@@ -23,6 +23,7 @@ from rlalign.modeling import load_tokenizer
 from rlalign.records import derive_seed
 from rlalign.run import Run, prompts_of_step
 from rlalign.tasks import make_task, score_samples
+from rlalign.trainer.checkpoint import existing_folder
 from rlalign.verifier.metrics import Provenance
 
 
@@ -31,7 +32,7 @@ def train(config: Config) -> None:
     algorithm, seed = config.algorithm, config.run.seed
     one_update = algorithm.epochs * algorithm.minibatches == 1
     actors = Controller(config)
-    with Run("grpo", config) as run, actors:
+    with Run("grpo", config, find_checkpoint=existing_folder) as run, actors:
         trainer = actors.trainer
         checkpoint = initial_checkpoint(config, run)
         tokenizer = load_tokenizer(checkpoint)

@@ -12,7 +12,7 @@ summary.json         what it came to
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,13 @@ class RunFolder:
         return folder
 
     @classmethod
-    def existing(cls, path: Path) -> RunFolder:
+    def existing(cls, path: Path, find_checkpoint: Callable[[Path], Path]) -> RunFolder:
         """The folder of a run that may go on; nothing is written. FileNotFoundError if it has no checkpoint."""
         folder = cls(path)
-        if not folder.last.is_dir():
-            raise FileNotFoundError(f"run.resume={path}: no checkpoint in {folder.last}")
+        try:
+            find_checkpoint(folder.last)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"run.resume={path}: {error}") from None
         return folder
 
     def begin(self, config: Config) -> None:

@@ -58,11 +58,12 @@ class Totals:
 class Run:
     """Context manager around one run. ``recipe`` names it; ``config.run.resume`` makes it go on.
 
+    ``find_checkpoint``: the trainer's rule for which folder it resumes from; FileNotFoundError if there is none.
     Within a step: ``phase`` around its parts, ``verify`` before the update, ``end_step`` at its end.
     """
 
-    def __init__(self, recipe: str, config: Config) -> None:
-        self.recipe, self.config = recipe, config
+    def __init__(self, recipe: str, config: Config, *, find_checkpoint: Callable[[Path], Path]) -> None:
+        self.recipe, self.config, self._find_checkpoint = recipe, config, find_checkpoint
         self.totals = Totals()
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
@@ -75,7 +76,9 @@ class Run:
 
     def __enter__(self) -> Run:
         config, path = self.config, self.config.run.resume
-        self.folder = RunFolder.create(self.recipe, config) if path is None else RunFolder.existing(path)
+        self.folder = (
+            RunFolder.create(self.recipe, config) if path is None else RunFolder.existing(path, self._find_checkpoint)
+        )
         self.progress = Progress(config.run.steps)
         # the record of an earlier run is not touched before ``restore`` knows that it goes on
         if path is None:

@@ -12,6 +12,7 @@ from support.runs import summary, tiny_run
 from rlalign.config import Config
 from rlalign.dashboards import read_metrics
 from rlalign.run import Run, resumed_config
+from rlalign.trainer.checkpoint import existing_folder
 
 
 class FakeTrainer:
@@ -22,9 +23,13 @@ class FakeTrainer:
         (path / "trainer" / "state.json").write_text(json.dumps(data_state))
 
     def resume(self, path: Path) -> dict[str, Any]:
-        return json.loads((path / "trainer" / "state.json").read_text())
+        return json.loads((existing_folder(path) / "trainer" / "state.json").read_text())
 
     def discard(self) -> None: ...
+
+
+def make_run(config: Config) -> Run:
+    return Run("grpo", config, find_checkpoint=existing_folder)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -40,7 +45,7 @@ def run_once(config: Config, *, stop_evaluation_after: int | None = None) -> int
             raise KeyboardInterrupt
         return run.totals.steps / 10
 
-    with Run("grpo", config) as run:
+    with make_run(config) as run:
         done = run.restore(trainer)
         with run.saved_on_interrupt(trainer):
             if run.evaluation_due():
@@ -77,7 +82,7 @@ def test_a_run_that_cannot_be_restored_is_left_as_it_is(tmp_path):
         def resume(self, path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is damaged")
 
-    with pytest.raises(ValueError, match="damaged"), Run("grpo", resumed_config(tmp_path, ["run.steps=9"])) as run:
+    with pytest.raises(ValueError, match="damaged"), make_run(resumed_config(tmp_path, ["run.steps=9"])) as run:
         run.restore(Broken())
     assert files(tmp_path) == before
 
@@ -106,10 +111,26 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(step, tmp_path):
 
 def test_an_evaluation_is_not_repeated_when_step_1_was_interrupted(tmp_path):
     config, trainer = tiny_run(tmp_path), FakeTrainer()
-    with pytest.raises(KeyboardInterrupt), Run("grpo", config) as run:
+    with pytest.raises(KeyboardInterrupt), make_run(config) as run:
         run.restore(trainer)
         with run.saved_on_interrupt(trainer):
             run.evaluated(0.0, trainer)
             raise KeyboardInterrupt
     run_once(resumed_config(tmp_path, []))
     assert evaluated_steps(tmp_path) == [0, 3]
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found(tmp_path):
+    run_once(tiny_run(tmp_path))
+    last = tmp_path / "checkpoints" / "last"
+    last.rename(last.with_name(".last.old"))
+    assert run_once(resumed_config(tmp_path, ["run.steps=5"])) == 3
+
+
+def test_without_a_checkpoint_nothing_goes_on(tmp_path):
+    with pytest.raises(OSError, match="broken"), make_run(tiny_run(tmp_path)):
+        raise OSError("broken")
+    before = files(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"run\.resume={tmp_path}: .*last does not exist"):
+        run_once(resumed_config(tmp_path, []))
+    assert files(tmp_path) == before
