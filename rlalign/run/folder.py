@@ -42,7 +42,8 @@ class RunFolder:
         folder = cls(config.run.dir or _fresh(Path("runs"), f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"))
         if folder.config.exists():
             raise ValueError(
-                f"run.dir={folder.path} holds a run already: continue it with run.resume, or choose another"
+                f"run.dir={folder.path} holds a run already: continue it with run.resume, choose another folder, "
+                "or delete this one to start over"
             )
         folder.begin(config)
         return folder
@@ -54,7 +55,8 @@ class RunFolder:
         try:
             find_checkpoint(folder.last)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"run.resume={path}: {error}") from None
+            start_over = f"nothing to continue from; delete the folder and start again with run.dir={path}"
+            raise FileNotFoundError(f"run.resume={path}: {error}: {start_over}") from None
         return folder
 
     def begin(self, config: Config) -> None:

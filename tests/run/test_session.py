@@ -131,6 +131,8 @@ def test_without_a_checkpoint_nothing_goes_on(tmp_path):
     with pytest.raises(OSError, match="broken"), make_run(tiny_run(tmp_path)):
         raise OSError("broken")
     before = files(tmp_path)
-    with pytest.raises(FileNotFoundError, match=rf"run\.resume={tmp_path}: .*last does not exist"):
+    with pytest.raises(FileNotFoundError, match=rf"run\.resume={tmp_path}: .*last does not exist.*delete the folder"):
         run_once(resumed_config(tmp_path, []))
     assert files(tmp_path) == before
+    with pytest.raises(ValueError, match="delete this one to start over"):
+        run_once(tiny_run(tmp_path))
