@@ -70,6 +70,7 @@ class Run:
         self.status = "failed"
         self._seconds: dict[str, float] = {}
         self._interrupts = Interrupts()
+        self._report: Report | None = None
         self._pictures: PictureData | None = None
         self.sink: Sink = NullSink()
         self._begun = False
@@ -157,16 +158,14 @@ class Run:
         comparison = compare(pairs_from_samples(samples, train_logprobs))
         report = build_report(comparison, samples, worst_tokens=self.config.align.worst_tokens, decode=decode)
         self.metrics |= align_metrics(comparison, advantages=advantages, provenance=provenance)
-        self.totals.tokens += report.num_tokens
-        self.totals.mismatch_count += report.mismatch_count
-        self.totals.logp_abs_diff_max = max(self.totals.logp_abs_diff_max, report.max_abs_delta)
-        self._pictures = _pictures(comparison, report)
+        self._report, self._pictures = report, _pictures(comparison, report)
         if not report.equal:
             worst = [record(token) for token in report.worst]
             self.folder.write_json(self.folder.mismatch, {"verdict": report.verdict, "worst_tokens": worst})
         try:
             enforce(report, policy_of(self.config), warn=self.progress.say)
         except MismatchHalt:
+            self._count(report)
             # the step that stops a run is the one that people want to look at
             self._log(self.totals.steps + 1, with_pictures=True)
             raise
@@ -174,6 +173,8 @@ class Run:
     def end_step(self, step: int, samples: Sequence[Sample], *, rollout_stats: Mapping[str, float]) -> None:
         """Write the finished step to every place, and show it."""
         self.totals.steps = step
+        if self._report is not None:
+            self._count(self._report)
         self.metrics |= _rewards(samples) | _speed(samples, self._seconds, rollout_stats)
         self.totals.reward_last = self.metrics["reward/mean"]
         if self.totals.reward_first is None:
@@ -183,7 +184,7 @@ class Run:
         self.folder.write_samples(step, samples)
         self.progress.step(step, self.metrics, self._seconds)
         self._log(step, with_pictures=step == 1 or step % self.config.tracking.media_every == 0)
-        self.metrics, self._seconds = {}, {}
+        self.metrics, self._seconds, self._report = {}, {}, None
 
     def evaluation_due(self) -> bool:
         """Before the first step, every ``eval.every`` steps and after the last one; once each, resumed or not."""
@@ -222,6 +223,13 @@ class Run:
         """From here on this run leaves its marks in the folder."""
         self.sink = make_sink(self.config.tracking, self.folder.path, config_to_dict(self.config))
         self._begun = True
+
+    def _count(self, report: Report) -> None:
+        """Only for a step that finished or stopped the run: an interrupted one comes again."""
+        totals = self.totals
+        totals.tokens += report.num_tokens
+        totals.mismatch_count += report.mismatch_count
+        totals.logp_abs_diff_max = max(totals.logp_abs_diff_max, report.max_abs_delta)
 
     def _save_interrupted(self, trainer: Checkpointer) -> None:
         if self._interrupts.torn:

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.runs import summary, tiny_run
+from support.samples import make_samples
 
 from rlalign.config import Config
 from rlalign.dashboards import read_metrics
 from rlalign.run import Run, resumed_config
 from rlalign.trainer.checkpoint import existing_folder
+from rlalign.verifier.decide import MismatchHalt
+from rlalign.verifier.metrics import Provenance
 
 
 class FakeTrainer:
@@ -136,3 +140,41 @@ def test_without_a_checkpoint_nothing_goes_on(tmp_path):
     assert files(tmp_path) == before
     with pytest.raises(ValueError, match="delete this one to start over"):
         run_once(tiny_run(tmp_path))
+
+
+SAMPLES = make_samples([(3, 4), (3, 6)])
+
+
+def verify(run: Run, *, shift: float = 0.0) -> None:
+    logprobs = [sample.completion.logprobs for sample in SAMPLES]
+    run.verify(
+        SAMPLES,
+        [each + np.float32(shift) for each in logprobs],
+        advantages=[np.ones_like(each) for each in logprobs],
+        provenance=Provenance(),
+        decode=str,
+    )
+
+
+def test_tokens_of_an_unfinished_step_are_not_counted(tmp_path):
+    trainer = FakeTrainer()
+    with pytest.raises(KeyboardInterrupt), make_run(tiny_run(tmp_path)) as run:
+        run.restore(trainer)
+        with run.saved_on_interrupt(trainer):
+            for name in ("rollout", "train"):
+                with run.phase(name):
+                    pass
+            verify(run)
+            run.end_step(1, SAMPLES, rollout_stats={})
+            verify(run)
+            raise KeyboardInterrupt
+    assert summary(tmp_path)["tokens"] == 10
+    assert trainer.resume(tmp_path / "checkpoints" / "last")["tokens"] == 10
+
+
+def test_the_step_that_halts_a_run_is_counted(tmp_path):
+    with pytest.raises(MismatchHalt), make_run(tiny_run(tmp_path)) as run:
+        run.restore(FakeTrainer())
+        verify(run, shift=0.5)
+    found = summary(tmp_path)
+    assert (found["status"], found["steps"], found["tokens"], found["mismatch_count"]) == ("halted", 0, 10, 10)
