@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from sft import warm_start
+from sft import held_out, warm_start
 
 from rlalign.actors import Controller
 from rlalign.actors.process import set_up
@@ -36,8 +36,8 @@ def initial_checkpoint(config: Config, run: Run) -> Path:
 
 
 def evaluate(actors: Controller, task: Task, config: Config) -> float:
-    """Mean reward of greedy responses to held-out prompts. Raises ValueError if one can't be served."""
-    prompts = task.prompts("eval")[: config.eval.num_prompts]
+    """Mean reward of greedy responses to held-out prompts. Raises ValueError if one can't be served or is missing."""
+    prompts = held_out(task, config)
     greedy = replace(config.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
     rollout = actors.generate(prompts, step=0, sampling=greedy)
     if rollout.failed:

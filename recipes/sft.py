@@ -11,19 +11,18 @@ the time: which habit is wanted is left for the reward to teach.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from rlalign.actors.process import set_up
+from rlalign.actors.process import device_of, set_up
 from rlalign.cli.launch import finish, launch
 from rlalign.config import Config, SamplingParams, TrainerConfig, config_from_dict
 from rlalign.engine import Engine
 from rlalign.modeling import Policy, load_policy, load_tokenizer, make_tiny_model, save_checkpoint
-from rlalign.records import Sample
+from rlalign.records import Prompt, Sample
 from rlalign.run.folder import RunFolder
 from rlalign.run.order import prompts_of_step
 from rlalign.tasks import Task, make_task, score_samples
@@ -56,7 +55,9 @@ def imitate(
 def warm_start(config: Config, path: Path, *, say: Callable[[str], None]) -> None:
     """Make a small model for the task at ``path``, teach it the task's demonstrations, and save it there."""
     policy, tokenizer, task = _fresh_policy(config, path)
-    model, trainer = config.model, replace(config.trainer, lr=config.model.warm_start_lr, schedule="constant")
+    # the trainer's settings are meant for RL: only what fits into memory is shared with it
+    model = config.model
+    trainer = TrainerConfig(lr=model.warm_start_lr, micro_batch_tokens=config.trainer.micro_batch_tokens)
     say(f"warm start: {model.warm_start_steps} supervised steps on mixed demonstrations, to begin below 0.3 reward")
     for step, metrics in imitate(
         policy, tokenizer, task, trainer,
@@ -70,11 +71,12 @@ def warm_start(config: Config, path: Path, *, say: Callable[[str], None]) -> Non
 def train(config: Config) -> None:
     """The stand-alone recipe: all of it in this process, without actors."""
     set_up(config.cluster.threads)
+    device_of(config)  # a GPU that isn't there is an error before there is a folder
     folder = RunFolder.create("sft", config)
     if config.model.path is None:
         policy, tokenizer, task = _fresh_policy(config, folder.initial)
     else:
-        policy = load_policy(config.model.path, dtype=config.model.dtype, numerics=config.numerics)
+        policy = _load(config, config.model.path)
         tokenizer = load_tokenizer(config.model.path)
         task = make_task(config.task, tokenizer, seed=config.run.seed)
     before = accuracy(policy, tokenizer, task, config)
@@ -91,12 +93,26 @@ def train(config: Config) -> None:
 
 
 def accuracy(policy: Policy, tokenizer: PreTrainedTokenizerBase, task: Task, config: Config) -> float:
-    """Mean reward of greedy responses to held-out prompts."""
-    prompts = task.prompts("eval")[: config.eval.num_prompts]
+    """Mean reward of greedy responses to held-out prompts. Raises ValueError if one can't be served."""
+    prompts = held_out(task, config)
     greedy = SamplingParams(temperature=0.0, max_tokens=config.sampling.max_tokens)
     groups = Engine(policy, tokenizer, config.engine).generate([p.token_ids.tolist() for p in prompts], greedy)
     samples = [Sample(0, prompt, group[0], greedy) for prompt, group in zip(prompts, groups, strict=True)]
+    for sample in samples:
+        if sample.completion.error is not None:
+            raise ValueError(f"held-out prompt {sample.prompt.prompt_id}: {sample.completion.error}")
     return sum(sample.reward for sample in score_samples(task, samples)) / len(samples)
+
+
+def held_out(task: Task, config: Config) -> list[Prompt]:
+    """The first ``eval.num_prompts`` held-out prompts. Raises ValueError when there are fewer."""
+    prompts = task.prompts("eval")
+    if config.eval.num_prompts > len(prompts):
+        raise ValueError(
+            f"eval.num_prompts={config.eval.num_prompts}, but there are only {len(prompts)} held-out prompts "
+            f"(task.num_eval={config.task.num_eval}, of a file those that it has to spare)"
+        )
+    return prompts[: config.eval.num_prompts]
 
 
 def _fresh_policy(config: Config, path: Path) -> tuple[Policy, PreTrainedTokenizerBase, Task]:
@@ -105,8 +121,11 @@ def _fresh_policy(config: Config, path: Path) -> tuple[Policy, PreTrainedTokeniz
         raise ValueError(f"task={config.task.name} needs model.path: a model made on the spot only knows digits")
     make_tiny_model(config.model, make_sort_tokenizer(max_value=config.task.max_value), path, seed=config.run.seed)
     tokenizer = load_tokenizer(path)
-    policy = load_policy(path, dtype=config.model.dtype, numerics=config.numerics)
-    return policy, tokenizer, make_task(config.task, tokenizer, seed=config.run.seed)
+    return _load(config, path), tokenizer, make_task(config.task, tokenizer, seed=config.run.seed)
+
+
+def _load(config: Config, path: Path) -> Policy:
+    return load_policy(path, dtype=config.model.dtype, numerics=config.numerics, device=device_of(config))
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sft")

@@ -14,7 +14,7 @@ def prompts_of_step(prompts: Sequence[Prompt], *, step: int, count: int, seed: i
     A pass leaves out what doesn't fill a step. Raises ValueError when there are fewer prompts than ``count``.
     """
     if count > len(prompts):
-        raise ValueError(f"algorithm.prompts_per_step={count}, but the task has only {len(prompts)} training prompts")
+        raise ValueError(f"a step takes {count} prompts, but the task has only {len(prompts)} training prompts")
     epoch, place = divmod(step - 1, len(prompts) // count)
     order = _shuffled(len(prompts), seed, epoch)[place * count : (place + 1) * count]
     return sorted((prompts[index] for index in order), key=lambda prompt: prompt.prompt_id)

@@ -151,6 +151,7 @@ def test_users_model_data_and_reward(plain_run, tmp_path):
             model={"path": str(plain_run / "checkpoints" / "initial")},
             task=task,
             engine={"max_model_len": 24},
+            eval={"num_prompts": 1},
             algorithm={"prompts_per_step": 6, "group_size": 2},
             run={"steps": 1},
         )

@@ -31,6 +31,6 @@ def test_a_step_is_a_function_of_seed_and_step():
 
 
 def test_more_prompts_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match=r"prompts_per_step=11.*only 10"):
+    with pytest.raises(ValueError, match=r"takes 11 .*only 10"):
         ids(1, count=11)
     assert ids(1, count=10) == list(range(10))
