@@ -21,7 +21,7 @@ from rlalign.cli.launch import finish, launch
 from rlalign.config import Config
 from rlalign.modeling import load_tokenizer
 from rlalign.records import derive_seed
-from rlalign.run import Run, prompts_of_step
+from rlalign.run import Run, check_estimator, prompts_of_step
 from rlalign.tasks import make_task, score_samples
 from rlalign.trainer.checkpoint import existing_folder
 from rlalign.verifier.metrics import Provenance
@@ -29,6 +29,7 @@ from rlalign.verifier.metrics import Provenance
 
 def train(config: Config) -> None:
     """The whole run. Raises MismatchHalt when the two sides differ and ``align.on_mismatch`` says to stop."""
+    check_estimator(config, "grpo", "grpo")
     algorithm, seed = config.algorithm, config.run.seed
     one_update = algorithm.epochs * algorithm.minibatches == 1
     actors = Controller(config)

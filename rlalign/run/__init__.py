@@ -5,7 +5,7 @@ Knows nothing of actors, engines or trainers; whatever saves a checkpoint is pas
 
 from rlalign.run.folder import RunFolder
 from rlalign.run.order import prompts_of_step
-from rlalign.run.resume import resumed_config
+from rlalign.run.resume import check_estimator, resumed_config
 from rlalign.run.session import Run
 
-__all__ = ["Run", "RunFolder", "prompts_of_step", "resumed_config"]
+__all__ = ["Run", "RunFolder", "check_estimator", "prompts_of_step", "resumed_config"]

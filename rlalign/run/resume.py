@@ -1,4 +1,4 @@
-"""Settings of a run that goes on: its own, with what was given on the command line on top."""
+"""Settings of a run that goes on: its own, with what was given on the command line on top; and whose run it is."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ def resumed_config(path: Path, overrides: Sequence[str]) -> Config:
         _apply(values, override)
     values["run"]["resume"], values["run"]["dir"] = str(path), str(path)
     return config_from_dict(values)
+
+
+def check_estimator(config: Config, recipe: str, wanted: str) -> None:
+    """Raises ValueError unless ``algorithm.adv_estimator`` is the one that the recipe computes."""
+    given = config.algorithm.adv_estimator
+    if given != wanted:
+        other = "that is ppo.py's" if given == "gae" else "that is grpo.py's"
+        raise ValueError(f"algorithm.adv_estimator={given}: recipes/{recipe}.py needs {wanted}; {other}")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
