@@ -11,7 +11,6 @@ os.environ |= {
     "MKL_NUM_THREADS": str(THREADS),
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
-    "WANDB_SILENT": "true",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

@@ -231,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_read_exits_2(
     broken = shutil.copytree(model, tmp_path / "broken")
     (broken / "model.safetensors").write_text("nonsense")
     assert verify(broken, prompts) == 2
-    assert "weights file can't be read" in one_error_line(capsys)
+    assert "weights can't be read" in one_error_line(capsys)
 
 
 def test_a_prompt_that_does_not_fit_is_named_and_the_rest_compared(
