@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
+import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +24,7 @@ ActorDied = RayActorError
 # so small that actors never wait for a CPU: they take turns, and their thread counts are fixed anyway
 _CPUS_PER_ACTOR = 0.05
 _START_SECONDS = 180.0
+_CONNECT_SECONDS = 5.0
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -40,16 +45,48 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     if config.address is None:
         options |= {"include_dashboard": False, "_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
     else:
+        _check_address(config.address)
         options |= {"address": config.address}
     try:
         try:
             ray.init(log_to_driver=False, **options)
-        except (ConnectionError, OSError) as error:
-            raise ValueError(f"cluster.address={config.address}: {error}") from error
-        yield
+        except (ConnectionError, OSError, ray.exceptions.RayError) as error:
+            hint = "; a Ray with token authentication wants RAY_AUTH_MODE=token here too"
+            raise ValueError(f"cluster.address={config.address}: {_first_line(error)}{hint}") from error
+        with _sigterm_exits():
+            yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_address(address: str) -> None:
+    """Raises ValueError if nobody listens at host:port; Ray itself would go on trying for many minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto" or not port.isdigit():
+        return
+    # Ray itself reads a loopback address as this machine's own
+    hosts = [host, ray.util.get_node_ip_address()] if host in ("localhost", "127.0.0.1") else [host]
+    for candidate in hosts:
+        try:
+            socket.create_connection((candidate, int(port)), timeout=_CONNECT_SECONDS).close()
+            return
+        except OSError as error:
+            reason = error
+    raise ValueError(f"cluster.address={address}: nobody answers there ({reason})")
+
+
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """SIGTERM unwinds the stack and so stops the actors. Ray's own handler, just installed, would leave them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def start_actor(cls: type, config: ClusterConfig, *args: Any, num_gpus: float = 0.0) -> Any:

@@ -26,7 +26,10 @@ _MAX_RESTARTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """samples: finished ones, in order of key. failed: one line per request that could not be served."""
+    """samples: finished ones, in order of key. failed: one line per request that could not be served.
+
+    stats: what the engines counted during this rollout.
+    """
 
     samples: list[Sample]
     failed: list[str]
@@ -193,5 +196,16 @@ def _collect(
     ]
     served = sorted((s for s in samples if s.completion.error is None), key=lambda sample: sample.key)
     failed = [f"prompt {s.prompt.prompt_id}: {s.completion.error}" for s in samples if s.completion.error is not None]
-    names = stats[0] if stats else {}
-    return Rollout(served, list(dict.fromkeys(failed)), {name: sum(one[name] for one in stats) for name in names})
+    return Rollout(served, list(dict.fromkeys(failed)), _merge(stats))
+
+
+def _merge(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums over the engines, and the ratios that follow from them."""
+    total = {name: float(sum(one[name] for one in stats)) for name in stats[0]}
+    hits, asked = total.pop("prefix_hit_tokens"), total.pop("prefix_query_tokens")
+    rows = total["decode_tokens"] + total["prefill_tokens"]
+    return {
+        **{f"engine/{name}": value for name, value in total.items()},
+        "engine/prefix_hit_rate": hits / max(1.0, asked),
+        "engine/tokens_per_forward": rows / max(1.0, total["steps"]),
+    }

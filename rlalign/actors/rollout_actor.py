@@ -17,6 +17,10 @@ from rlalign.engine import Engine
 from rlalign.modeling import load_policy, load_tokenizer
 from rlalign.records import Completion
 
+_COUNTERS = (
+    "steps", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "mixed_steps"
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
@@ -53,11 +57,12 @@ class RolloutActor:
     def generate(
         self, requests: Sequence[RolloutRequest], *, plant_fault: bool = False
     ) -> tuple[list[list[Completion]], dict[str, float]]:
-        """Completions of every request in order, and the engine's totals."""
+        """Completions of every request in order, and what the engine counted meanwhile."""
         planted = kv_page_fault(self.engine.policy) if plant_fault else contextlib.nullcontext()
+        before = self.engine.stats
         with planted:
             completions = self.engine.generate([r.token_ids for r in requests], [r.params for r in requests])
-        return completions, self.engine.stats
+        return completions, {name: self.engine.stats[name] - before[name] for name in _COUNTERS}
 
     @property
     def engine(self) -> Engine:

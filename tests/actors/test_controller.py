@@ -10,7 +10,7 @@ from rlalign_kernels import Fingerprint
 from support.runs import tiny_run
 
 from rlalign.actors import Controller
-from rlalign.actors.cluster import fetch
+from rlalign.actors.cluster import _check_address, fetch
 from rlalign.actors.weight_sync import WeightBundle
 from rlalign.config import Config, SamplingParams
 from rlalign.modeling import load_tokenizer, make_tiny_model
@@ -104,3 +104,15 @@ def test_every_process_has_the_threads_that_were_asked_for(setting):
 def test_settings_that_the_controller_decides_are_refused(setting_of):
     with pytest.raises(ValueError, match=r"algorithm\.group_size"):
         Controller(Config(sampling=SamplingParams(**setting_of)))
+
+
+def test_an_address_where_nobody_answers():
+    with pytest.raises(ValueError, match=r"cluster\.address=127\.0\.0\.1:1: nobody answers there"):
+        _check_address("127.0.0.1:1")
+
+
+def test_a_dead_trainer_ends_the_run_with_its_name(setting):
+    actors, *_ = setting  # the last test of this file: nothing works after it
+    ray.kill(actors._trainer_handle)
+    with pytest.raises(RuntimeError, match="the trainer actor died"):
+        actors.trainer.version()

@@ -9,6 +9,7 @@ import grpo
 import ppo
 import pytest
 import ray
+import sft
 import yaml
 from support.runs import summary, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +36,9 @@ def test_a_run_agrees_bit_for_bit_and_says_so(plain_run):
     assert all(row["align/bitwise_match_frac"] == 1.0 and row["align/weights_equal"] == 1.0 for row in rows)
     assert [row["align/weights_version"] for row in rows] == [0, 1, 2]
     assert all(row["align/policy_age/max"] == 0 and row["align/adv_skew"] == 0 for row in rows)
-    assert sum(row["perf/decode_tokens"] >= 0 for row in rows) == 3
+    # counted per step: 4 prompts of 7 tokens, prefilled once each for their 4 samples
+    assert all(row["perf/engine/prefill_tokens"] == 28 for row in rows)
+    assert all(row["perf/engine/tokens_per_forward"] > 4 for row in rows)
 
 
 def test_the_folder_holds_what_is_needed_to_look_at_it_again(plain_run):
@@ -131,6 +134,13 @@ def test_truncated_sampling_with_several_updates_agrees(tmp_path):
     algorithm = {"epochs": 2, "minibatches": 2, "kl_coef": 0.1}
     grpo.train(tiny_run(tmp_path, sampling=sampling, algorithm=algorithm, model={"dtype": "bfloat16"}))
     assert summary(tmp_path)["mismatch_count"] == 0
+
+
+def test_sft_alone(tmp_path):
+    sft.train(tiny_run(tmp_path, run={"steps": 4}))
+    found = summary(tmp_path)
+    assert found["steps"] == 4 and 0 <= found["eval_last"] <= 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "last")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(plain_run):
