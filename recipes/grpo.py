@@ -72,10 +72,7 @@ def train(config: Config) -> None:
                         run.progress.say(f"fault planted: {trainer.plant_fault(fault)}")
                     reference = trainer.reference_logprobs() if algorithm.kl_coef > 0 else None
                     if one_update:
-                        sampled = [sample.completion.logprobs for sample in samples]
-                        result = trainer.accumulate(
-                            range(len(samples)), advantages, old_logprobs=sampled, ref_logprobs=reference
-                        )
+                        result = trainer.accumulate(range(len(samples)), advantages, ref_logprobs=reference)
                         train_logprobs = result.train_logprobs
                     else:
                         train_logprobs = trainer.compute_logprobs()

@@ -70,7 +70,13 @@ def train(config: Config) -> None:
                     train_logprobs = trainer.compute_logprobs()
                     reference = trainer.reference_logprobs() if algorithm.kl_coef > 0 else None
                     old_values = trainer.compute_values()
-                    estimate = estimate_gae(samples, algorithm, old_values, ref_logprobs=reference)
+                    estimate = estimate_gae(
+                        samples,
+                        algorithm,
+                        old_values,
+                        old_logprobs=train_logprobs if algorithm.kl_coef > 0 else None,
+                        ref_logprobs=reference,
+                    )
 
                 with run.phase("verify"):
                     run.verify(

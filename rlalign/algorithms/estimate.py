@@ -36,31 +36,40 @@ def estimate_gae(
     algorithm: AlgorithmConfig,
     values: Sequence[np.ndarray],
     *,
+    old_logprobs: Sequence[np.ndarray] | None = None,
     ref_logprobs: Sequence[np.ndarray] | None = None,
 ) -> Estimate:
     """GAE advantages, whitened over the batch's tokens, and returns (not whitened).
 
-    values: float32 [L] per sample, of the critic before the update. ref_logprobs: needed when kl_coef > 0.
+    values: float32 [L] per sample, of the critic before the update. old_logprobs, ref_logprobs: the trainer's own and
+    the reference's, for the KL in the rewards: both with kl_coef > 0, neither without. ValueError otherwise.
     """
-    if ref_logprobs is None and algorithm.kl_coef > 0.0:
-        raise ValueError(f"kl_coef={algorithm.kl_coef} needs ref_logprobs of every sample")
+    for name, given in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if (given is not None) != (algorithm.kl_coef > 0.0):
+            verb = "would not use" if given is not None else "needs"
+            raise ValueError(f"kl_coef={algorithm.kl_coef} {verb} {name} of every sample")
+    nothing = [None] * len(samples)
     pairs = [
-        gae(_rewards(sample, algorithm, None if ref_logprobs is None else ref_logprobs[index]),
-            torch.from_numpy(values[index]), gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
-        for index, sample in enumerate(samples)
+        gae(_rewards(sample, algorithm, old, ref), torch.from_numpy(value),
+            gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
+        for sample, value, old, ref in zip(
+            samples, values, old_logprobs or nothing, ref_logprobs or nothing, strict=True
+        )
     ]  # fmt: skip
     whitened = whiten(torch.cat([advantages for advantages, _ in pairs]))
     parts = whitened.split([_length(sample) for sample in samples])
     return Estimate([part.numpy() for part in parts], [returns.numpy() for _, returns in pairs])
 
 
-def _rewards(sample: Sample, algorithm: AlgorithmConfig, ref_logprobs: np.ndarray | None) -> torch.Tensor:
+def _rewards(
+    sample: Sample, algorithm: AlgorithmConfig, old_logprobs: np.ndarray | None, ref_logprobs: np.ndarray | None
+) -> torch.Tensor:
     if not np.isfinite(sample.reward):
         raise ValueError(f"sample {sample.key}: reward {sample.reward} is not finite")
     return token_rewards(
         sample.reward,
         _length(sample),
-        old_logprobs=torch.from_numpy(sample.completion.logprobs),
+        old_logprobs=None if old_logprobs is None else torch.from_numpy(old_logprobs),
         ref_logprobs=None if ref_logprobs is None else torch.from_numpy(ref_logprobs),
         kl_coef=algorithm.kl_coef,
     )

@@ -33,7 +33,7 @@ def clipped_surrogate(
 ) -> Surrogate:
     """Per-token surrogate of float32 [N] inputs; gradient flows to ``train_logprobs`` only.
 
-    With the weights that sampled, an exact rollout makes every ratio exactly 1 and the gradient plain REINFORCE.
+    Under the weights that sampled every ratio is exactly 1 and the gradient plain REINFORCE.
     Metrics, over tokens: ``clip_frac`` (the clipped branch was taken, so the token has no gradient),
     ``ratio/{min,mean,max}`` before any clip, ``approx_kl`` = mean(r - 1 - log r), which estimates KL(old || train).
     """

@@ -58,7 +58,7 @@ class _Inputs:
     """What the losses need besides the forward; arrays float32 [L] per sample in the caller's order."""
 
     advantages: Arrays
-    old_logprobs: Arrays
+    old_logprobs: Arrays | None
     ref_logprobs: Arrays | None
     values: Arrays | None
     returns: Arrays | None
@@ -155,7 +155,7 @@ class Trainer:
         samples: Sequence[Sample],
         advantages: Arrays,
         *,
-        old_logprobs: Arrays,
+        old_logprobs: Arrays | None = None,
         ref_logprobs: Arrays | None = None,
         values: Arrays | None = None,
         returns: Arrays | None = None,
@@ -163,11 +163,13 @@ class Trainer:
     ) -> AccumulateResult:
         """Forward and backward over micro-batches; nothing is updated.
 
-        All arrays float32 [L], one per sample in the caller's order. old_logprobs: under the weights that sampled.
+        All arrays float32 [L], one per sample in the caller's order. old_logprobs: of ``compute_logprobs`` before the
+        batch's first update; None takes this forward's own, which are the same while no update came in between.
         ref_logprobs: with ``kl_coef`` and ``adv_estimator=grpo`` (GAE takes its KL through the rewards). values,
         returns: of the critic before this batch's first update, with ``gae``. denominators: those of the whole
         optimizer batch; None says that ``samples`` is all of it.
-        Raises ValueError naming the argument that is missing, too much or of the wrong length.
+        Raises ValueError naming the argument that is missing, too much or of the wrong length, and without
+        ``old_logprobs`` for a sample of other weights.
         """
         if denominators is None:
             denominators = Denominators.of([len(sample.completion.token_ids) for sample in samples])
@@ -268,7 +270,7 @@ class Trainer:
         gae = self.algorithm.adv_estimator == "gae"
         wanted = {
             "advantages": (True, inputs.advantages),
-            "old_logprobs": (True, inputs.old_logprobs),
+            "old_logprobs": (inputs.old_logprobs is not None, inputs.old_logprobs),
             "ref_logprobs": (self.algorithm.kl_coef > 0 and not gae, inputs.ref_logprobs),
             "values": (gae, inputs.values),
             "returns": (gae, inputs.returns),
@@ -281,12 +283,22 @@ class Trainer:
                 )
             if arrays is not None and len(arrays) != len(samples):
                 raise ValueError(f"{name} has {len(arrays)} arrays for {len(samples)} samples")
+        if inputs.old_logprobs is None:
+            self._check_on_policy(samples)
+
+    def _check_on_policy(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            if (sampled_by := sample.completion.weights_version) != self.version:
+                raise ValueError(
+                    f"old_logprobs is missing: sample {sample.key} was sampled by weights version {sampled_by}, the "
+                    f"trainer is at {self.version}. Give those of compute_logprobs before the batch's first update"
+                )
 
     def _backward_policy(self, batch: PackedBatch, scores: Scores, inputs: _Inputs) -> dict[str, Metric]:
-        config = self.algorithm
+        config, old = self.algorithm, inputs.old_logprobs
         tensors = (
             scores.logprob,
-            batch.gather("old_logprobs", inputs.old_logprobs),
+            scores.logprob.detach() if old is None else batch.gather("old_logprobs", old),
             batch.gather("advantages", inputs.advantages),
             scores.entropy if config.entropy_coef > 0 else scores.entropy.detach(),
         )

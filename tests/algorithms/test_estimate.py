@@ -68,10 +68,15 @@ def test_gae_kl_enters_through_the_rewards() -> None:
     sample = make_sample(0, 0, 2, 1.0)
     algorithm = AlgorithmConfig(adv_estimator="gae", kl_coef=0.5, gae_lambda=1.0)
     zeros, ref = [np.zeros(2, np.float32)], [np.array([-3.0, -1.0], np.float32)]
-    estimate = estimate_gae([sample], algorithm, zeros, ref_logprobs=ref)
-    assert estimate.returns[0].tolist() == [0.0, 1.0]  # rewards -0.5 * (-1 + 3) = -1, then 1
+    old = [np.array([-2.0, -1.0], np.float32)]  # the trainer's, not the -1 that the rollout reported
+    estimate = estimate_gae([sample], algorithm, zeros, old_logprobs=old, ref_logprobs=ref)
+    assert estimate.returns[0].tolist() == [0.5, 1.0]  # rewards -0.5 * (-2 + 3) = -0.5, then 1
+    with pytest.raises(ValueError, match="needs old_logprobs"):
+        estimate_gae([sample], algorithm, zeros, ref_logprobs=ref)
     with pytest.raises(ValueError, match="needs ref_logprobs"):
-        estimate_gae([sample], algorithm, zeros)
+        estimate_gae([sample], algorithm, zeros, old_logprobs=old)
+    with pytest.raises(ValueError, match=r"kl_coef=0\.0 would not use ref_logprobs"):
+        estimate_gae([sample], AlgorithmConfig(adv_estimator="gae"), zeros, ref_logprobs=ref)
 
 
 def test_unrewarded_samples_are_refused() -> None:

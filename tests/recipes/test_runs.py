@@ -99,6 +99,10 @@ def test_native_operators_differ_and_the_run_goes_on(tmp_path):
     found = summary(tmp_path)
     assert found["status"] == "finished" and found["mismatch_count"] > 0
     assert 0 < found["logp_abs_diff_max"] < 1e-3
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "ratio/max" in row]
+    # the loss measures from the trainer's own log-probs: what differs is the rollout's, and shows under align/
+    assert len(rows) == 3 and all(row["ratio/min"] == row["ratio/max"] == 1.0 for row in rows)
+    assert any(row["align/ratio_raw/max"] > 1.0 for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["trainer_weight", "kv_page", "position"])

@@ -165,6 +165,27 @@ def test_exact_old_log_probs_give_zero_drift() -> None:
     assert metrics["entropy"] > 0
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_without_old_log_probs_the_forward_is_its_own_and_the_rollouts_reach_nothing(backend: str) -> None:
+    samples = choose_tokens(make_samples(SHAPES, samplings=MIXED))
+    trainer, other = (make_trainer(backend, micro_batch_tokens=16) for _ in range(2))
+    metrics = trainer.accumulate(samples, advantages_of(samples)).metrics
+    assert [metrics[name] for name in ("ratio/min", "ratio/max", "approx_kl", "clip_frac")] == [1.0, 1.0, 0.0, 0.0]
+    shifted = [replace(s, completion=replace(s.completion, logprobs=s.completion.logprobs - 1)) for s in samples]
+    other.accumulate(shifted, advantages_of(samples))
+    for each in (trainer, other):
+        each.apply_update()
+    assert trainer.masters_sha256() == other.masters_sha256()
+
+
+def test_after_an_update_old_log_probs_must_be_given() -> None:
+    trainer, samples = make_trainer(), make_samples(SHAPES)
+    train(trainer, samples)
+    trainer.apply_update()
+    with pytest.raises(ValueError, match=r"old_logprobs is missing: sample \(0, 0, 0\) was sampled by .* version 0"):
+        trainer.accumulate(samples, advantages_of(samples))
+
+
 def test_the_kept_support_is_held_through_later_updates() -> None:
     narrow = SamplingParams(top_k=2)
     trainer = make_trainer(lr=0.05, micro_batch_tokens=8)
