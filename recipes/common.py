@@ -12,6 +12,8 @@ from sft import held_out, warm_start
 from rlalign.actors import Controller
 from rlalign.actors.process import set_up
 from rlalign.config import Config, config_from_dict
+from rlalign.generators import Generators
+from rlalign.records import derive_seed
 from rlalign.run import Run, resumed_config
 from rlalign.tasks import Task, score_samples
 
@@ -35,14 +37,16 @@ def initial_checkpoint(config: Config, run: Run) -> Path:
     return run.folder.initial
 
 
-def evaluate(actors: Controller, task: Task, config: Config) -> float:
+def evaluate(actors: Controller, task: Task, run: Run) -> float:
     """Mean reward of greedy responses to held-out prompts. Raises ValueError if one can't be served or is missing."""
-    prompts = held_out(task, config)
-    greedy = replace(config.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    prompts = held_out(task, run.config)
+    greedy = replace(run.config.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
     rollout = actors.generate(prompts, step=0, sampling=greedy)
     if rollout.failed:
         raise ValueError(f"held-out {rollout.failed[0]}")
-    return sum(sample.reward for sample in score_samples(task, rollout.samples)) / len(prompts)
+    # generators of its own, so that no evaluation reaches a reward of training
+    with Generators(derive_seed(run.config.run.seed, run.totals.steps)):
+        return sum(sample.reward for sample in score_samples(task, rollout.samples)) / len(prompts)
 
 
 def _check_files(config: Config) -> None:

@@ -45,7 +45,7 @@ def train(config: Config) -> None:
         with run.saved_on_interrupt(trainer):
             # before the first step, or where an interrupt came in between
             if run.evaluation_due():
-                run.evaluated(evaluate(actors, task, config), trainer)
+                run.evaluated(evaluate(actors, task, run), trainer)
                 if done > 0:
                     run.save(trainer)
 
@@ -59,7 +59,7 @@ def train(config: Config) -> None:
                     rollout = actors.generate(prompts, step=step, plant_fault=fault == "kv_page")
                     run.note_failed(rollout.failed, served=len(rollout.samples))
 
-                with run.phase("reward"):
+                with run.phase("reward"), run.generators:
                     samples = score_samples(task, rollout.samples)
 
                 # The trainer sees token ids only; its log-probs are its own.
@@ -108,7 +108,7 @@ def train(config: Config) -> None:
                     run.end_step(step, samples, rollout_stats=rollout.stats)
 
                 if run.evaluation_due():
-                    run.evaluated(evaluate(actors, task, config), trainer)
+                    run.evaluated(evaluate(actors, task, run), trainer)
                 if step == config.run.steps or step % config.run.save_every == 0:
                     run.save(trainer)
 

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# room: the rooms of ours that it may import, besides config and records
+SHARED = {"config", "records", "generators"}
+# room: the rooms of ours that it may import, besides what all share
 ALLOWED = {
     "modeling": set(),
     "algorithms": set(),
@@ -53,11 +54,11 @@ def problems(path: Path) -> Iterator[str]:
         if relative.startswith("kernels/") and package == "rlalign":
             yield where
         if room in ALLOWED:
-            if package == "rlalign" and other not in ALLOWED[room] | {room, "config", "records"}:
+            if package == "rlalign" and other not in ALLOWED[room] | {room} | SHARED:
                 yield where
             if package == "rlalign_kernels" and room not in WITH_KERNELS:
                 yield where
-        if room in ("config", "records") and package in ("rlalign", "rlalign_kernels") and other != "config":
+        if room in SHARED and package in ("rlalign", "rlalign_kernels") and other != "config":
             yield where
 
 

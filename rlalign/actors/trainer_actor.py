@@ -41,6 +41,7 @@ class TrainerActor:
             config.trainer,
             algorithm,
             total_steps=total_updates,
+            seed=config.run.seed,
             eos_ids=eos_ids(self._tokenizer, policy.model),
             critic=Critic(load_policy(checkpoint, **settings)) if algorithm.adv_estimator == "gae" else None,
             reference=load_policy(checkpoint, **settings) if algorithm.kl_coef > 0 else None,

@@ -17,7 +17,8 @@ import numpy as np
 
 from rlalign.config import Config, config_to_dict
 from rlalign.dashboards import MetricsFile, NullSink, PictureData, Sink, make_sink
-from rlalign.records import Sample
+from rlalign.generators import Generators
+from rlalign.records import Sample, derive_seed
 from rlalign.run.facts import git_commit, versions
 from rlalign.run.folder import RunFolder
 from rlalign.run.interrupts import Interrupts
@@ -26,6 +27,9 @@ from rlalign.verifier.compare import Comparison, compare, pairs_from_samples
 from rlalign.verifier.decide import MismatchHalt, enforce, policy_of
 from rlalign.verifier.metrics import Provenance, align_metrics
 from rlalign.verifier.report import Report, build_report, record
+
+# sets this purpose apart from others of the same run seed
+_GENERATORS = 0x72657764
 
 
 class Checkpointer(Protocol):
@@ -74,6 +78,8 @@ class Run:
         self._pictures: PictureData | None = None
         self.sink: Sink = NullSink()
         self._begun = False
+        self.generators = Generators(derive_seed(config.run.seed, _GENERATORS))
+        """Python's, NumPy's, torch's: entered around the rewards of a step, as a user's own may draw from them."""
 
     def __enter__(self) -> Run:
         config, path = self.config, self.config.run.resume
@@ -102,7 +108,9 @@ class Run:
     def restore(self, trainer: Checkpointer) -> int:
         """The number of finished steps: 0, or those of the checkpoint that the trainer now goes on from."""
         if self.config.run.resume is not None:
-            self.totals = Totals(**trainer.resume(self.folder.last))
+            data_state = trainer.resume(self.folder.last)
+            self.totals = Totals(**data_state["totals"])
+            self.generators.load_state(data_state["generators"])
             done, wanted = self.totals.steps, self.config.run.steps
             # all steps done, but not what follows them: that run may still come to its end
             if done > wanted or done == wanted == self.folder.finished_steps():
@@ -173,6 +181,7 @@ class Run:
     def end_step(self, step: int, samples: Sequence[Sample], *, rollout_stats: Mapping[str, float]) -> None:
         """Write the finished step to every place, and show it."""
         self.totals.steps = step
+        self.generators.commit()
         if self._report is not None:
             self._count(self._report)
         self.metrics |= _rewards(samples) | _speed(samples, self._seconds, rollout_stats)
@@ -204,14 +213,14 @@ class Run:
             totals.eval_first = accuracy
         if totals.eval_best is None or accuracy > totals.eval_best:
             totals.eval_best = accuracy
-            trainer.save(self.folder.best, asdict(totals))
+            trainer.save(self.folder.best, self._data_state())
         for place in (self._metrics_file, self.sink):
             place.log(totals.steps, {"eval/accuracy": accuracy})
         self.progress.say(f"held-out accuracy after {totals.steps} steps: {accuracy:.3f}")
 
     def save(self, trainer: Checkpointer) -> None:
         """Write the last checkpoint."""
-        trainer.save(self.folder.last, asdict(self.totals))
+        trainer.save(self.folder.last, self._data_state())
 
     def finish(self, final: Mapping[str, str | None]) -> None:
         """The closing table. final: SHA-256 of the masters, ``policy`` and ``critic``."""
@@ -223,6 +232,10 @@ class Run:
         """From here on this run leaves its marks in the folder."""
         self.sink = make_sink(self.config.tracking, self.folder.path, config_to_dict(self.config))
         self._begun = True
+
+    def _data_state(self) -> dict[str, Any]:
+        """What a resumed run needs besides weights, as of the last finished step."""
+        return {"totals": asdict(self.totals), "generators": self.generators.state()}
 
     def _count(self, report: Report) -> None:
         """Only for a step that finished or stopped the run: an interrupted one comes again."""

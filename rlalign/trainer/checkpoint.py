@@ -3,8 +3,7 @@
     <path>/config.json, model.safetensors, ...     the model in compute dtype (and the tokenizer)
     <path>/trainer/optimizer.safetensors           float32 masters and moments
     <path>/trainer/critic.safetensors              the same of the critic, if there is one
-    <path>/trainer/generators.safetensors          states of the torch generators, if any
-    <path>/trainer/state.json                      update counts, hashes, and the caller's data state
+    <path>/trainer/state.json                      update counts, hashes, generator states, the caller's data state
 
 A folder is written under another name and renamed, so that <path> is always a whole checkpoint or missing.
 """
@@ -19,13 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlalign.generators import Generators
 from rlalign.trainer.optimizer import MasterAdamW
 
-FORMAT = 1
+FORMAT = 2
 
 
 @contextmanager
@@ -77,7 +76,7 @@ def _sync(folder: Path) -> None:
 def write_state(
     folder: Path,
     optimizers: Mapping[str, MasterAdamW],
-    generators: Mapping[str, torch.Generator],
+    generators: Generators,
     data_state: Mapping[str, Any],
     weights_sha256: str,
 ) -> None:
@@ -85,45 +84,32 @@ def write_state(
     folder.mkdir()
     for name, optimizer in optimizers.items():
         _save(optimizer.state(), folder / f"{name}.safetensors")
-    if generators:
-        _save(
-            {name: generator.get_state() for name, generator in generators.items()}, folder / "generators.safetensors"
-        )
     state = {
         "format": FORMAT,
         "num_updates": {name: optimizer.num_updates for name, optimizer in optimizers.items()},
         "masters_sha256": {name: optimizer.masters_sha256() for name, optimizer in optimizers.items()},
         "weights_sha256": weights_sha256,
-        "generators": sorted(generators),
+        "generators": generators.state(),
         "data_state": dict(data_state),
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
 
 
-def read_state(
-    folder: Path, optimizers: Mapping[str, MasterAdamW], generators: Mapping[str, torch.Generator]
-) -> dict[str, Any]:
+def read_state(folder: Path, optimizers: Mapping[str, MasterAdamW], generators: Generators) -> dict[str, Any]:
     """Restore optimizers, their modules' parameters and generators in place, bit for bit; returns the state's JSON.
 
-    ValueError naming what differs: format, optimizers (a critic on one side only), generators, tensors, hashes.
+    ValueError naming what differs: format, optimizers (a critic on one side only), tensors, hashes.
     """
     state = json.loads((folder / "state.json").read_text())
     if state["format"] != FORMAT:
         raise ValueError(f"{folder}: format {state['format']} is not supported, only {FORMAT}")
-    for what, saved, ours in (
-        ("optimizers", sorted(state["num_updates"]), sorted(optimizers)),
-        ("generators", state["generators"], sorted(generators)),
-    ):
-        if saved != ours:
-            raise ValueError(f"{folder}: it holds the {what} {saved}, this run has {ours}")
+    if (saved := sorted(state["num_updates"])) != sorted(optimizers):
+        raise ValueError(f"{folder}: it holds the optimizers {saved}, this run has {sorted(optimizers)}")
     for name, optimizer in optimizers.items():
         optimizer.load_state(load_file(folder / f"{name}.safetensors"), num_updates=state["num_updates"][name])
         if optimizer.masters_sha256() != state["masters_sha256"][name]:
             raise ValueError(f"{folder}: {name}.safetensors is damaged: its masters' SHA-256 is not the recorded one")
-    if generators:
-        saved_states = load_file(folder / "generators.safetensors")
-        for name, generator in generators.items():
-            generator.set_state(saved_states[name])
+    generators.load_state(state["generators"])
     return state
 
 

@@ -23,8 +23,9 @@ from rlalign.algorithms import grpo, ppo
 from rlalign.algorithms.aggregation import Denominators
 from rlalign.algorithms.metrics import Metric, merge, values
 from rlalign.config import AlgorithmConfig, TrainerConfig
+from rlalign.generators import Generators
 from rlalign.modeling import Policy, save_checkpoint
-from rlalign.records import Sample
+from rlalign.records import Sample, derive_seed
 from rlalign.trainer.checkpoint import atomic_folder, existing_folder, read_state, write_state
 from rlalign.trainer.critic import Critic
 from rlalign.trainer.optimizer import MasterAdamW, trainable_parameters
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Arrays = Sequence[np.ndarray]
+# sets this purpose apart from others of the same run seed
+_GENERATORS = 0x7261696E
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,11 @@ class Trainer:
         critic: Critic | None = None,
         reference: Policy | None = None,
         eos_ids: Collection[int] | None = None,
+        seed: int = 0,
     ) -> None:
         """``total_steps``: optimizer updates of the whole run (steps * epochs * minibatches).
 
+        seed: of the global generators as a loss of the user's own meets them; nothing here draws from them.
         eos_ids: ids at which the engine ends a response; needed to score samples drawn with ``min_tokens``.
         Raises ValueError when a critic or reference is missing, or given where nothing would use it.
         """
@@ -97,6 +102,7 @@ class Trainer:
             for model in [policy.model] + ([critic.backbone.model] if critic else []):
                 enable_checkpointing(model)
         self._supports = SupportStore()
+        self._generators = Generators(derive_seed(seed, _GENERATORS))
 
     @property
     def version(self) -> int:
@@ -176,12 +182,13 @@ class Trainer:
         inputs = _Inputs(advantages, old_logprobs, ref_logprobs, values, returns, denominators)
         self._check(samples, inputs)
         train, parts = _empty(samples), []
-        for batch in self._pack(samples):
-            scores = score(self.policy, batch, support=self._support(batch, samples))
-            parts.append(self._backward_policy(batch, scores, inputs))
-            batch.scatter(scores.logprob, train)
-            if self.critic is not None:
-                parts.append(self._backward_critic(self.critic, batch, inputs))
+        with self._generators:
+            for batch in self._pack(samples):
+                scores = score(self.policy, batch, support=self._support(batch, samples))
+                parts.append(self._backward_policy(batch, scores, inputs))
+                batch.scatter(scores.logprob, train)
+                if self.critic is not None:
+                    parts.append(self._backward_critic(self.critic, batch, inputs))
         return AccumulateResult(train, merge(parts))
 
     def apply_update(self) -> dict[str, float]:
@@ -198,12 +205,14 @@ class Trainer:
         metrics = self.optimizers["optimizer"].apply()
         if self.critic is not None:
             metrics |= {f"critic/{name}": value for name, value in self.optimizers["critic"].apply().items()}
+        self._generators.commit()
         return metrics
 
     def discard(self) -> None:
-        """Forget accumulated gradients."""
+        """Forget accumulated gradients, and the random numbers that were drawn for them."""
         for optimizer in self.optimizers.values():
             optimizer.discard()
+        self._generators.rewind()
 
     def weights(self) -> tuple[dict[str, Tensor], int, str]:
         """Weights in compute dtype (views that later updates change), their version and their SHA-256."""
@@ -223,7 +232,6 @@ class Trainer:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         data_state: Mapping[str, Any] | None = None,
-        generators: Mapping[str, torch.Generator] | None = None,
     ) -> None:
         """Write a whole checkpoint to ``path``, atomically; see ``checkpoint``.
 
@@ -232,12 +240,12 @@ class Trainer:
         with atomic_folder(Path(path)) as folder:
             save_checkpoint(self.policy.model, tokenizer, folder)
             sha256 = self.policy.weights_hash()
-            write_state(folder / "trainer", self.optimizers, generators or {}, data_state or {}, sha256)
+            write_state(folder / "trainer", self.optimizers, self._generators, data_state or {}, sha256)
 
-    def load(self, path: Path | str, *, generators: Mapping[str, torch.Generator] | None = None) -> dict[str, Any]:
+    def load(self, path: Path | str) -> dict[str, Any]:
         """Continue from ``save(path)``, bit for bit; returns its ``data_state``. ValueError where it doesn't fit."""
         folder = existing_folder(Path(path)) / "trainer"
-        state = read_state(folder, self.optimizers, generators or {})
+        state = read_state(folder, self.optimizers, self._generators)
         if self.policy.weights_hash() != state["weights_sha256"]:
             raise ValueError(f"{folder}: the restored weights' SHA-256 is not the recorded one (another model.dtype?)")
         self._supports.clear()

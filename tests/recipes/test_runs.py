@@ -80,6 +80,19 @@ def test_a_resumed_run_ends_with_the_same_weights_and_numbers(plain_run, tmp_pat
     assert rows == [1, 2, 3]
 
 
+def test_a_reward_that_draws_random_numbers_goes_on_with_the_next_ones(tmp_path):
+    noise = "random.random() + np.random.random() + float(torch.rand(()))"
+    (tmp_path / "noisy.py").write_text(f"import random, torch, numpy as np\ndef reward(**_): return {noise}\n")
+    task = {"reward": f"{tmp_path}/noisy.py:reward"}
+    grpo.train(tiny_run(tmp_path / "whole", task=task, run={"steps": 2}))
+    grpo.train(tiny_run(tmp_path / "parts", task=task, run={"steps": 1}))
+    grpo.train(resumed_config(tmp_path / "parts", ["run.steps=2"]))
+    whole, parts = summary(tmp_path / "whole"), summary(tmp_path / "parts")
+    for name in ("final_weights_sha256", "reward_first", "reward_last", "eval_last"):
+        assert parts[name] == whole[name], name
+    assert whole["reward_first"] != whole["reward_last"]
+
+
 def test_a_rollout_actor_that_dies_is_replaced_and_reaches_nothing(plain_run, tmp_path, monkeypatch):
     generate = Controller.generate
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,5 +59,5 @@ def test_more_held_out_prompts_than_there_are_is_an_error(tmp_path):
 
     config: Config = tiny_run(tmp_path, eval={"num_prompts": 4}, task={"num_eval": 3})
     with pytest.raises(ValueError, match=r"eval\.num_prompts=4, .* only 3 .*task\.num_eval=3"):
-        evaluate(None, Three(), config)
+        evaluate(None, Three(), SimpleNamespace(config=config))
     assert sft.held_out(Three(), tiny_run(tmp_path, eval={"num_prompts": 2})) == ["a", "b"]

@@ -169,7 +169,7 @@ def test_tokens_of_an_unfinished_step_are_not_counted(tmp_path):
             verify(run)
             raise KeyboardInterrupt
     assert summary(tmp_path)["tokens"] == 10
-    assert trainer.resume(tmp_path / "checkpoints" / "last")["tokens"] == 10
+    assert trainer.resume(tmp_path / "checkpoints" / "last")["totals"]["tokens"] == 10
 
 
 def test_the_step_that_halts_a_run_is_counted(tmp_path):
