@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +78,7 @@ class Run:
         self._pictures: PictureData | None = None
         self.sink: Sink = NullSink()
         self._begun = False
+        self._exit = ExitStack()
         self.generators = Generators(derive_seed(config.run.seed, _GENERATORS))
         """Python's, NumPy's, torch's: entered around the rewards of a step, as a user's own may draw from them."""
 
@@ -97,6 +98,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.close()
+        self._exit.close()
         if isinstance(error, MismatchHalt):
             self.status = "halted"
         elif isinstance(error, KeyboardInterrupt | SystemExit):
@@ -118,7 +120,8 @@ class Run:
             self.folder.begin(self.config)
             self._begin()
             self.progress.say(f"continuing after step {self.totals.steps}")
-        self._metrics_file = MetricsFile(self.folder.metrics, first_step=self.totals.steps + 1)
+        metrics = MetricsFile(self.folder.metrics, first_step=self.totals.steps + 1)
+        self._metrics_file = self._exit.enter_context(closing(metrics))
         return self.totals.steps
 
     @contextmanager

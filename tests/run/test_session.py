@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +180,12 @@ def test_the_step_that_halts_a_run_is_counted(tmp_path):
         verify(run, shift=0.5)
     found = summary(tmp_path)
     assert (found["status"], found["steps"], found["tokens"], found["mismatch_count"]) == ("halted", 0, 10, 10)
+
+
+def test_a_run_leaves_no_file_open(tmp_path):
+    gc.collect()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        run_once(tiny_run(tmp_path))
+        gc.collect()
+    assert [str(one.message) for one in caught if str(tmp_path) in str(one.message)] == []
