@@ -17,7 +17,7 @@ from rlalign.records import Sample
 
 
 @dataclass(frozen=True, slots=True)
-class TokenPair:
+class LogprobPair:
     """Both log-probs of one sample's response.
 
     rollout, train: float32 [<= L]; num_tokens: L, what both should have. mask: bool [L] of the tokens that the loss
@@ -42,7 +42,7 @@ class Comparison:
 
     Example:
         >>> a, b = np.float32([-1.0, -0.0]), np.float32([-1.0, 0.0])
-        >>> compare([TokenPair(rollout=a, train=b, num_tokens=2)]).mismatch.tolist()
+        >>> compare([LogprobPair(rollout=a, train=b, num_tokens=2)]).mismatch.tolist()
         [False, True]
     """
 
@@ -83,7 +83,7 @@ class Comparison:
         return float(np.abs(self.delta).max()) if self.num_tokens else 0.0
 
 
-def compare(pairs: Sequence[TokenPair]) -> Comparison:
+def compare(pairs: Sequence[LogprobPair]) -> Comparison:
     """Compare all pairs at once. Raises ValueError for arrays that are not one-dimensional float32."""
     sides = [_padded(index, pair) for index, pair in enumerate(pairs)]
     rollout, train, missing, position = (_joined([side[i] for side in sides], dtype) for i, dtype in enumerate(_DTYPES))
@@ -106,12 +106,12 @@ def compare(pairs: Sequence[TokenPair]) -> Comparison:
     )
 
 
-def pairs_from_samples(samples: Sequence[Sample], train_logprobs: Sequence[np.ndarray]) -> list[TokenPair]:
+def pairs_from_samples(samples: Sequence[Sample], train_logprobs: Sequence[np.ndarray]) -> list[LogprobPair]:
     """One pair per sample, in order. train_logprobs: float32 [L] each, from the trainer's own forward."""
     if len(samples) != len(train_logprobs):
         raise ValueError(f"train_logprobs has {len(train_logprobs)} entries for {len(samples)} samples")
     return [
-        TokenPair(
+        LogprobPair(
             rollout=sample.completion.logprobs,
             train=train,
             num_tokens=len(sample.completion.token_ids),
@@ -138,7 +138,7 @@ def _number_line(values: np.ndarray) -> np.ndarray:
 _DTYPES = (np.float32, np.float32, np.bool_, np.int64)
 
 
-def _padded(index: int, pair: TokenPair) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _padded(index: int, pair: LogprobPair) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(rollout, train, missing, position) of one sample, each as long as the longest of the three lengths."""
     for name, side in (("rollout", pair.rollout), ("train", pair.train)):
         if side.dtype != np.float32 or side.ndim != 1:

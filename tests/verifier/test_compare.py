@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlalign.verifier.compare import TokenPair, compare, ulp_distance
+from rlalign.verifier.compare import LogprobPair, compare, ulp_distance
 
 
-def pair(rollout: list[float], train: list[float], num_tokens: int | None = None, **more: object) -> TokenPair:
-    return TokenPair(np.float32(rollout), np.float32(train), num_tokens or len(rollout), **more)
+def pair(rollout: list[float], train: list[float], num_tokens: int | None = None, **more: object) -> LogprobPair:
+    return LogprobPair(np.float32(rollout), np.float32(train), num_tokens or len(rollout), **more)
 
 
 def from_bits(*bits: int) -> np.ndarray:
@@ -16,7 +16,7 @@ def from_bits(*bits: int) -> np.ndarray:
 
 def test_equal_bits_are_equal() -> None:
     values = -np.random.default_rng(0).exponential(size=200).astype(np.float32)
-    result = compare([TokenPair(values, values.copy(), 200)])
+    result = compare([LogprobPair(values, values.copy(), 200)])
     assert result.equal
     assert result.mismatch_count == 0
     assert result.max_abs_delta == 0.0
@@ -28,7 +28,7 @@ def test_any_single_flipped_bit_is_seen(bit: int) -> None:
     values = -np.random.default_rng(bit).exponential(size=50).astype(np.float32)
     other = values.copy()
     other.view(np.uint32)[17] ^= np.uint32(1 << bit)
-    result = compare([TokenPair(values, other, 50)])
+    result = compare([LogprobPair(values, other, 50)])
     assert not result.equal
     assert np.flatnonzero(result.mismatch).tolist() == [17]
 
@@ -43,11 +43,11 @@ def test_signed_zeros_differ() -> None:
 
 def test_nan_payloads_differ_and_nan_is_never_agreement() -> None:
     quiet, other = 0x7FC00000, 0x7FC00001
-    same = compare([TokenPair(from_bits(quiet), from_bits(quiet), 1)])
+    same = compare([LogprobPair(from_bits(quiet), from_bits(quiet), 1)])
     assert same.mismatch_count == 0
     assert same.nonfinite_count == 1
     assert not same.equal
-    assert compare([TokenPair(from_bits(quiet), from_bits(other), 1)]).mismatch_count == 1
+    assert compare([LogprobPair(from_bits(quiet), from_bits(other), 1)]).mismatch_count == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -85,8 +85,8 @@ def test_mask_leaves_out_tokens_but_not_their_positions() -> None:
 
 def test_delta_is_rounded_to_float32() -> None:
     a, b = np.float32([-1.0]), np.float32([-0.1])
-    assert compare([TokenPair(a, b, 1)]).delta[0] == b[0] - a[0]
-    assert compare([TokenPair(a, b, 1)]).delta.dtype == np.float32
+    assert compare([LogprobPair(a, b, 1)]).delta[0] == b[0] - a[0]
+    assert compare([LogprobPair(a, b, 1)]).delta.dtype == np.float32
 
 
 def test_ulp_counts_floats_between() -> None:
@@ -100,9 +100,9 @@ def test_ulp_counts_floats_between() -> None:
 @pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((3, 1), np.float32), np.zeros(3, np.float16)])
 def test_other_dtypes_and_shapes_are_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="train log-probs of sample 1"):
-        compare([pair([-1.0], [-1.0]), TokenPair(np.zeros(3, np.float32), bad, 3)])
+        compare([pair([-1.0], [-1.0]), LogprobPair(np.zeros(3, np.float32), bad, 3)])
 
 
 def test_nothing_compared_is_not_equal() -> None:
     assert not compare([]).equal
-    assert not compare([TokenPair(np.zeros(0, np.float32), np.zeros(0, np.float32), 0)]).equal
+    assert not compare([LogprobPair(np.zeros(0, np.float32), np.zeros(0, np.float32), 0)]).equal

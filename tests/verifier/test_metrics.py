@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rlalign.verifier.compare import Comparison, TokenPair, compare
+from rlalign.verifier.compare import Comparison, LogprobPair, compare
 from rlalign.verifier.metrics import Provenance, align_metrics
 
 
@@ -15,7 +15,7 @@ def comparison(rows: list[tuple[list[float], list[float]]], versions: tuple[int,
     """rows: (rollout, train) probabilities of each sample."""
     log = [tuple(np.log(np.float64(side)).astype(np.float32) for side in row) for row in rows]
     versions = versions or (0,) * len(rows)
-    return compare([TokenPair(r, t, len(r), weights_version=v) for (r, t), v in zip(log, versions, strict=True)])
+    return compare([LogprobPair(r, t, len(r), weights_version=v) for (r, t), v in zip(log, versions, strict=True)])
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_ulp_of_neighbours() -> None:
     rollout = np.float32([-1.0, -1.0, -1.0])
     train = np.array([rollout[0], np.nextafter(rollout[1], np.float32(0)), rollout[2]])
     train[2] = np.float32(-1.0 - 4 * 2**-23)
-    values = align_metrics(compare([TokenPair(rollout, train, 3)]))
+    values = align_metrics(compare([LogprobPair(rollout, train, 3)]))
     assert values["align/ulp/max"] == 4.0
     assert values["align/ulp/p99"] == pytest.approx(1 + 0.98 * 3)
 
@@ -84,14 +84,14 @@ def test_small_differences_do_not_cancel() -> None:
     rollout = np.float32([-1.0])
     train = np.nextafter(rollout, np.float32(0))
     d = float(train[0]) - float(rollout[0])
-    values = align_metrics(compare([TokenPair(rollout, train, 1)]))
+    values = align_metrics(compare([LogprobPair(rollout, train, 1)]))
     assert values["align/chi2/token"] == pytest.approx(2 * d, rel=1e-5)
     assert values["align/k3"] == pytest.approx(d * d / 2, rel=1e-5)
 
 
 def test_agreement_is_exactly_the_neutral_value_everywhere() -> None:
     values = -np.random.default_rng(1).exponential(size=1000).astype(np.float32)
-    result = align_metrics(compare([TokenPair(values, values.copy(), 1000)]), advantages=[np.ones(1000)])
+    result = align_metrics(compare([LogprobPair(values, values.copy(), 1000)]), advantages=[np.ones(1000)])
     ones = ("bitwise_match_frac", "prob_pearson", "mult_prob_error", "ppl/ratio", "ess", "ratio_raw/min",
             "ratio_raw/mean", "ratio_raw/max")  # fmt: skip
     for name, value in result.items():
@@ -121,7 +121,7 @@ def test_advantages_must_fit(advantages: list[np.ndarray]) -> None:
 def test_a_nonfinite_or_missing_token_makes_every_maximum_infinite(bad: float | None) -> None:
     good = np.float32([-1.0, -2.0, -3.0])
     train = good[:2] if bad is None else np.float32([-1.0, -2.0, bad])
-    values = align_metrics(compare([TokenPair(good, train, 3)]))
+    values = align_metrics(compare([LogprobPair(good, train, 3)]))
     assert values["align/nonfinite_count"] == values["align/mismatch_count"] == 1.0
     assert values["align/bitwise_match_frac"] == pytest.approx(2 / 3)
     for name in ("logp_abs_diff/max", "ulp/max", "prob_abs_diff/max", "k3_max", "ratio_raw/max"):
@@ -151,7 +151,7 @@ def test_order_of_samples_does_not_change_a_bit() -> None:
 
 def test_extreme_ratios_do_not_break_the_statistics() -> None:
     rollout, train = np.float32([-800.0, -1.0]), np.float32([-1.0, -800.0])
-    values = align_metrics(compare([TokenPair(rollout, train, 2)]))
+    values = align_metrics(compare([LogprobPair(rollout, train, 2)]))
     assert values["align/ratio_raw/max"] == math.inf
     assert values["align/ess"] == pytest.approx(0.5)
     assert values["align/logp_abs_diff/max"] == pytest.approx(799.0)
