@@ -1,21 +1,43 @@
-"""What the recipes share around their loops: settings from hydra, the first checkpoint, held-out accuracy."""
+"""What the recipes share around and within their loops; what is theirs is the step between rollout and verification."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from sft import held_out, warm_start
 
 from rlalign.actors import Controller
+from rlalign.actors.controller import Rollout
 from rlalign.actors.process import set_up
 from rlalign.config import Config, config_from_dict
 from rlalign.generators import Generators
-from rlalign.records import derive_seed
-from rlalign.run import Run, resumed_config
-from rlalign.tasks import Task, score_samples
+from rlalign.modeling import load_tokenizer
+from rlalign.records import Sample, derive_seed
+from rlalign.run import Run, check_estimator, prompts_of_step, resumed_config
+from rlalign.tasks import Task, make_task, score_samples
+from rlalign.trainer.checkpoint import existing_folder
+from rlalign.verifier.metrics import Provenance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loop works with. ``first_step``: 1, or the one after the checkpoint's of a resumed run."""
+
+    run: Run
+    actors: Controller
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    first_step: int
 
 
 def read_config(settings: DictConfig) -> Config:
@@ -27,14 +49,73 @@ def read_config(settings: DictConfig) -> Config:
     return config
 
 
-def initial_checkpoint(config: Config, run: Run) -> Path:
-    """``model.path``, or a small model made on the spot and warmed up by ``recipes/sft.py``."""
-    if config.model.path is not None:
-        return config.model.path
-    if config.run.resume is None:
-        set_up(config.cluster.threads)
-        warm_start(config, run.folder.initial, say=run.progress.say)
-    return run.folder.initial
+@contextmanager
+def started(recipe: str, config: Config, *, estimator: str) -> Iterator[Job]:
+    """Around a loop: folder, actors, weights and the first evaluation before it, the summary after it.
+
+    ``estimator`` is the ``algorithm.adv_estimator`` that the recipe computes; another one is a ValueError.
+    """
+    check_estimator(config, recipe, estimator)
+    actors = Controller(config)
+    with Run(recipe, config, find_checkpoint=existing_folder) as run, actors:
+        checkpoint = _initial_checkpoint(config, run)
+        tokenizer = load_tokenizer(checkpoint)
+        task = make_task(config.task, tokenizer, seed=config.run.seed)
+        actors.load(checkpoint)
+        done = run.restore(actors.trainer)
+        actors.sync_weights()
+        run.facts |= actors.facts()
+        job = Job(run, actors, task, tokenizer, first_step=done + 1)
+        with run.saved_on_interrupt(actors.trainer):
+            # before the first step, or where an interrupt came in between
+            if run.evaluation_due():
+                run.evaluated(evaluate(actors, task, run), actors.trainer)
+                if done > 0:
+                    run.save(actors.trainer)
+            yield job
+        run.facts |= actors.facts()
+        run.finish(actors.trainer.masters_sha256())
+
+
+def roll_out(job: Job, step: int) -> Rollout:
+    """The step's prompts, sampled. Says which could not be served; ValueError if none could."""
+    config = job.run.config
+    prompts = prompts_of_step(
+        job.task.prompts("train"), step=step, count=config.algorithm.prompts_per_step, seed=config.run.seed
+    )
+    rollout = job.actors.generate(prompts, step=step, plant_fault=_fault(config, step) == "kv_page")
+    job.run.note_failed(rollout.failed, served=len(rollout.samples))
+    return rollout
+
+
+def begin_batch(job: Job, samples: Sequence[Sample], step: int) -> None:
+    """Hand the batch to the trainer, with the fault that the settings plant there."""
+    job.actors.trainer.begin_batch(samples)
+    if (fault := _fault(job.run.config, step)) in ("trainer_weight", "position"):
+        job.run.progress.say(f"fault planted: {job.actors.trainer.plant_fault(fault)}")
+
+
+def verify(
+    job: Job, samples: Sequence[Sample], train_logprobs: Sequence[np.ndarray], advantages: Sequence[np.ndarray]
+) -> None:
+    """Compare both sides bit for bit. Raises MismatchHalt where the run must stop."""
+    provenance = Provenance(
+        trainer_version=job.actors.trainer.version(),
+        weights_equal=job.actors.weights_equal,
+        weights_version=job.actors.weights_version,
+        # nothing corrects for a mismatch: rollout log-probs enter no loss (docs/algorithms.md)
+        ratio_frac_modified=0.0,
+    )
+    decode = job.tokenizer.decode
+    job.run.verify(samples, train_logprobs, advantages=advantages, provenance=provenance, decode=decode)
+
+
+def after_step(job: Job, step: int) -> None:
+    """Evaluate and write a checkpoint where they are due."""
+    if job.run.evaluation_due():
+        job.run.evaluated(evaluate(job.actors, job.task, job.run), job.actors.trainer)
+    if step == job.run.config.run.steps or step % job.run.config.run.save_every == 0:
+        job.run.save(job.actors.trainer)
 
 
 def evaluate(actors: Controller, task: Task, run: Run) -> float:
@@ -47,6 +128,20 @@ def evaluate(actors: Controller, task: Task, run: Run) -> float:
     # generators of its own, so that no evaluation reaches a reward of training
     with Generators(derive_seed(run.config.run.seed, run.totals.steps)):
         return sum(sample.reward for sample in score_samples(task, rollout.samples)) / len(prompts)
+
+
+def _initial_checkpoint(config: Config, run: Run) -> Path:
+    """``model.path``, or a small model made on the spot and warmed up by ``recipes/sft.py``."""
+    if config.model.path is not None:
+        return config.model.path
+    if config.run.resume is None:
+        set_up(config.cluster.threads)
+        warm_start(config, run.folder.initial, say=run.progress.say)
+    return run.folder.initial
+
+
+def _fault(config: Config, step: int) -> str:
+    return config.align.fault.kind if step == config.align.fault.step else "none"
 
 
 def _check_files(config: Config) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
+from rlalign.config import AlgorithmConfig
 from rlalign.records import derive_seed
+
+
+def minibatches_of_step(num_samples: int, algorithm: AlgorithmConfig, *, seed: int, step: int) -> Iterator[list[int]]:
+    """Indices of each minibatch of one step, epoch after epoch. ``seed``: of the run. ValueError as below."""
+    for epoch in range(algorithm.epochs):
+        yield from split_minibatches(num_samples, algorithm.minibatches, seed=derive_seed(seed, step, epoch))
 
 
 def split_minibatches(num_samples: int, num_minibatches: int, *, seed: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ class Provenance:
     """What the comparison itself can't know. None leaves the metric out.
 
     trainer_version: version of the weights that gave the train log-probs. weights_equal: hash of the trainer's weights
-    == hash that the engine holds. ratio_frac_modified: share of tokens whose ratio a clip or correction changed.
+    == hash that the engine holds. ratio_frac_modified: share of tokens whose ratio ρ an importance correction changed.
     """
 
     trainer_version: int | None = None

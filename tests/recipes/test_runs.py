@@ -36,6 +36,7 @@ def test_a_run_agrees_bit_for_bit_and_says_so(plain_run):
     assert all(row["align/bitwise_match_frac"] == 1.0 and row["align/weights_equal"] == 1.0 for row in rows)
     assert [row["align/weights_version"] for row in rows] == [0, 1, 2]
     assert all(row["align/policy_age/max"] == 0 and row["align/adv_skew"] == 0 for row in rows)
+    assert all(row["align/ratio_frac_modified"] == 0 for row in rows)
     # counted per step: 4 prompts of 7 tokens, prefilled once each for their 4 samples
     assert all(row["perf/engine/prefill_tokens"] == 28 for row in rows)
     assert all(row["perf/engine/tokens_per_forward"] > 4 for row in rows)
