@@ -28,13 +28,13 @@ from rlalign.actors.process import set_up
 from rlalign.cli.bench_engine import machine_name
 from rlalign.cli.errors import run_main
 from rlalign.cli.verify_run import rescore
-from rlalign.config import Dtype, EngineConfig, ModelConfig, Numerics, SamplingParams
+from rlalign.config import AlgorithmConfig, Dtype, EngineConfig, ModelConfig, Numerics, SamplingParams, TrainerConfig
 from rlalign.engine import Engine
 from rlalign.modeling import Policy, load_policy, make_tiny_model
 from rlalign.records import Completion, Prompt, Sample, derive_seed
 from rlalign.run.facts import git_commit, versions
 from rlalign.tasks.sort import make_sort_tokenizer
-from rlalign.trainer.padding import score_padded
+from rlalign.trainer import Trainer
 from rlalign.verifier.compare import compare, pairs_from_samples
 from rlalign.verifier.metrics import align_metrics
 
@@ -184,7 +184,8 @@ def _score_padded(policy: Policy, samples: Sequence[Sample]) -> list[np.ndarray]
     places = [slice(width - len(r), width) if i % 2 else slice(0, len(r)) for i, r in enumerate(rows)]
     for i, (row, place) in enumerate(zip(rows, places, strict=True)):
         ids[i, place], mask[i, place] = row, 1
-    scores = score_padded(policy, torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+    trainer = Trainer(policy, TrainerConfig(), AlgorithmConfig(), total_steps=1)
+    scores = trainer.logprobs_of_padded(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
     lengths = [len(s.completion.token_ids) for s in samples]
     return [scores[i, place][-n:].copy() for i, (place, n) in enumerate(zip(places, lengths, strict=True))]
 

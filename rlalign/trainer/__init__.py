@@ -6,7 +6,7 @@ Knows nothing of engines, actors or networks: token ids and numbers in, log-prob
 from rlalign.trainer.critic import Critic
 from rlalign.trainer.optimizer import MasterAdamW
 from rlalign.trainer.packing import PackedBatch, TokenPair, pack, pack_samples
-from rlalign.trainer.padding import Unpadded, score_padded, unpad
+from rlalign.trainer.padding import Unpadded, unpad
 from rlalign.trainer.sft import SftTrainer
 from rlalign.trainer.support import SupportStore
 from rlalign.trainer.trainer import AccumulateResult, Trainer
@@ -23,6 +23,5 @@ __all__ = [
     "Unpadded",
     "pack",
     "pack_samples",
-    "score_padded",
     "unpad",
 ]

@@ -116,17 +116,22 @@ def pack_samples(
 
 
 def _pair(sample: Sample, eos_ids: Collection[int] | None) -> TokenPair:
-    completion, sampling = sample.completion, sample.sampling
-    banned: set[int] = set()
-    if sampling.min_tokens > 0:
-        if eos_ids is None and not sampling.ignore_eos:
-            raise ValueError(
-                f"sample {sample.key} was drawn with min_tokens={sampling.min_tokens}, which bans the end of sequence: "
-                "give eos_ids to score it"
-            )
-        banned = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_ids or ()))
-    name = f"sample {sample.key}"
-    return TokenPair(completion.prompt_ids, completion.token_ids, sampling, name, tuple(sorted(banned)))
+    completion, sampling, name = sample.completion, sample.sampling, f"sample {sample.key}"
+    return TokenPair(
+        completion.prompt_ids, completion.token_ids, sampling, name, banned_ids(sampling, eos_ids, name)
+    )  # fmt: skip
+
+
+def banned_ids(sampling: SamplingParams, eos_ids: Collection[int] | None, name: str) -> tuple[int, ...]:
+    """What the first ``min_tokens`` tokens could not be. Raises ValueError naming ``name`` where ``eos_ids`` is missing."""
+    if sampling.min_tokens == 0:
+        return ()
+    if eos_ids is None and not sampling.ignore_eos:
+        raise ValueError(
+            f"{name} was drawn with min_tokens={sampling.min_tokens}, which bans the end of sequence: "
+            "give eos_ids to score it"
+        )
+    return tuple(sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_ids or ())}))
 
 
 def pack(

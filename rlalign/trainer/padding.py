@@ -1,16 +1,21 @@
 """Padded batches, for callers that have them: unpadded first, so that padding can't reach a bit.
 
+``Trainer.logprobs_of_padded`` is the entry; from here on its rows take the way of every other sequence.
+
 Legend: B sequences, L padded length, T tokens that the mask keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from rlalign.modeling import PackedContext, Policy
+from rlalign.config import SamplingParams
+from rlalign.trainer.packing import TokenPair, banned_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +78,47 @@ def _refuse_other_positions(position_ids: Tensor, expected: Tensor, kept: Tensor
         )
 
 
-@torch.no_grad()
-def score_padded(
-    policy: Policy, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
-    """Log-prob of every token given those before it, float32 [B, L], temperature 1; 0 at padding and first tokens.
+def padded_pairs(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    response_mask: Tensor | None = None,
+    sampling: Sequence[SamplingParams] | None = None,
+    eos_ids: Collection[int] | None = None,
+) -> tuple[list[TokenPair], Tensor]:
+    """One pair per row, and where its response tokens stand: int64 [N] into the flattened [B * L], row by row.
 
-    The bits are those of the same sequences packed, for any amount, side and value of padding.
+    Arguments as in ``unpad`` and ``Trainer.logprobs_of_padded``. Raises ValueError for what they refuse.
     """
     packed = unpad(input_ids, attention_mask, position_ids)
-    hidden = policy.hidden(packed.token_ids, packed.position_ids, PackedContext(packed.cu_seqlens))
-    # Row t predicts token t + 1; the row before a sequence's first token belongs to its neighbour.
-    scored = (packed.position_ids > 0).nonzero().squeeze(1)
-    result = torch.zeros(input_ids.numel(), dtype=torch.float32, device=input_ids.device)
-    if len(scored):
-        selected = hidden.index_select(0, scored - 1)
-        result[packed.indices[scored]] = policy.logprobs(selected, packed.token_ids[scored]).logprob
-    return result.view(input_ids.shape)
+    rows = _per_row(sampling, len(input_ids), known_response=response_mask is not None)
+    is_response = packed.position_ids > 0 if response_mask is None else _responses(response_mask, attention_mask)
+    pairs = []
+    for row, (start, end) in enumerate(pairwise(packed.cu_seqlens.tolist())):
+        ids, marks = packed.token_ids[start:end].cpu().numpy(), is_response[start:end]
+        first = end - start - int(marks.sum())
+        if first == 0 or not bool(marks[first:].all()):
+            raise ValueError(f"response_mask row {row}: a response is the end of what the mask keeps, not all of it")
+        name = f"row {row}"
+        pairs.append(TokenPair(ids[:first], ids[first:], rows[row], name, banned_ids(rows[row], eos_ids, name)))
+    return pairs, packed.indices[is_response]
+
+
+def _responses(response_mask: Tensor, attention_mask: Tensor) -> Tensor:
+    """bool [T], which kept tokens belong to a response."""
+    if response_mask.shape != attention_mask.shape:
+        expected = tuple(attention_mask.shape)
+        raise ValueError(f"response_mask has shape {tuple(response_mask.shape)}; expected {expected}")
+    if not bool(((response_mask == 0) | (response_mask == attention_mask)).all()):
+        raise ValueError("response_mask marks tokens that attention_mask leaves out, or isn't 0 and 1")
+    return response_mask[attention_mask.bool()].bool()
+
+
+def _per_row(sampling: Sequence[SamplingParams] | None, count: int, *, known_response: bool) -> list[SamplingParams]:
+    rows = [SamplingParams()] * count if sampling is None else list(sampling)
+    if len(rows) != count:
+        raise ValueError(f"sampling has {len(rows)} entries for {count} rows")
+    if not known_response and any(row.min_tokens > 0 for row in rows):
+        raise ValueError("sampling.min_tokens counts from a response's start: give response_mask")
+    return rows

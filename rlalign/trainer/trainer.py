@@ -22,14 +22,15 @@ from torch import Tensor
 from rlalign.algorithms import grpo, ppo
 from rlalign.algorithms.aggregation import Denominators
 from rlalign.algorithms.metrics import Metric, merge, values
-from rlalign.config import AlgorithmConfig, TrainerConfig
+from rlalign.config import AlgorithmConfig, SamplingParams, TrainerConfig
 from rlalign.generators import Generators
 from rlalign.modeling import Policy, save_checkpoint
 from rlalign.records import Sample, derive_seed
 from rlalign.trainer.checkpoint import atomic_folder, existing_folder, read_state, write_state
 from rlalign.trainer.critic import Critic
 from rlalign.trainer.optimizer import MasterAdamW, trainable_parameters
-from rlalign.trainer.packing import PackedBatch, pack_samples
+from rlalign.trainer.packing import PackedBatch, pack, pack_samples
+from rlalign.trainer.padding import padded_pairs
 from rlalign.trainer.step import Scores, enable_checkpointing, score, store_support, stored_support
 from rlalign.trainer.support import SupportStore
 
@@ -128,6 +129,38 @@ class Trainer:
                 store_support(batch, samples, scores.support, self._supports)
             batch.scatter(scores.logprob, result)
         return result
+
+    @torch.no_grad()
+    def logprobs_of_padded(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        response_mask: Tensor | None = None,
+        sampling: Sequence[SamplingParams] | None = None,
+    ) -> Tensor:
+        """Log-probs of a right-, left- or both-side-padded batch, float32 [B, L]: the bits of ``compute_logprobs``.
+
+        All tensors [B, L], ids int64, masks 0/1. position_ids: those that the mask gives, or refused. response_mask:
+        the tokens to score, each row's last ones; None scores all but a row's first. Elsewhere the result is 0.
+        sampling: one per row, None for temperature 1; supports are recomputed under the weights of now.
+        Raises ValueError naming the argument, or the row, that doesn't fit.
+        """
+        pairs, indices = padded_pairs(
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            response_mask=response_mask,
+            sampling=sampling,
+            eos_ids=self.eos_ids,
+        )
+        found = [np.empty(0, dtype=np.float32) for _ in pairs]
+        for batch in pack(pairs, **self._packing()):
+            batch.scatter(score(self.policy, batch).logprob, found)
+        result = torch.zeros(input_ids.numel(), dtype=torch.float32)
+        result[indices.cpu()] = torch.from_numpy(np.concatenate(found))
+        return result.view(input_ids.shape).to(input_ids.device)
 
     @torch.no_grad()
     def reference_logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
@@ -252,14 +285,15 @@ class Trainer:
         return state["data_state"]
 
     def _pack(self, samples: Sequence[Sample]) -> list[PackedBatch]:
-        return pack_samples(
-            samples,
-            micro_batch_tokens=self.config.micro_batch_tokens,
-            vocab_size=self.policy.vocab_size,
-            max_positions=self.policy.max_positions,
-            eos_ids=self.eos_ids,
-            device=self.policy.device,
-        )
+        return pack_samples(samples, eos_ids=self.eos_ids, **self._packing())
+
+    def _packing(self) -> dict[str, Any]:
+        return {
+            "micro_batch_tokens": self.config.micro_batch_tokens,
+            "vocab_size": self.policy.vocab_size,
+            "max_positions": self.policy.max_positions,
+            "device": self.policy.device,
+        }
 
     def _support(self, batch: PackedBatch, samples: Sequence[Sample]) -> Tensor | None:
         """The stored supports, or None where the policy may recompute them: under the weights that sampled, only."""
