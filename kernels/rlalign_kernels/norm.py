@@ -15,7 +15,7 @@ import torch
 
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
-from rlalign_kernels.reference.gemm import ROW_TILE, product_nt
+from rlalign_kernels.reference.gemm import ROW_TILE, gemm_schedule, product_nt
 
 # Longest sum of squares in one chain of additions.
 ONE_CHAIN = 32
@@ -32,6 +32,12 @@ def _mean_weights(size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     segment = torch.arange(size, device=device) * ROW_TILE // size
     member = segment == torch.arange(ROW_TILE, device=device).unsqueeze(1)
     return member.float(), torch.full((ROW_TILE, ROW_TILE), 1 / size, device=device)
+
+
+def probe_norm(size: int) -> None:
+    """Measure the products of rows of ``size`` now rather than at first use."""
+    for weight in _mean_weights(size, torch.device("cpu")):
+        gemm_schedule(*weight.shape)
 
 
 def _root(x: torch.Tensor, eps: float) -> torch.Tensor:

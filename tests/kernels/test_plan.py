@@ -40,10 +40,13 @@ def test_a_plan_is_frozen():
 
 
 def test_probe_reports_every_verdict_as_json():
-    report = probe([("linear", (48, 64)), ("linear_logprob", (1500, 64)), ("attention", (32, 16))])
+    report = probe(
+        [("linear", (48, 64)), ("rms_norm", (80,)), ("linear_logprob", (1500, 64)), ("attention", (32, 16, 2))]
+    )
     json.dumps(report)
     threads = torch.get_num_threads()
-    names = {f"gemm,48,64,{threads}", f"gemm,1024,64,{threads}", f"gemm,476,64,{threads}", f"elementwise,exp,{threads}"}
+    names = {f"gemm,{shape},{threads}" for shape in ("48,64", "1024,64", "476,64", "16,80", "16,16")}
+    names.add(f"elementwise,exp,{threads}")
     assert names <= set(report)
     with pytest.raises(ValueError, match="'conv' is unknown"):
         probe([("conv", (1,))])

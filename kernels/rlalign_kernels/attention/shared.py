@@ -9,7 +9,7 @@ import torch
 
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.content import cached
-from rlalign_kernels.reference.attention import MAX_HEAD_DIM, MAX_ITEMS, MAX_SCORES, ROW_UNITS, schedules
+from rlalign_kernels.reference.attention import MAX_HEAD_DIM, MAX_ITEMS, MAX_SCORES, products
 from rlalign_kernels.reference.attention_layout import Layout, Problem, build_layout
 
 
@@ -56,8 +56,8 @@ def layout_of(
     window: int | None,
 ) -> Layout:
     """Cached layout of a batch; ``key`` names its content, ``problem`` states it if it is new."""
-    base = schedules(q.shape[2], value_dim)[0].base
-    full = (*key, q.shape[1], num_kv_heads, causal, window, base, q.device)
+    proven = products(q.shape[2], value_dim)
+    full = (*key, q.shape[1], num_kv_heads, causal, window, proven, q.device)
 
     def build() -> Layout:
         return build_layout(
@@ -66,7 +66,8 @@ def layout_of(
             num_kv_heads=num_kv_heads,
             causal=causal,
             window=window,
-            row_counts=tuple(units * base for units in ROW_UNITS),
+            row_counts=proven.row_counts(q.shape[1] // num_kv_heads),
+            key_widths=proven.key_widths,
             max_scores=MAX_SCORES,
             max_items=MAX_ITEMS,
             device=q.device,

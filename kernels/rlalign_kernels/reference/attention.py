@@ -4,7 +4,8 @@ Plan: key tiles of 64 at absolute positions, ascending; per tile, in float32: s 
 s * scale, soft cap, masked scores -inf; m' = max(m, max s) from m0 = -1e30; p = exp(s - m'); alpha = exp(m - m'),
 both exactly 0 from -80 down (``softmax_exp``); [acc, l] = [acc, l] alpha + p @ [v, 1] (one product over the 64 keys).
 Then acc / l and lse = m + log l.
-A tile that a row may not see is an exact no-op (p = 0, alpha = 1), so skipping it is schedule, and so is batching.
+A tile that a row may not see is an exact no-op (p = 0, alpha = 1), so skipping it is schedule, and so are batching,
+fewer rows than a base tile and fewer keys than 64 where the further ones are masked: each where the probe proves it.
 """
 
 from __future__ import annotations
@@ -14,25 +15,54 @@ from dataclasses import dataclass
 
 import torch
 
-from rlalign_kernels.reference.attention_layout import KV_TILE, Chunk, Layout
+from rlalign_kernels.reference.attention_layout import KV_TILE, Chunk, Layout, Step
 from rlalign_kernels.reference.elementwise import elementwise, softmax_exp
-from rlalign_kernels.reference.gemm import BatchSchedule, batch_schedules, product_batched
+from rlalign_kernels.reference.gemm import BatchSchedule, batch_bases, batch_schedule, product_batched
 
 FLOOR = -1e30
 MAX_HEAD_DIM = 256
 MAX_SCORES = 2**18
 MAX_ITEMS = 128
-# Rows per item in units of the base tile: decode and short chunks use one, prefill and training four.
+# Rows per item in units of the base tile: chunks of a prompt use one, prefill and training four.
 ROW_UNITS = (1, 4)
+# A decoding item has a group's heads as rows; where the probe refuses so few, the next of these.
+FEW_ROWS = (4, 8)
+KEY_WIDTHS = (16, 32, 48, KV_TILE)
 
 
-def schedules(head_dim: int, value_dim: int) -> tuple[BatchSchedule, BatchSchedule]:
-    """Proven schedules of q @ k.T and p @ [v, 1], on one base tile. Raises RuntimeError if no tile is position free."""
-    scores = batch_schedules(ROW_UNITS, head_dim, KV_TILE, True)
-    values = batch_schedules(ROW_UNITS, KV_TILE, value_dim + 1, False)
-    for base, schedule in scores.items():
+@dataclass(frozen=True)
+class Products:
+    """q @ k.T and p @ [v, 1] of one head shape, on one base tile of rows."""
+
+    base: int
+    head_dim: int
+    value_dim: int
+
+    def schedules(self, rows: int, keys: int) -> tuple[BatchSchedule, BatchSchedule]:
+        """Proven batches of both products for items of ``rows`` rows, over the first ``keys`` of a tile."""
+        columns = self.value_dim + 1
+        scores = batch_schedule(self.base, rows, (self.head_dim, keys), (self.head_dim, KV_TILE), True)
+        return scores, batch_schedule(self.base, rows, (keys, columns), (KV_TILE, columns), False)
+
+    def _proven(self, rows: int, keys: int) -> bool:
+        return all(schedule.proven for schedule in self.schedules(rows, keys))
+
+    def row_counts(self, group: int) -> tuple[int, ...]:
+        """Rows that items may have, ascending: of one decoded token if so few are proven, then whole base tiles."""
+        few = (rows for rows in (group, *FEW_ROWS) if group <= rows < self.base and self._proven(rows, KV_TILE))
+        return (*[rows for rows in few][:1], *(units * self.base for units in ROW_UNITS))
+
+    def key_widths(self, rows: int) -> tuple[int, ...]:
+        """Key counts that items of ``rows`` rows may have, ascending; the last one is the whole tile."""
+        return (*(keys for keys in KEY_WIDTHS[:-1] if self._proven(rows, keys)), KV_TILE)
+
+
+def products(head_dim: int, value_dim: int) -> Products:
+    """Both products on the first base tile that is position free. Raises RuntimeError if there is none."""
+    values = batch_bases(KV_TILE, value_dim + 1, False)
+    for base in batch_bases(head_dim, KV_TILE, True):
         if base in values:
-            return schedule, values[base]
+            return Products(base, head_dim, value_dim)
     raise RuntimeError(
         f"attention: on this machine no row tile is free of position in float32 products with head_dim={head_dim}, "
         f"value_dim={value_dim}; no invariant schedule is known for it"
@@ -53,136 +83,176 @@ def forward(
     """q [T, Hq, D], k [slots, Hkv, D], v [slots, Hkv, Dv] -> out float32 [T, Hq, Dv], lse float32 [T, Hq] or None."""
     num_tokens, num_heads, head_dim = q.shape
     value_dim = v.shape[2]
-    spare = num_tokens * num_heads
-    out = torch.zeros(spare + 1, value_dim, device=q.device)
-    lse = torch.full((spare + 1,), -torch.inf, device=q.device) if return_lse else None
-    tiles = _Tiles(k, v, layout.slot_tiles, key_mask)
-    q_rows = q.reshape(-1, head_dim)
-    products = schedules(head_dim, value_dim)
-    for chunk in layout.chunks:
-        if chunk.steps:
-            _run_chunk(q_rows, tiles, chunk, products, scale, softcap, out, lse)
-    out = out[:spare].view(num_tokens, num_heads, value_dim)
-    return out, None if lse is None else lse[:spare].view(num_tokens, num_heads)
+    run = _Run(
+        q.reshape(-1, head_dim),
+        k.reshape(-1, head_dim),
+        v.reshape(-1, value_dim),
+        k.shape[1],
+        products(head_dim, value_dim),
+        scale,
+        softcap,
+        key_mask,
+    )
+    states = [run.chunk(chunk) for chunk in layout.chunks]
+    empty = torch.empty(0, device=q.device)
+    out = _in_order([state.output() for state in states] or [empty], layout.order)
+    lse = _in_order([state.lse() for state in states] or [empty], layout.order) if return_lse else None
+    return out.view(num_tokens, num_heads, value_dim), None if lse is None else lse.view(num_tokens, num_heads)
 
 
-class _Tiles:
-    """Gathers key and value tiles; keys that ``key_mask`` hides become zero, for 0 * NaN is not 0."""
-
-    def __init__(
-        self, k: torch.Tensor, v: torch.Tensor, slot_tiles: torch.Tensor, key_mask: torch.Tensor | None
-    ) -> None:
-        self.k, self.v = k.reshape(-1, k.shape[2]), v.reshape(-1, v.shape[2])
-        self.slot_tiles, self.key_mask, self.num_heads = slot_tiles, key_mask, k.shape[1]
-
-    def gather(
-        self, chunk: Chunk, step: int, active: int, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """k [n, 64, D] float32, and bool [n, 64] of keys masked by ``key_mask``; v goes into values [n, 64, Dv]."""
-        slots = self.slot_tiles.index_select(0, chunk.tiles[:active] + step)
-        index = (slots + chunk.head[:active]).view(-1)
-        k = self.k.index_select(0, index).view(active, KV_TILE, -1).float()
-        values.copy_(self.v.index_select(0, index).view(active, KV_TILE, -1))
-        if self.key_mask is None:
-            return k, None
-        hidden = ~self.key_mask[slots // self.num_heads]
-        values.masked_fill_(hidden.unsqueeze(2), 0.0)
-        return k.masked_fill_(hidden.unsqueeze(2), 0.0), hidden
+def _in_order(parts: list[torch.Tensor], order: torch.Tensor | None) -> torch.Tensor:
+    """Rows of all chunks, back in the order of q."""
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return rows if order is None else rows.index_select(0, order)
 
 
-def _run_chunk(
-    q_rows: torch.Tensor,
-    tiles: _Tiles,
-    chunk: Chunk,
-    products: tuple[BatchSchedule, BatchSchedule],
-    scale: float,
-    softcap: float | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Online softmax over the tiles of n items; the items still active at a step are a prefix."""
-    count, rows, used = chunk.tiles.shape[0], chunk.rows, chunk.used
-    q = q_rows.index_select(0, chunk.q_rows).float().view(count, rows, -1)
-    value_dim = tiles.v.shape[1]
-    highest = q.new_full((count, used, 1), FLOOR)
-    # The last column of the values is 1: that of their weighted sum is the sum of the weights.
-    acc = q.new_zeros(count, used, value_dim + 1)
-    scores = q.new_empty(count, rows, KV_TILE)
-    values = q.new_ones(count, KV_TILE, value_dim + 1)
-    weighted = q.new_empty(count, rows, value_dim + 1)
-    # Padding rows of p meet only themselves; they are zero once and stay so.
-    padded = q.new_zeros(count, rows, KV_TILE) if used < rows else None
-    for step, (active, first_masked) in enumerate(chunk.steps):
-        v = values[:active, :, :value_dim]
-        k, hidden = tiles.gather(chunk, step, active, v)
-        s = product_batched(q[:active], k.transpose(1, 2), scores[:active], products[0])
-        s = s.mul_(scale) if used == rows else s[:, :used] * scale
-        if softcap is not None:
-            s = elementwise("tanh", s.div_(softcap), inplace=True).mul_(softcap)
-        _mask(s, chunk, step, first_masked, active, hidden)
-        shield = None if first_masked == active else _Shield.against(v, s)
-        if shield is not None:
-            v.copy_(shield.clean)
-        m, a = highest[:active], acc[:active]
-        new_m = torch.maximum(m, s.amax(-1, keepdim=True))
-        p = softmax_exp(s.sub_(new_m))
-        if padded is not None:
-            padded[:active, :used] = p
-            p = padded[:active]
-        pv = product_batched(p, values[:active], weighted[:active], products[1])[:, :used]
-        if shield is not None:
-            pv[:, :, :value_dim].masked_fill_(shield.hit, torch.nan)
-        if step == 0:
+class _State:
+    """What n items have seen so far: highest score [n, used, 1]; acc [n, used, Dv + 1], weighted sum of the values and,
+    in the last column, sum of the weights."""
+
+    def __init__(self, chunk: Chunk, value_dim: int, device: torch.device) -> None:
+        self.count = chunk.count
+        self.shape = (chunk.count, chunk.used)
+        self.value_dim, self.device = value_dim, device
+        self.highest: torch.Tensor | None = None
+        self.acc: torch.Tensor | None = None
+
+    def raised(self, tile_highest: torch.Tensor) -> torch.Tensor:
+        """The running maximum with another tile's, of the first a items: [a, used, 1]."""
+        if self.highest is None:
+            return tile_highest.clamp_(min=FLOOR)
+        return torch.maximum(self.highest[: tile_highest.shape[0]], tile_highest)
+
+    def add(self, highest: torch.Tensor, weighted: torch.Tensor) -> None:
+        """Merge a tile of the first a items: its ``raised`` maximum, and p @ [v, 1]."""
+        active = highest.shape[0]
+        if self.highest is None:
             # Nothing to rescale yet: 0 * alpha + pv is pv.
-            a.copy_(pv)
-        else:
-            a.mul_(softmax_exp(m - new_m)).add_(pv)
-        m.copy_(new_m)
-    _store(highest, acc, chunk, out, lse)
+            self.highest, self.acc = (highest, weighted) if active == self.count else self._filled(highest, weighted)
+            return
+        before, acc = self.highest[:active], self.acc[:active]
+        acc.mul_(softmax_exp(before - highest)).add_(weighted)
+        before.copy_(highest)
+
+    def _filled(self, highest: torch.Tensor, weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """With the items that have no key at all."""
+        active = highest.shape[0]
+        all_highest = torch.full((*self.shape, 1), FLOOR, device=self.device)
+        acc = torch.zeros(*self.shape, self.value_dim + 1, device=self.device)
+        all_highest[:active], acc[:active] = highest, weighted
+        return all_highest, acc
+
+    def finish(self) -> _State:
+        """After the last tile."""
+        if self.highest is None:
+            nothing = torch.empty(0, device=self.device)
+            self.highest, self.acc = self._filled(
+                nothing.view(0, self.shape[1], 1), nothing.view(0, self.shape[1], self.value_dim + 1)
+            )
+        return self
+
+    def output(self) -> torch.Tensor:
+        """[n * used, Dv]; a row that saw no key is 0."""
+        total = self.acc[..., -1:]
+        # + 0.0: a skipped tile leaves -0.0 as it is, a masked one adds +0.0 to it; both end as +0.0.
+        values = (self.acc[..., :-1] / total).add_(0.0).masked_fill_(total == 0, 0.0)
+        return values.reshape(-1, self.value_dim)
+
+    def lse(self) -> torch.Tensor:
+        """[n * used]; a row that saw no key has -inf."""
+        total = self.acc[..., -1:]
+        return (self.highest + elementwise("log", total)).masked_fill_(total == 0, -torch.inf).reshape(-1)
+
+
+@dataclass
+class _Run:
+    """One call: q_rows [T * Hq, D], k_rows and v_rows [slots * Hkv, .]."""
+
+    q_rows: torch.Tensor
+    k_rows: torch.Tensor
+    v_rows: torch.Tensor
+    num_kv_heads: int
+    products: Products
+    scale: float
+    softcap: float | None
+    key_mask: torch.Tensor | None
+
+    def chunk(self, chunk: Chunk) -> _State:
+        """Online softmax over the chunk's tiles; the items still active at a step are a prefix."""
+        state = self._attend(chunk, shielded=False)
+        # A value that is not finite reaches rows that may not see its key, for 0 * NaN is NaN; then it shows here.
+        # The sum alone may overflow without harm.
+        if math.isfinite(state.acc.sum().item()):
+            return state
+        return self._attend(chunk, shielded=True)
+
+    def _attend(self, chunk: Chunk, *, shielded: bool) -> _State:
+        state = _State(chunk, self.v_rows.shape[1], self.q_rows.device)
+        q = self.q_rows if chunk.q_rows is None else self.q_rows.index_select(0, chunk.q_rows)
+        q = q.float().view(chunk.count, chunk.rows, -1)
+        for number in range(chunk.num_steps):
+            step = chunk.step(number)
+            k, values, hidden = self._gather(step)
+            scores, weighted = self.products.schedules(chunk.rows, step.width)
+            s = product_batched(q if step.active == chunk.count else q[: step.active], k.transpose(1, 2), scores)
+            s = self._transform(s, chunk.used, step, hidden)
+            shield = _Shield.against(values, s) if shielded else None
+            highest = state.raised(s.amax(-1, keepdim=True))
+            p = _pad_items(softmax_exp(s.sub_(highest)), chunk.rows)
+            pv = product_batched(p, values, weighted)
+            pv = pv if chunk.used == chunk.rows else pv[:, : chunk.used]
+            state.add(highest, pv if shield is None else shield.restore(pv))
+        return state.finish()
+
+    def _gather(self, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """k [n, w, D], [v, 1] [n, w, Dv + 1], float32, and bool [n, w] of keys that ``key_mask`` hides."""
+        shape = (step.active, step.width, -1)
+        k = self.k_rows.index_select(0, step.index).view(shape).float()
+        v = self.v_rows.index_select(0, step.index).view(shape).float()
+        hidden = None
+        if self.key_mask is not None:
+            hidden = ~self.key_mask[step.index // self.num_kv_heads].view(step.active, step.width)
+            # 0 * NaN is not 0.
+            k, v = (x.masked_fill_(hidden.unsqueeze(2), 0.0) for x in (k, v))
+        return k, torch.constant_pad_nd(v, (0, 1), 1.0), hidden
+
+    def _transform(self, s: torch.Tensor, used: int, step: Step, hidden: torch.Tensor | None) -> torch.Tensor:
+        """Scores [n, used, w]: scaled, capped, and -inf where a row may not see the key."""
+        s = s.mul_(self.scale) if used == s.shape[1] else s[:, :used] * self.scale
+        if self.softcap is not None:
+            s = elementwise("tanh", s.div_(self.softcap), inplace=True).mul_(self.softcap)
+        if step.outside is not None:
+            (s[step.first_masked :] if step.first_masked else s).masked_fill_(step.outside, -torch.inf)
+        if hidden is not None:
+            s.masked_fill_(hidden.unsqueeze(1), -torch.inf)
+        return s
+
+
+def _pad_items(p: torch.Tensor, rows: int) -> torch.Tensor:
+    """p [n, used, w] followed by zero rows: [n, rows, w]."""
+    if p.shape[1] == rows:
+        return p
+    padded = p.new_zeros(p.shape[0], rows, p.shape[2])
+    padded[:, : p.shape[1]] = p
+    return padded
 
 
 @dataclass(frozen=True)
 class _Shield:
-    """Keeps a value that is not finite from rows that may not see its key: in a product, 0 * NaN would be NaN.
+    """Keeps a value that is not finite from rows that may not see its key.
 
-    clean [n, 64, Dv]: the values, 0 where they were not finite. hit bool [n, used, Dv]: sums that did see one.
+    hit bool [n, used, Dv + 1]: sums that did see one.
     """
 
-    clean: torch.Tensor
     hit: torch.Tensor
 
     @classmethod
-    def against(cls, v: torch.Tensor, masked_scores: torch.Tensor) -> _Shield | None:
-        """None where every value is finite, as nearly always; the sum alone may overflow without harm."""
-        if math.isfinite(v.sum().item()):
-            return None
-        broken = ~torch.isfinite(v)
+    def against(cls, values: torch.Tensor, masked_scores: torch.Tensor) -> _Shield:
+        """Zeroes what is not finite in values [n, w, Dv + 1]."""
+        broken = ~torch.isfinite(values)
+        values.masked_fill_(broken, 0.0)
         seen = (masked_scores != -torch.inf).float()
-        return cls(v.masked_fill(broken, 0.0), torch.bmm(seen, broken.float()) > 0)
+        return cls(torch.bmm(seen, broken.float()) > 0)
 
-
-def _mask(
-    s: torch.Tensor, chunk: Chunk, step: int, first_masked: int, active: int, hidden: torch.Tensor | None
-) -> None:
-    """Scores of keys that a row may not see become -inf, in place."""
-    if first_masked < active:
-        part = slice(first_masked, active)
-        position = torch.arange(step * KV_TILE, (step + 1) * KV_TILE, dtype=torch.int32, device=s.device)
-        outside = position >= chunk.high[part]
-        if chunk.low is not None:
-            outside |= position < chunk.low[part]
-        s[part].masked_fill_(outside, -torch.inf)
-    if hidden is not None:
-        s.masked_fill_(hidden.unsqueeze(1), -torch.inf)
-
-
-def _store(highest: torch.Tensor, acc: torch.Tensor, chunk: Chunk, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Divide, and scatter; a row that saw no key is 0 with lse -inf."""
-    acc, total = acc[..., :-1], acc[..., -1:]
-    empty = total == 0
-    # + 0.0: a skipped tile leaves -0.0 as it is, a masked one adds +0.0 to it; both end as +0.0.
-    values = (acc / total).add_(0.0).masked_fill_(empty, 0.0)
-    out.index_copy_(0, chunk.out_rows, values.reshape(-1, values.shape[2]))
-    if lse is not None:
-        logs = (highest + elementwise("log", total)).masked_fill_(empty, -torch.inf)
-        lse.index_copy_(0, chunk.out_rows, logs.reshape(-1))
+    def restore(self, weighted: torch.Tensor) -> torch.Tensor:
+        return weighted.masked_fill_(self.hit, torch.nan)

@@ -3,13 +3,15 @@
 Plan: K in absolute blocks of 384; each block is a product from zero over a tile of 16 rows (padded); block results are
 added in ascending order. Columns in absolute blocks of 2,048. Nothing of it depends on the number of rows. Where the
 machine's library gives a row of a 16-row tile bits that depend on its place, another of ``BASES`` that is free of that.
-Schedule: row tiles up to 4,096 and batched products, each only for shapes that a probe has found equal on this machine.
+Schedule: row tiles from one row up to 4,096, and batched products, each only for shapes that a probe has found equal on
+this machine.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import pad
@@ -20,6 +22,9 @@ ROW_TILE = 16
 # Tried in this order where 16 rows are not position independent: BLAS kernels for AVX2 work on 6 rows at a time.
 BASES = (16, 48, 32, 64, 96, 192)
 MAX_ROWS = 256
+# Products this small (rows * N * K) are tried at every row count, not at multiples of the base alone: there, padding
+# would cost as much as the product.
+MAX_EXACT_WORK = 2**22
 # Small products want taller tiles than that; large ones gain nothing from them, and would take long to probe.
 TALL_ROWS = (512, 1024, 2048, 4096)
 MAX_TALL_WORK = 2**27
@@ -31,7 +36,7 @@ MAX_BATCH_ROWS = 4096
 
 @dataclass(frozen=True)
 class GemmSchedule:
-    """``base``: rows of the defining tile. ``rows``: multiples of it that keep its bits, ascending.
+    """``base``: rows of the defining tile. ``rows``: row counts that keep its bits, ascending.
 
     ``fused_add``: ``addmm`` into the output equals product, then add.
     """
@@ -39,28 +44,60 @@ class GemmSchedule:
     base: int
     rows: tuple[int, ...]
     fused_add: bool
+    _tiles: dict[int, tuple[tuple[int, int], ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def tiles(self, num_rows: int) -> tuple[tuple[int, int], ...]:
+        """Cover ``num_rows`` with (start, rows) tiles of proven sizes; the last one may reach past the end."""
+        found = self._tiles.get(num_rows)
+        if found is None:
+            found = self._tiles[num_rows] = tuple(self._cover(num_rows))
+        return found
+
+    def _cover(self, num_rows: int) -> Iterator[tuple[int, int]]:
+        start = 0
+        while start < num_rows:
+            left = num_rows - start
+            if left <= self.base:
+                rows = min(size for size in self.rows if size >= left)
+            elif left in self.rows:
+                rows = left
+            else:
+                # Whole base tiles, so that what follows stays on a 64-byte boundary.
+                rows = max(size for size in self.rows if size < left + self.base and size % self.base == 0)
+            yield start, rows
+            start += rows
 
     def report(self) -> dict[str, object]:
-        return {"base": self.base, "rows": list(self.rows), "fused_add": self.fused_add}
+        return {"base": self.base, "rows": _ranges(self.rows), "fused_add": self.fused_add}
 
 
-@functools.lru_cache(maxsize=4096)
-def row_tiles(num_rows: int, base: int, allowed: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Cover ``num_rows`` with (start, rows) tiles of allowed sizes; the last one may reach past the end."""
-    tiles = []
-    start = 0
-    while start < num_rows:
-        wanted = -(-(num_rows - start) // base) * base
-        rows = max(size for size in allowed if size <= wanted)
-        tiles.append((start, rows))
-        start += rows
-    return tuple(tiles)
+def _ranges(sizes: tuple[int, ...]) -> list[str]:
+    """Runs of consecutive sizes as "first-last"."""
+    runs: list[list[int]] = []
+    for size in sizes:
+        if runs and size == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], size]
+        else:
+            runs.append([size])
+    return ["-".join(map(str, run)) for run in runs]
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """Contiguous ``x`` on a 64-byte boundary: libraries may choose a kernel by alignment."""
     x = x.contiguous()
     return x if x.data_ptr() % 64 == 0 else x.clone()
+
+
+@functools.cache
+def _zero_rows(num_rows: int, depth: int, device: torch.device) -> torch.Tensor:
+    """Padding: never written to."""
+    return torch.zeros(num_rows, depth, device=device)
+
+
+def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """x [r, K] followed by zero rows: float32 [num_rows, K]; x itself if it has as many."""
+    missing = num_rows - x.shape[0]
+    return torch.cat((x, _zero_rows(missing, x.shape[1], x.device))) if missing else x
 
 
 def product_nt(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -86,27 +123,22 @@ def _product_columns(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | 
     num_rows, depth = x.shape
     schedule = gemm_schedule(weight.shape[0], depth)
     weight_t = weight.t()
-    tiles = row_tiles(num_rows, schedule.base, schedule.rows)
-    if len(tiles) == 1 and tiles[0][1] == num_rows:
-        return _tile(x, weight_t, out, schedule.fused_add)
+    tiles = schedule.tiles(num_rows)
+    if len(tiles) == 1 and (out is None or tiles[0][1] == num_rows):
+        product = _tile(pad_rows(x, tiles[0][1]), weight_t, out, schedule.fused_add)
+        return product if tiles[0][1] == num_rows else product[:num_rows]
     if out is None:
-        if len(tiles) == 1:
-            return _padded_tile(x, weight_t, tiles[0][1], schedule.fused_add)
         out = x.new_empty(num_rows, weight.shape[0])
     for start, rows in tiles:
         if start + rows > num_rows:
             if num_rows < rows or depth % 16:
-                out[start:] = _padded_tile(x[start:], weight_t, rows, schedule.fused_add)
+                padded = pad_rows(x[start:], rows)
+                out[start:] = _tile(padded, weight_t, None, schedule.fused_add)[: num_rows - start]
                 continue
             # Rows do not depend on their position: redo a few earlier ones rather than copy and pad.
             start = num_rows - rows
         _tile(x[start : start + rows], weight_t, out[start : start + rows], schedule.fused_add)
     return out
-
-
-def _padded_tile(x: torch.Tensor, weight_t: torch.Tensor, rows: int, fused_add: bool) -> torch.Tensor:
-    """The product of fewer rows than a tile has."""
-    return _tile(pad(x, (0, 0, 0, rows - x.shape[0])), weight_t, None, fused_add)[: x.shape[0]]
 
 
 def _tile(x: torch.Tensor, weight_t: torch.Tensor, out: torch.Tensor | None, fused_add: bool) -> torch.Tensor:
@@ -152,7 +184,9 @@ def _probe_base(operands: list[tuple[torch.Tensor, torch.Tensor]], base: int, ac
     if not all(_position_free(x[:MAX_ROWS], weight_t, base) for x, weight_t in operands):
         return None
     num_rows = operands[0][0].shape[0]
-    rows = {*range(base, MAX_ROWS + 1, base), *(size // base * base for size in TALL_ROWS if size <= num_rows)}
+    work = max(weight_t.numel() for _, weight_t in operands)
+    rows = {size for size in range(1, MAX_ROWS + 1) if size % base == 0 or size * work <= MAX_EXACT_WORK}
+    rows |= {size // base * base for size in TALL_ROWS if size <= num_rows}
     fused = True
     for x, weight_t in operands:
         rows, block_fused = _probe_block(x, weight_t, base, rows, accumulates)
@@ -188,11 +222,14 @@ def _probe_block(
     rows, fused = {base}, True
     for size in candidates:
         tile = torch.mm(x[:size], weight_t)
-        if same_bits(tile, truth[:size]):
+        if not same_bits(tile, truth[:size]):
+            continue
+        start = tile.flip(0)
+        adds = not accumulates or same_bits(torch.addmm(start, x[:size], weight_t), start + tile)
+        # A size between the base's multiples is not worth giving up addmm for all the others.
+        if adds or size % base == 0:
             rows.add(size)
-        if accumulates and size in rows:
-            start = tile.flip(0)
-            fused &= same_bits(torch.addmm(start, x[:size], weight_t), start + tile)
+            fused &= adds
     return rows, fused
 
 
@@ -202,32 +239,34 @@ def _by_row_tile(x: torch.Tensor, weight_t: torch.Tensor, base: int) -> torch.Te
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """``base``: rows of the defining tile. ``largest``: by row count, the largest proven ``bmm`` batch up to each size.
-
-    ``largest[rows][n]`` is at most n, and 0 where only the loop over base tiles is proven.
-    """
+    """``base``: rows of the defining tile. ``largest[n]``: the largest proven ``bmm`` batch up to n, 0 if none is."""
 
     base: int
-    largest: dict[int, tuple[int, ...]]
+    largest: tuple[int, ...]
+
+    @property
+    def proven(self) -> bool:
+        """Whether a batch of one is, and thereby every batch by parts."""
+        return self.largest[1] == 1
 
     def report(self) -> dict[str, object]:
-        """Batch sizes up to the largest, less those that failed."""
-        failed = {str(rows): [n for n, size in enumerate(sizes) if size != n] for rows, sizes in self.largest.items()}
-        return {"base": self.base, "tried": {str(r): len(s) - 1 for r, s in self.largest.items()}, "failed": failed}
+        failed = [n for n, size in enumerate(self.largest) if size != n]
+        return {"base": self.base, "tried": len(self.largest) - 1, "failed": failed}
 
 
-def product_batched(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, schedule: BatchSchedule) -> torch.Tensor:
-    """float32 ``out[i] = a[i] @ b[i]``: a [n, R, K], b [n, K, N] or its transposed view, out [n, R, N] contiguous.
+def product_batched(a: torch.Tensor, b: torch.Tensor, schedule: BatchSchedule) -> torch.Tensor:
+    """float32 ``a[i] @ b[i]``: a [n, R, K], b [n, K, N] or its transposed view -> [n, R, N].
 
-    R is one of the schedule's row counts and K <= 384 (one block of the plan).
+    R, K, N are those that the schedule was made for; K <= 384 (one block of the plan).
     """
-    batch, rows, _ = a.shape
-    largest = schedule.largest[rows]
+    batch = a.shape[0]
+    largest = schedule.largest
+    if batch < len(largest) and largest[batch] == batch:
+        return torch.bmm(a, b)
+    out = a.new_empty(batch, a.shape[1], b.shape[2])
     start = 0
     while start < batch:
         size = largest[min(batch - start, len(largest) - 1)]
-        if size == batch:
-            return torch.bmm(a, b, out=out)
         if size:
             torch.bmm(a[start : start + size], b[start : start + size], out=out[start : start + size])
         else:
@@ -242,40 +281,55 @@ def _loop_tiles(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, base: int) 
         torch.mm(a[row : row + base], b, out=out[row : row + base])
 
 
-def batch_schedules(row_counts: tuple[int, ...], depth: int, width: int, transposed: bool) -> dict[int, BatchSchedule]:
-    """Schedules by base tile, for every base whose rows are position free. ``row_counts``: in units of the base."""
-    key = ("bmm", depth, width, "nt" if transposed else "nn")
-    found = CONFORMANCE.get(key, lambda: _BatchVerdict(_probe_batched(row_counts, depth, width, transposed)))
-    return found.schedules
+def batch_bases(depth: int, width: int, transposed: bool) -> tuple[int, ...]:
+    """Base tiles whose rows are position free in [R, depth] @ [depth, width], in the order of ``BASES``."""
+    key = ("bmm bases", depth, width, _layout_name(transposed))
+    return CONFORMANCE.get(key, lambda: _probe_bases(depth, width, transposed))
 
 
-@dataclass(frozen=True)
-class _BatchVerdict:
-    schedules: dict[int, BatchSchedule]
-
-    def report(self) -> list[dict[str, object]]:
-        return [schedule.report() for schedule in self.schedules.values()]
+def _layout_name(transposed: bool) -> str:
+    return "nt" if transposed else "nn"
 
 
-def _probe_batched(row_counts: tuple[int, ...], depth: int, width: int, transposed: bool) -> dict[int, BatchSchedule]:
-    b = probe_data(MAX_BATCH, width, depth, seed=7)
-    b = b.transpose(1, 2) if transposed else b.reshape(MAX_BATCH, depth, width)
+def _probe_bases(depth: int, width: int, transposed: bool) -> tuple[int, ...]:
+    b = _batch_operand(1, depth, width, transposed)[0]
     x = probe_data(MAX_ROWS, depth, seed=6)
-    schedules = {}
-    for base in BASES:
-        if _position_free(x, b[0], base):
-            largest = {count * base: _largest_batches(count * base, base, b) for count in row_counts}
-            schedules[base] = BatchSchedule(base, largest)
-            if base == BASES[0]:
-                break
-    return schedules
+    if _position_free(x, b, BASES[0]):
+        return BASES[:1]
+    return tuple(base for base in BASES[1:] if _position_free(x, b, base))
 
 
-def _largest_batches(rows: int, base: int, b: torch.Tensor) -> tuple[int, ...]:
-    _, depth, width = b.shape
-    limit = max(1, min(MAX_BATCH, MAX_BATCH_ROWS // rows, 2**24 // (rows * depth * width)))
-    a = probe_data(limit, rows, depth, seed=8)
-    truth = torch.stack([_by_row_tile(a[i], b[i], base) for i in range(limit)])
+def _batch_operand(batch: int, depth: int, width: int, transposed: bool) -> torch.Tensor:
+    """Random [batch, depth, width], in memory as the real call's operand."""
+    b = probe_data(batch, width, depth, seed=7)
+    return b.transpose(1, 2) if transposed else b.reshape(batch, depth, width)
+
+
+def batch_schedule(
+    base: int, rows: int, shape: tuple[int, int], full: tuple[int, int], transposed: bool
+) -> BatchSchedule:
+    """Proven batches of [rows, K] @ [K, N] with shape = (K, N), where the plan's product has the shape ``full``.
+
+    A smaller K stands for a product whose further terms are zeros, a smaller N for one whose further columns nobody
+    needs. Rows need not be a multiple of the base.
+    """
+    key = ("bmm", base, rows, *shape, *full, _layout_name(transposed))
+    return CONFORMANCE.get(key, lambda: BatchSchedule(base, _largest_batches(base, rows, shape, full, transposed)))
+
+
+def _largest_batches(
+    base: int, rows: int, shape: tuple[int, int], full: tuple[int, int], transposed: bool
+) -> tuple[int, ...]:
+    depth, width = shape
+    limit = max(1, min(MAX_BATCH, MAX_BATCH_ROWS // rows, 2**24 // (rows * full[0] * full[1])))
+    b = _batch_operand(limit, *full, transposed)
+    a = probe_data(limit, rows, full[0], seed=8)
+    a[:, :, depth:] = 0.0
+    # The plan's product takes whole base tiles.
+    padded = pad(a, (0, 0, 0, -rows % base))
+    truth = torch.stack([_by_row_tile(padded[i], b[i], base)[:rows, :width] for i in range(limit)])
+    a = a[:, :, :depth].contiguous()
+    b = b.transpose(1, 2)[:, :width].contiguous().transpose(1, 2) if transposed else b[:, :depth].contiguous()
     largest = [0]
     for size in range(1, limit + 1):
         proven = same_bits(torch.bmm(a[:size], b[:size]), truth[:size])
