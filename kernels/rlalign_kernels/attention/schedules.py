@@ -1,0 +1,88 @@
+"""How attention's plan is executed: tiles along the rows, warps, pipeline depth. No choice here can change a bit.
+
+Choosers are pure functions of features, dtype and architecture. Values for sm_90 were measured on an H200; elsewhere
+they are safe ones. ``architecture`` is (major, minor); Triton's interpreter counts as (9, 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlalign_kernels.attention.tile_plan import TilePlan, padded
+
+# Rows of one sequence and key head that one tensor-core instruction takes: below, they would be padding.
+_FEWEST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's launch: rows and keys per tile, warps per program, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a schedule may depend on besides sizes of the batch."""
+
+    head_dim: int
+    value_dim: int
+    group: int
+    dtype: torch.dtype
+    architecture: tuple[int, int]
+
+    @property
+    def widest(self) -> int:
+        return padded(max(self.head_dim, self.value_dim))
+
+
+def few_rows(shape: Shape) -> int:
+    """Up to so many rows (queries x heads of a group) a sequence is decoded rather than prefilled."""
+    return max(_FEWEST_ROWS, padded(shape.group))
+
+
+def prefill_tile(shape: Shape, plan: TilePlan) -> Tile:
+    """For sequences of many rows."""
+    if shape.dtype == torch.float32:
+        return Tile(16 if shape.widest > 128 else 32, plan.kv_tile, 4, 2)
+    if shape.widest > 128:
+        return Tile(64, plan.kv_tile, 4, 2)
+    return Tile(64, plan.kv_tile, 4, 2) if shape.architecture < (9, 0) else Tile(128, plan.kv_tile, 8, 2)
+
+
+def decode_tile(shape: Shape, plan: TilePlan) -> Tile:
+    """For at most ``few_rows`` rows: the time is that of reading the keys, so stages count and rows don't."""
+    stages = 3 if shape.architecture >= (9, 0) or shape.architecture == (8, 0) else 2
+    return Tile(few_rows(shape), plan.kv_tile, 4, stages)
+
+
+def dq_tile(shape: Shape) -> Tile:
+    """Gradient of the queries."""
+    if shape.dtype == torch.float32:
+        return Tile(16, 16, 4, 1)
+    if shape.widest > 128:
+        return Tile(64, 32, 8, 1)
+    return Tile(64, 64, 4, 2) if shape.architecture < (9, 0) else Tile(128, 64, 8, 3)
+
+
+def dkv_tile(shape: Shape) -> Tile:
+    """Gradient of keys and values."""
+    if shape.dtype == torch.float32:
+        return Tile(16, 16, 4, 1)
+    if shape.widest > 128:
+        return Tile(32, 64, 8, 1)
+    return Tile(64, 64, 4, 2)
+
+
+def splits_apart(num_sequences: int, num_kv_heads: int, num_splits: int, num_processors: int) -> bool:
+    """Whether each split of a decoded sequence gets a program of its own.
+
+    Not when there is one split, nor when sequences x heads fill the GPU and none is much longer than a program can
+    read while the others are read.
+    """
+    return num_splits > 1 and (num_sequences * num_kv_heads < num_processors * 3 // 4 or num_splits > 8)

@@ -1,0 +1,324 @@
+"""Attention's "triton" backend: launches, workspaces and the autograd function. Imported only when it is used.
+
+No tensor is read on the host: grids follow from shapes, and from ``max_seqlen_k`` where the caller knows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+
+from rlalign_kernels.attention import schedules
+from rlalign_kernels.attention.schedules import Shape, Tile
+from rlalign_kernels.attention.tile_plan import TilePlan, padded, tile_plan
+from rlalign_kernels.attention.triton_backward import (
+    attention_delta_kernel,
+    attention_dkv_kernel,
+    attention_dq_kernel,
+    attention_sink_kernel,
+)
+from rlalign_kernels.attention.triton_forward import attention_forward_kernel
+
+_LOG2E = 1.4426950408889634
+_INTERPRETER_ARCHITECTURE = (9, 0)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which keys a query at position i sees: i - left <= j <= i + right, None being no bound; and the soft cap."""
+
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    softcap: float | None = None
+
+    @property
+    def multiplier(self) -> float:
+        """c: from scores, or from their tanh, to exponents of 2."""
+        return (self.scale if self.softcap is None else self.softcap) * _LOG2E
+
+    @property
+    def cap_scale(self) -> float:
+        """From scores to the argument of tanh."""
+        return 0.0 if self.softcap is None else self.scale / self.softcap
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where the keys are: packed by ``cu_seqlens``, or on pages by ``block_tables`` and ``kv_lens``."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    block_tables: torch.Tensor | None = None
+    kv_lens: torch.Tensor | None = None
+    max_seqlen: int | None = None
+
+    @property
+    def page_size(self) -> int:
+        """0 where keys are packed."""
+        return 0 if self.block_tables is None else self.k.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """No sequence has more keys; as close as shapes tell where the caller does not."""
+        if self.max_seqlen is not None:
+            return self.max_seqlen
+        return self.k.shape[0] if self.block_tables is None else self.block_tables.shape[1] * self.page_size
+
+
+def forward(
+    q: torch.Tensor,
+    keys: Keys,
+    cu_seqlens_q: torch.Tensor,
+    masking: Masking,
+    *,
+    sinks: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    return_lse: bool = False,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """out [T, Hq, Dv] and lse float32 [T, Hq] of q [T, Hq, D]. ``tiles``: a schedule other than the chosen one.
+
+    Tokens from cu_seqlens_q[-1] on are not written.
+    """
+    q, keys = _rows(q), replace(keys, k=_rows(keys.k), v=_rows(keys.v))
+    out = torch.empty(q.shape[0], q.shape[1], keys.v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    num_sequences = cu_seqlens_q.shape[0] - 1
+    if out.numel() == 0 or num_sequences == 0:
+        return out, lse
+    launch = _Forward(q, keys, cu_seqlens_q, masking, sinks, out, lse)
+    prefill, decode = tiles or (
+        schedules.prefill_tile(launch.shape, launch.plan),
+        schedules.decode_tile(launch.shape, launch.plan),
+    )
+    num_splits = triton.cdiv(max(1, keys.longest), launch.plan.split)
+    apart = keys.page_size > 0 and schedules.splits_apart(
+        num_sequences, launch.kv_heads, num_splits, _num_processors(q.device)
+    )
+    all_few = max_seqlen_q is not None and max_seqlen_q * launch.shape.group <= decode.block_m
+    if apart:
+        launch.decode(decode, num_splits)
+        if not all_few:
+            launch.prefill(prefill, num_splits, few_rows=decode.block_m)
+    else:
+        launch.prefill(decode if all_few else prefill, num_splits, few_rows=0)
+    return out, lse
+
+
+class _Forward:
+    """One call's arguments, ready for either launch."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        keys: Keys,
+        cu_seqlens_q: torch.Tensor,
+        masking: Masking,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        k, v = keys.k, keys.v
+        self.q, self.keys, self.cu_q, self.masking, self.sinks, self.out, self.lse = (
+            q, keys, cu_seqlens_q, masking, sinks, out, lse,
+        )  # fmt: skip
+        self.kv_heads = k.shape[-2]
+        self.shape = shape_of(q, k, v)
+        self.plan = tile_plan(self.shape.head_dim, self.shape.value_dim, q.dtype, self.shape.architecture)
+        self.num_sequences = cu_seqlens_q.shape[0] - 1
+
+    def prefill(self, tile: Tile, num_splits: int, few_rows: int) -> None:
+        """A program per row tile, through all of its keys. few_rows: sequences of no more rows are not its own."""
+        num_tiles = self.q.shape[0] * self.shape.group // tile.block_m + self.num_sequences
+        self._run((num_tiles * self.kv_heads,), tile, num_splits, few_rows, None)
+
+    def decode(self, tile: Tile, num_splits: int) -> None:
+        """A program per split, for sequences of at most ``tile.block_m`` rows."""
+        grid = (num_splits, self.kv_heads, self.num_sequences)
+        slots = self.num_sequences * self.kv_heads * num_splits * tile.block_m
+        per_slot = 1 + self.plan.sum_width + padded(self.shape.value_dim)
+        space = _workspace(self.q.device, slots * per_slot, self.num_sequences * self.kv_heads)
+        self._run(grid, tile, num_splits, tile.block_m, (*space, slots))
+
+    def _run(
+        self,
+        grid: tuple[int, ...],
+        tile: Tile,
+        num_splits: int,
+        few_rows: int,
+        space: tuple[torch.Tensor, torch.Tensor, int] | None,
+    ) -> None:
+        q, keys, out, lse, shape, plan, masking = (
+            self.q, self.keys, self.out, self.lse, self.shape, self.plan, self.masking,
+        )  # fmt: skip
+        k, v = keys.k, keys.v
+        paged = keys.page_size > 0
+        if tile.block_n != plan.kv_tile:
+            raise ValueError(f"attention: a tile of {tile.block_n} keys is another plan than {plan.kv_tile}")
+        part_m = part_l = part_acc = arrived = q
+        if space is not None:
+            floats, arrived, slots = space
+            part_m, part_l = floats, floats[slots:]
+            part_acc = floats[slots * (1 + plan.sum_width) :]
+        attention_forward_kernel[grid](
+            q, k, v, out, q if lse is None else lse, q if self.sinks is None else self.sinks, self.cu_q,
+            keys.cu_seqlens, keys.kv_lens, keys.block_tables, part_m, part_l, part_acc, arrived,
+            masking.multiplier, masking.cap_scale, masking.left or 0, masking.right or 0,
+            self.num_sequences, num_splits, q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3),
+            k.stride(-2), v.stride(0) if paged else 0, v.stride(-3), v.stride(-2), out.stride(0), out.stride(1),
+            out.shape[1], keys.block_tables.stride(0) if paged else 0,
+            GROUP=shape.group, KV_HEADS=self.kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=padded(shape.head_dim),
+            BLOCK_DV=padded(shape.value_dim), SPLIT=plan.split, WIDTH=plan.sum_width, PAGE=keys.page_size,
+            HAS_LEFT=masking.left is not None, HAS_RIGHT=masking.right is not None,
+            HAS_CAP=masking.softcap is not None, HAS_SINK=self.sinks is not None, HAS_LSE=lse is not None,
+            SPLIT_PROGRAMS=space is not None, FEW_ROWS=few_rows, ONE_SPLIT=space is not None or num_splits == 1,
+            PRECISION="ieee", STAGES=tile.num_stages, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+
+class PackedAttention(torch.autograd.Function):
+    """out and lse; lse carries no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        masking: Masking,
+        max_seqlen_q: int | None,
+        max_seqlen_k: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = Keys(k, v, cu_seqlens=cu_seqlens_k, max_seqlen=max_seqlen_k)
+        out, lse = forward(q, keys, cu_seqlens_q, masking, sinks=sinks, max_seqlen_q=max_seqlen_q, return_lse=True)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k)
+        ctx.masking = masking
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, _grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        need_q, need_k, need_v, need_sinks = ctx.needs_input_grad[:4]
+        grads = backward(
+            *ctx.saved_tensors, grad, ctx.masking, need_q=need_q, need_kv=need_k or need_v, need_sinks=need_sinks
+        )
+        return *grads, None, None, None, None, None
+
+
+def backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    grad: torch.Tensor,
+    masking: Masking,
+    *,
+    need_q: bool = True,
+    need_kv: bool = True,
+    need_sinks: bool = False,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of q, k, v and sinks, None for what is not needed. ``tiles``: for dQ and for dK, dV."""
+    q, k, v, grad = (_rows(x) for x in (q, k, v, grad))
+    shape = shape_of(q, k, v)
+    kv_heads, num_sequences = k.shape[1], cu_seqlens_q.shape[0] - 1
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else None
+    dk = torch.zeros(k.shape, dtype=k.dtype, device=k.device) if need_kv else None
+    dv = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if need_kv else None
+    dsinks = None if sinks is None or not need_sinks else torch.zeros(sinks.shape, device=q.device)
+    if num_sequences == 0 or q.numel() == 0:
+        return dq, dk, dv, dsinks if dsinks is None else dsinks.to(sinks.dtype)
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+    block_d, block_dv = padded(shape.head_dim), padded(shape.value_dim)
+    num_rows = lse.numel()
+    attention_delta_kernel[(triton.cdiv(num_rows, 32),)](
+        out, grad, delta, num_rows, out.stride(0), out.stride(1), grad.stride(0), grad.stride(1),
+        HEADS=q.shape[1], VALUE_DIM=shape.value_dim, BLOCK_M=32, BLOCK_DV=block_dv,
+    )  # fmt: skip
+    if dsinks is not None:
+        attention_sink_kernel[(q.shape[1],)](sinks, lse, delta, dsinks, q.shape[0], HEADS=q.shape[1], BLOCK_T=1024)
+        dsinks = dsinks.to(sinks.dtype)
+    dq_tile, dkv_tile = tiles or (schedules.dq_tile(shape), schedules.dkv_tile(shape))
+    constants = dict(
+        GROUP=shape.group, KV_HEADS=kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim, BLOCK_D=block_d,
+        BLOCK_DV=block_dv, HAS_LEFT=masking.left is not None, HAS_RIGHT=masking.right is not None,
+        HAS_CAP=masking.softcap is not None, PRECISION="ieee",
+    )  # fmt: skip
+    numbers = (
+        masking.scale, masking.multiplier, masking.cap_scale, masking.left or 0, masking.right or 0, num_sequences
+    )  # fmt: skip
+    strides = (
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), grad.stride(0), grad.stride(1)
+    )  # fmt: skip
+    if dq is not None:
+        grid = ((q.shape[0] * shape.group // dq_tile.block_m + num_sequences) * kv_heads,)
+        attention_dq_kernel[grid](
+            q, k, v, grad, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, *numbers, *strides, dq.stride(0), dq.stride(1),
+            **constants, **_launch(dq_tile),
+        )  # fmt: skip
+    if dk is not None and k.numel():
+        grid = ((k.shape[0] // dkv_tile.block_n + num_sequences) * kv_heads,)
+        attention_dkv_kernel[grid](
+            q, k, v, grad, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, *numbers, *strides,
+            **constants, **_launch(dkv_tile),
+        )  # fmt: skip
+    return dq, dk, dv, dsinks
+
+
+def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:
+    """Of one layer: q [T, Hq, D], k [..., Hkv, D], v [..., Hkv, Dv]."""
+    return Shape(q.shape[-1], v.shape[-1], q.shape[1] // k.shape[-2], q.dtype, _architecture(q.device))
+
+
+def _launch(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages, "num_warps": tile.num_warps,
+    }  # fmt: skip
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """With a contiguous last dimension, as the kernels read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@cache
+def _architecture(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _INTERPRETER_ARCHITECTURE
+
+
+@cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+_SPACES: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _workspace(device: torch.device, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Floats for the splits' states, and counters that are 0 between launches: one pair per stream, growing.
+
+    While a graph is captured it gets its own, for its replays may run beside anything.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    floats, counters = (None, None) if capturing else _SPACES.get(key, (None, None))
+    if floats is None or floats.numel() < num_floats:
+        floats = torch.empty(num_floats, dtype=torch.float32, device=device)
+    if counters is None or counters.numel() < num_counters:
+        counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
+    if not capturing:
+        _SPACES[key] = (floats, counters)
+    return floats, counters

@@ -1,0 +1,168 @@
+"""The arithmetic of attention's plan, shared by every Triton kernel: what is here fixes bits, what calls it does not.
+
+Scores S = q k^T are one float32 chain over the head dim. With c = scale * log2(e), per tile of keys:
+
+    m' = max(m, rowmax(S) * c);  p = exp2(fma(S, c, -m'));  a = exp2(m - m')
+    l = fma(l, a, fold(p));      acc = acc * a, then + p v
+
+p is rounded to the values' dtype for its product with them and for nothing else. A masked score is -inf and m starts at
+the finite FLOOR, so that no branch looks for NaN and a tile without a visible key changes nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FLOOR = tl.constexpr(-1.0e30)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _halve(x, M: tl.constexpr, N: tl.constexpr):
+    low, high = tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
+    return low + high
+
+
+@triton.jit
+def fold(x, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    """[M, N] -> [M, WIDTH] by adding halves: an order of summation that no layout can change, unlike tl.sum's."""
+    if N > WIDTH:
+        return fold(_halve(x, M, N), M, N // 2, WIDTH)
+    else:
+        return x
+
+
+@triton.jit
+def empty_state(M: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr):
+    """(m [M], l [M, WIDTH], acc [M, DV]) of no key at all."""
+    return tl.full([M], FLOOR, tl.float32), tl.zeros([M, WIDTH], tl.float32), tl.zeros([M, DV], tl.float32)
+
+
+@triton.jit
+def tanh(x):
+    """Elementwise in written-out operations, so that every layout and version gives the same bits.
+
+    Below 1/4, where 1 - 2 / (1 + e^2x) would cancel, its Taylor polynomial: both are within 4e-7 of it, relative.
+    """
+    y = x * x
+    t = tl.fma(y, 0.021869488536155203, -0.05396825396825397)
+    t = tl.fma(y, t, 0.13333333333333333)
+    t = tl.fma(y, t, -0.3333333333333333)
+    near = tl.fma(x * y, t, x)
+    far = 1.0 - 2.0 / (1.0 + tl.math.exp2(tl.minimum(tl.abs(x), 20.0) * (2.0 * LOG2E)))
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def scores(q, k, cap_scale, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr):
+    """S [M, N] of q [M, D] and k [N, D]; with a soft cap tanh(S * cap_scale), cap_scale = scale / cap."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if HAS_CAP:
+        s = tanh(s * cap_scale)
+    return s
+
+
+@triton.jit
+def visible(position, n, num_keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """bool [M, N]: whether the query at ``position`` [M] sees key ``n`` [N]."""
+    seen = (n < num_keys)[None, :] & (position == position)[:, None]
+    if HAS_RIGHT:
+        seen = seen & (n[None, :] <= position[:, None] + right)
+    if HAS_LEFT:
+        seen = seen & (n[None, :] >= position[:, None] - left)
+    return seen
+
+
+@triton.jit
+def softmax_step(s, v, m, l, acc, c, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Take one tile of keys into the state. s [M, N] float32, v [N, DV]."""
+    m_new = tl.maximum(m, tl.max(s, 1) * c)
+    p = tl.math.exp2(tl.fma(s, c, -m_new[:, None]))
+    alpha = tl.math.exp2(m - m_new)
+    l = tl.fma(l, tl.broadcast_to(alpha[:, None], [M, WIDTH]), fold(p, M, N, WIDTH))
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, l, acc
+
+
+@triton.jit
+def merge(m_all, l_all, acc_all, m, l, acc):
+    """Take one split's state into the running one; exact when either is empty."""
+    m_new = tl.maximum(m_all, m)
+    a = tl.math.exp2(m_all - m_new)[:, None]
+    b = tl.math.exp2(m - m_new)[:, None]
+    l_all = tl.fma(l_all, tl.broadcast_to(a, l_all.shape), l * b)
+    acc_all = tl.fma(acc_all, tl.broadcast_to(a, acc_all.shape), acc * b)
+    return m_new, l_all, acc_all
+
+
+@triton.jit
+def finish(m, l, acc, sink, M: tl.constexpr, WIDTH: tl.constexpr, HAS_SINK: tl.constexpr):
+    """Output [M, DV] float32 and natural log-sum-exp [M]: 0 and -inf for a row that saw no key.
+
+    sink [M]: a logit in natural units that takes its share of every row and carries no value.
+    """
+    total = tl.reshape(fold(l, M, WIDTH, 1), [M])
+    if HAS_SINK:
+        sink = sink * LOG2E
+        m_new = tl.maximum(m, sink)
+        alpha = tl.math.exp2(m - m_new)
+        total = tl.fma(total, alpha, tl.math.exp2(sink - m_new))
+        acc = acc * alpha[:, None]
+        m = m_new
+    none = total == 0.0
+    out = acc / tl.where(none, 1.0, total)[:, None]
+    lse = tl.where(none, float("-inf"), (m + tl.math.log2(total)) * LN2)
+    return out, lse
+
+
+@triton.jit
+def load_rows(
+    base_ptr, table_ptr, n, num_rows, offs_d, stride_page, stride_row,
+    PAGE: tl.constexpr, BOUNDED: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """[N, BLOCK_D] of one head: rows ``n`` of a sequence, contiguous (PAGE 0) or through its page table.
+
+    BOUNDED: rows from ``num_rows`` on are not read and are zeros. ALIGNED: all rows ``n`` lie on one page.
+    """
+    if PAGE == 0:
+        offsets = n.to(tl.int64) * stride_row
+    elif ALIGNED:
+        page = tl.load(table_ptr + tl.min(n, 0) // PAGE).to(tl.int64)
+        offsets = page * stride_page + (n % PAGE) * stride_row
+    else:
+        if BOUNDED:
+            page = tl.load(table_ptr + n // PAGE, mask=n < num_rows, other=0).to(tl.int64)
+        else:
+            page = tl.load(table_ptr + n // PAGE).to(tl.int64)
+        offsets = page * stride_page + (n % PAGE) * stride_row
+    ptrs = base_ptr + offsets[:, None] + offs_d[None, :]
+    if BOUNDED:
+        if DIM < BLOCK_D:
+            return tl.load(ptrs, mask=(n < num_rows)[:, None] & (offs_d < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(ptrs, mask=(n < num_rows)[:, None], other=0.0)
+    elif DIM < BLOCK_D:
+        return tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def find_sequence(tile, cu_ptr, num_sequences, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """(b, first): the sequence that tile ``tile`` of a batch belongs to, and that sequence's first tile.
+
+    Sequence b owns the tiles from cu[b] * GROUP // BLOCK + b on. A sequence of n tokens never needs more than the
+    distance to the next one's first, so a grid of total // BLOCK + B tiles covers any batch without a host sync.
+    """
+    low = 0
+    high = num_sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu_ptr + middle).to(tl.int64) * GROUP // BLOCK + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    first = tl.load(cu_ptr + low).to(tl.int64) * GROUP // BLOCK + low
+    return low, first.to(tl.int32)
