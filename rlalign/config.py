@@ -241,6 +241,21 @@ class Config:
     eval: EvalConfig = EvalConfig()
     run: RunConfig = RunConfig()
 
+    @model_validator(mode="after")
+    def _fault_can_be_planted(self) -> Config:
+        fault = self.align.fault
+        if fault.kind != "none" and fault.step > self.run.steps:
+            raise ValueError(
+                f"align.fault.step={fault.step} comes after the last step, run.steps={self.run.steps}: "
+                "nothing would be planted"
+            )
+        if fault.kind == "kv_page" and self.sampling.max_tokens == 1:
+            raise ValueError(
+                "align.fault.kind=kv_page with sampling.max_tokens=1: no cached key is ever read, nothing would be "
+                "planted. Use max_tokens >= 2, or another kind"
+            )
+        return self
+
     @property
     def halts_on_mismatch(self) -> bool:
         if self.align.on_mismatch == "auto":

@@ -36,23 +36,21 @@ def flip_weight_bit(policy: Policy) -> str:
 
 @contextmanager
 def kv_page_fault(policy: Policy) -> Iterator[None]:
-    """Flip one bit of the first cached key that the second forward reads, once."""
-    forwards = 0
+    """Flip one bit of the newest cached key of the first sequence that has any, before the forward that reads it."""
+    done = False
 
     def hidden(token_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
-        nonlocal forwards
-        forwards += 1
-        if forwards == 2:
-            keys = context.k_caches[0][context.block_tables[0, 0]][0]
-            flip_bit(context.k_caches[0], (int(context.block_tables[0, 0]), 0, *_largest(keys)))
+        nonlocal done
+        if not done and (slot := _newest_cached_slot(context)) is not None:
+            flip_bit(context.k_caches[0], (*slot, *_largest(context.k_caches[0][slot])))
+            done = True
         return type(policy).hidden(policy, token_ids, position_ids, context)
 
     with _instead_of_hidden(policy, hidden):
         yield
-    if forwards < 2:
+    if not done:
         raise RuntimeError(
-            f"fault kv_page was not planted: it needs a second forward, and there were {forwards}; "
-            "a response of more than one token has one"
+            "fault kv_page was not planted: no forward read a cached key; a response of more than one token does"
         )
 
 
@@ -73,6 +71,18 @@ def position_fault(policy: Policy) -> Iterator[None]:
         yield
     if not done:
         raise RuntimeError("fault position was not planted: there was no forward")
+
+
+def _newest_cached_slot(context: Any) -> tuple[int, int] | None:
+    """(page, offset) of a key that this forward reads and does not write; None where every sequence begins.
+
+    The newest one, because a sliding window may hide older ones.
+    """
+    cached = context.kv_lens - context.cu_seqlens_q.diff()
+    for sequence in cached.nonzero().flatten().tolist():
+        page, offset = divmod(int(cached[sequence]) - 1, context.k_caches[0].shape[1])
+        return int(context.block_tables[sequence, page]), offset
+    return None
 
 
 def _largest(values: Tensor) -> tuple[int, ...]:

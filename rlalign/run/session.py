@@ -117,6 +117,7 @@ class Run:
             # all steps done, but not what follows them: that run may still come to its end
             if done > wanted or done == wanted == self.folder.finished_steps():
                 raise ValueError(f"run.steps={wanted}: {self.folder.path} has finished {done} steps already")
+            self._check_fault(done)
             self.folder.begin(self.config)
             self._begin()
             self.progress.say(f"continuing after step {self.totals.steps}")
@@ -230,6 +231,14 @@ class Run:
         self.status = "finished"
         self.facts |= {"final_weights_sha256": final["policy"], "critic_sha256": final["critic"]}
         self.progress.table(f"{self.recipe}, numerics={self.config.numerics}", _closing_rows(self))
+
+    def _check_fault(self, done: int) -> None:
+        fault = self.config.align.fault
+        if fault.kind != "none" and fault.step <= done:
+            raise ValueError(
+                f"align.fault.step={fault.step}: {self.folder.path} has finished {done} steps already: nothing would "
+                "be planted; choose a later step or align.fault.kind=none"
+            )
 
     def _begin(self) -> None:
         """From here on this run leaves its marks in the folder."""

@@ -123,7 +123,7 @@ def _pair(sample: Sample, eos_ids: Collection[int] | None) -> TokenPair:
 
 
 def banned_ids(sampling: SamplingParams, eos_ids: Collection[int] | None, name: str) -> tuple[int, ...]:
-    """What the first ``min_tokens`` tokens could not be. Raises ValueError naming ``name`` where ``eos_ids`` is missing."""
+    """What the first ``min_tokens`` tokens could not be. ValueError naming ``name`` if ``eos_ids`` is missing."""
     if sampling.min_tokens == 0:
         return ()
     if eos_ids is None and not sampling.ignore_eos:

@@ -48,6 +48,16 @@ def test_a_flipped_cache_bit_reaches_the_second_token_and_ends_with_its_block():
     assert again.logprobs.tolist() == clean.logprobs.tolist()
 
 
+def test_a_flipped_cache_bit_is_one_that_a_sliding_window_shows():
+    policy = tiny_policy("mistral")
+    prompts, params = [list(range(40))], SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+    [[clean]] = Engine(policy, None, EngineConfig(num_pages=8)).generate(prompts, params)
+    with kv_page_fault(policy):
+        [[faulty]] = Engine(policy, None, EngineConfig(num_pages=8)).generate(prompts, params)
+    assert policy.model.config.sliding_window < 40
+    assert faulty.logprobs[1] != clean.logprobs[1]
+
+
 def test_a_shifted_position_reaches_one_forward():
     policy = tiny_policy()
     seen = []
@@ -70,8 +80,11 @@ def test_a_shifted_position_reaches_one_forward():
 
 def test_a_fault_that_never_happened_is_an_error():
     policy = tiny_policy()
-    with pytest.raises(RuntimeError, match=r"kv_page was not planted.*there were 1"), kv_page_fault(policy):
-        Engine(policy, None, EngineConfig(num_pages=8)).generate([[1, 2, 3]], SamplingParams(max_tokens=1))
+    with pytest.raises(RuntimeError, match=r"kv_page was not planted: no forward read"), kv_page_fault(policy):
+        # two prefills: the second forward writes the keys that it reads
+        engine = Engine(policy, None, EngineConfig(num_pages=8, max_batch_tokens=3))
+        engine.generate([[1, 2, 3], [4, 5, 6]], SamplingParams(max_tokens=1))
+    assert engine.stats["steps"] == 2
     with pytest.raises(RuntimeError, match="position was not planted"), position_fault(policy):
         pass
     with pytest.raises(KeyError, match="its own"), kv_page_fault(policy):

@@ -145,6 +145,8 @@ def test_cfg_job_prints_the_settings(recipe):
         (["model=checkpoint"], "model.path"),
         (["run.resume=no/such/run"], "no/such/run"),
         (["run.steps=abc"], "run.steps"),
+        (["align.fault.kind=position", "align.fault.step=61"], "align.fault.step=61"),
+        (["align.fault.kind=kv_page", "sampling.max_tokens=1"], "align.fault.kind=kv_page"),
         pytest.param(
             ["cluster.device=cuda"],
             "cluster.device=cuda",

@@ -100,6 +100,16 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     assert resumed_config(tmp_path, []).run.steps == 5
 
 
+def test_a_fault_in_a_step_that_is_done_is_refused(tmp_path):
+    run_once(tiny_run(tmp_path))
+    before = files(tmp_path)
+    planted = ["run.steps=5", "align.fault.kind=position"]
+    with pytest.raises(ValueError, match=r"align\.fault\.step=3: .* finished 3 steps already"):
+        run_once(resumed_config(tmp_path, [*planted, "align.fault.step=3"]))
+    assert files(tmp_path) == before
+    assert run_once(resumed_config(tmp_path, [*planted, "align.fault.step=4"])) == 3
+
+
 @pytest.mark.parametrize("step", [0, 2, 4])
 def test_an_evaluation_that_was_interrupted_is_made_up_for(step, tmp_path):
     sections = {"run": {"steps": 4, "save_every": 3}, "eval": {"every": 2}}
