@@ -37,7 +37,10 @@ class SortTask:
     def __init__(
         self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, reward: PluggedReward | None = None
     ) -> None:
-        """Raises ValueError if a constant answer would score, or there aren't enough different problems."""
+        """Raises ValueError if a constant answer would score, or there aren't enough different problems.
+
+        So does a prompt longer than ``max_prompt_tokens``: they are made to measure, and none is left out.
+        """
         if config.path is not None or config.eval_path is not None:
             raise ValueError("task.path and task.eval_path mean nothing to task=sort, which makes its own prompts")
         constant = best_constant_reward(config.num_items, config.max_value)
@@ -52,6 +55,12 @@ class SortTask:
             "train": self._make(config, "train", num_train, seed, first_id=0),
             "eval": self._make(config, "eval", config.num_eval, seed, first_id=num_train),
         }
+        longest = max(len(prompt.token_ids) for split in self._prompts.values() for prompt in split)
+        if longest > config.max_prompt_tokens:
+            raise ValueError(
+                f"task.max_prompt_tokens={config.max_prompt_tokens}, but a prompt to sort task.num_items="
+                f"{config.num_items} numbers has {longest} tokens: allow more, or sort fewer"
+            )
 
     def prompts(self, split: Split) -> list[Prompt]:
         return self._prompts[split]

@@ -48,6 +48,12 @@ def test_prompts_are_deterministic_distinct_and_disjoint(tokenizer: PreTrainedTo
     assert len(set(ids)) == 250
 
 
+def test_a_prompt_longer_than_the_limit_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(task(tokenizer, max_prompt_tokens=7).prompts("train")) == 200
+    with pytest.raises(ValueError, match=r"task\.max_prompt_tokens=6, but a prompt .*num_items=5 numbers has 7 tokens"):
+        task(tokenizer, max_prompt_tokens=6)
+
+
 def test_reward_wants_exactly_the_sorted_numbers(tokenizer: PreTrainedTokenizerFast) -> None:
     made = task(tokenizer)
     for prompt in made.prompts("train")[:20]:
