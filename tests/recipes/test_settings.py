@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,6 +164,36 @@ def test_bad_settings_are_one_line_and_exit_2(recipe, arguments, named, tmp_path
     assert named in err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
     assert not list(tmp_path.iterdir()), "a run that can't start leaves no folder behind"
+
+
+# instead of the recipe's own part, once hydra has set up what it sets up: read a file with a prompt that is too long
+_ONLY_THE_TASK = """
+import runpy, sys
+from rlalign.cli import launch
+from rlalign.config import TaskConfig
+from rlalign.tasks import make_task
+from rlalign.tasks.sort import make_sort_tokenizer
+
+file, recipe = sys.argv.pop(), sys.argv[1]
+task = TaskConfig(name="gsm8k", path=file, max_prompt_tokens=8)
+launch.finish = lambda job: make_task(task, make_sort_tokenizer(max_value=9), seed=0)
+sys.argv = [recipe]
+runpy.run_path(recipe, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])  # ppo.yaml is grpo.yaml but for the algorithm
+def test_hydra_does_not_silence_our_warnings(name, tmp_path):
+    file = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"sort {'7 ' * n}->", "reward_model": {"ground_truth": n}} for n in (2, 3, 30)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _ONLY_THE_TASK, str(RECIPES / f"{name}.py"), str(file)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{file}: left out 1 of 3 prompts" in done.stderr
 
 
 def _keys(values: dict, prefix: str = "") -> set[str]:
