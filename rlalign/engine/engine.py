@@ -18,11 +18,11 @@ from rlalign.engine.runner import Runner
 from rlalign.engine.sampler import sample
 from rlalign.engine.scheduler import Scheduler
 from rlalign.engine.stopping import StopStringWatcher, decode_text, stop_ids
-from rlalign.modeling import Policy, eos_ids, hash_tensors
+from rlalign.modeling import Policy, as_policy, eos_ids, hash_tensors
 from rlalign.records import Completion, FinishReason
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int]
 
@@ -35,20 +35,26 @@ class Engine:
     alone: never on ``EngineConfig``, on the other requests, or on what happened before.
 
     Example:
-        >>> engine = Engine(policy, tokenizer, EngineConfig())
+        >>> engine = Engine(model, tokenizer, EngineConfig())
         >>> [[completion]] = engine.generate(["1+1="], SamplingParams(max_tokens=4, seed=7))
     """
 
     def __init__(
         self,
-        policy: Policy,
+        model: Policy | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         config: EngineConfig | None = None,
         *,
         weights_version: int = 0,
     ) -> None:
-        """Raises ValueError if the cache can't hold one request of ``max_model_len``, or the model can't."""
-        self.policy = policy
+        """model: a policy, or a Hugging Face decoder, which is aligned **in place** if it wasn't before.
+
+        Such a model is shared, not copied, and takes packed or paged rows from then on: its own ``forward`` and
+        ``generate`` need an attention context. ``align(model, backend="native")`` beforehand keeps PyTorch's operators.
+        Raises TypeError for any other model, AuditError for one that can't be made exact, ValueError if the cache
+        can't hold one request of ``max_model_len``, or the model can't.
+        """
+        self.policy = policy = as_policy(model)
         self.tokenizer = tokenizer
         self.config = config or EngineConfig()
         self.weights_version = weights_version

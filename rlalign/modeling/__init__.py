@@ -4,7 +4,7 @@ from rlalign.modeling.align import align
 from rlalign.modeling.audit import AuditError, AuditReport, Finding, audit
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext, PagedContext
 from rlalign.modeling.eos import eos_ids
-from rlalign.modeling.loading import backend_for, load_model, load_policy, load_tokenizer, save_checkpoint
+from rlalign.modeling.loading import as_policy, backend_for, load_model, load_policy, load_tokenizer, save_checkpoint
 from rlalign.modeling.policy import KVShape, Policy, hash_tensors
 from rlalign.modeling.sampling_rows import sampling_rows
 from rlalign.modeling.tiny import make_tiny_model
@@ -20,6 +20,7 @@ __all__ = [
     "PagedContext",
     "Policy",
     "align",
+    "as_policy",
     "audit",
     "backend_for",
     "eos_ids",

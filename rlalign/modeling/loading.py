@@ -46,6 +46,25 @@ def load_policy(
     return Policy(model)
 
 
+def as_policy(model: Policy | PreTrainedModel) -> Policy:
+    """A policy of what people have at hand: one already, or a Hugging Face decoder, aligned or not.
+
+    A decoder that was aligned keeps its backend; a plain one is aligned in place to the invariant operators of its
+    device. Both are audited, unless the backend is "native".
+    Raises TypeError for anything else, and what ``align``, ``audit`` and ``Policy`` raise.
+    """
+    if isinstance(model, Policy):
+        return model
+    if not isinstance(model, PreTrainedModel):
+        given = f"{model!r:.80}, a {type(model).__name__}"
+        raise TypeError(f"model={given}: need a Policy (as load_policy gives), or a Hugging Face causal LM")
+    if not isinstance(getattr(model, "rlalign_backend", None), str):
+        align(model, backend=backend_for("invariant", model.device))
+    if model.rlalign_backend != "native":
+        audit(model)  # also when aligned before: a model that was refused once must not pass the second time
+    return Policy(model)
+
+
 def load_model(path: Path | str, *, dtype: Dtype, device: torch.device | str) -> PreTrainedModel:
     """The checkpoint's causal LM, in evaluation mode, with finite weights."""
     folder = _checkpoint_folder(path)
