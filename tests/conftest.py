@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from support.actors import ActorPool
 
 torch.set_num_threads(THREADS)
+if not torch.cuda.is_available():
+    # Triton's kernels run on CPU tensors then; read when they are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 transformers_logging.disable_progress_bar()
 
 

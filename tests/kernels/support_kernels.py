@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import pytest
 import torch
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="needs Triton's interpreter: triton installed, and no GPU",
+)
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

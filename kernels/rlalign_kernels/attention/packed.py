@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import check_heads, check_settings, host_offsets, layout_of
+from rlalign_kernels.attention.shared import (
+    check_heads,
+    check_offsets,
+    check_settings,
+    check_sinks,
+    host_offsets,
+    layout_of,
+)
 from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, operator
 from rlalign_kernels.native import attention as native
@@ -70,15 +79,27 @@ class _Packed(torch.autograd.Function):
         return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None, None
 
 
+@dataclass(frozen=True)
+class _Offsets:
+    """Cumulative lengths [B + 1] as given, and on the host for the backends that lay out batches there."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    num_queries: int
+    num_keys: int
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+    def host(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64, validated. Waits for the device that holds them."""
+        key = ("packed", self.num_queries, self.num_keys, *content(self.cu_seqlens_q, self.cu_seqlens_k))
+        return cached(key, lambda: _host_offsets(self.cu_seqlens_q, self.cu_seqlens_k, self.num_queries, self.num_keys))
+
+
 def _reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: np.ndarray,
-    cu_k: np.ndarray,
-    settings: Settings,
-    return_lse: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: _Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    cu_q, cu_k = offsets.host()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Packed.apply(q, k, v, cu_q, cu_k, settings)
     out, lse = _forward(q, k, v, cu_q, cu_k, settings, return_lse)
@@ -86,14 +107,10 @@ def _reference(
 
 
 def _native(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: np.ndarray,
-    cu_k: np.ndarray,
-    settings: Settings,
-    return_lse: bool,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: _Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    cu_q, cu_k = offsets.host()
+
     def batch() -> native.Batch:
         return native.Batch(cu_q, [np.arange(cu_k[b], cu_k[b + 1]) for b in range(len(cu_k) - 1)], q.device)
 
@@ -101,7 +118,27 @@ def _native(
     return native.attend(q, k, v, found, settings, return_lse)
 
 
-_IMPLEMENTATIONS = Implementations("attention_packed", reference=_reference, native=_native)
+def _triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: _Offsets, settings: Settings, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from rlalign_kernels.attention import triton_calls  # triton may be missing where nobody asks for it
+
+    check_offsets("attention_packed", "cu_seqlens_q", offsets.cu_seqlens_q)
+    check_offsets("attention_packed", "cu_seqlens_k", offsets.cu_seqlens_k)
+    return triton_calls.packed(
+        q,
+        k,
+        v,
+        offsets.cu_seqlens_q,
+        offsets.cu_seqlens_k,
+        settings,
+        max_seqlen_q=offsets.max_seqlen_q,
+        max_seqlen_k=offsets.max_seqlen_k,
+        return_lse=return_lse,
+    )
+
+
+_IMPLEMENTATIONS = Implementations("attention_packed", reference=_reference, native=_native, triton=_triton)
 
 
 @operator
@@ -117,25 +154,31 @@ def attention_packed(
     window: int | None = None,
     softcap: float | None = None,
     key_mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     backend: Backend,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """out [T, Hq, Dv] of q [T, Hq, D], k [S, Hkv, D], v [S, Hkv, Dv]; with ``return_lse`` also lse float32 [T, Hq].
 
     cu_seqlens_q, cu_seqlens_k: int [B + 1]. ``window``: a query at position i sees keys j with i - j < window.
-    ``key_mask`` bool [S]: False hides a key; its position counts. lse carries no gradient.
+    ``key_mask`` bool [S]: False hides a key; its position counts. lse is natural, -inf where no key is seen, and
+    carries no gradient. ``sinks`` [Hq]: a logit per head that takes its share of every row and has no value; triton.
+    ``max_seqlen_*``: no sequence is longer; saves the triton backend work, changes nothing else. That backend reads
+    no offset on the host: cu_seqlens_q must end at T and cu_seqlens_k at S.
     Raises ValueError or NotImplementedError naming what does not fit.
     """
     run = _IMPLEMENTATIONS[backend]
-    check_heads("attention_packed", q, k, v)
+    check_heads("attention_packed", q, k, v, backend)
     check_settings("attention_packed", scale, window, softcap)
+    check_sinks("attention_packed", sinks, q, backend)
     if k.dim() != 3:
         raise ValueError(f"attention_packed: k has shape {tuple(k.shape)}, expected [S, Hkv, D]")
-    key = ("packed", q.shape[0], k.shape[0], *content(cu_seqlens_q, cu_seqlens_k))
-    cu_q, cu_k = cached(key, lambda: _host_offsets(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0]))
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
         raise ValueError(f"attention_packed: key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; expected bool [S]")
-    out, lse = run(q, k, v, cu_q, cu_k, Settings(scale, causal, window, softcap, key_mask), return_lse)
+    offsets = _Offsets(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
+    out, lse = run(q, k, v, offsets, Settings(scale, causal, window, softcap, key_mask, sinks), return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import check_heads, check_settings, host_offsets, layout_of
+from rlalign_kernels.attention.shared import (
+    check_heads,
+    check_offsets,
+    check_settings,
+    check_sinks,
+    host_offsets,
+    layout_of,
+)
 from rlalign_kernels.checks import check_integer
 from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, operator
@@ -15,7 +24,7 @@ from rlalign_kernels.reference.attention_backward import Settings
 from rlalign_kernels.reference.attention_layout import paged_problem
 
 
-class _Batch:
+class _Host:
     """Validated offsets, lengths and page tables on the host, int64; ``key`` is what they were made from."""
 
     def __init__(
@@ -32,6 +41,23 @@ class _Batch:
         self.key = key
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Offsets [B + 1], lengths [B] and page tables [B, max_pages] as given."""
+
+    block_tables: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    kv_lens: torch.Tensor
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+    def host(self, q: torch.Tensor, k_cache: torch.Tensor) -> _Host:
+        """For the backends that lay out batches on the host. Waits for the device that holds the batch."""
+        integers = (self.block_tables, self.cu_seqlens_q, self.kv_lens)
+        key = ("paged", q.shape[0], *k_cache.shape[:2], *content(*integers))
+        return cached(key, lambda: _Host(q.shape[0], k_cache, *integers, key))
+
+
 def _reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -40,10 +66,10 @@ def _reference(
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    page_size = k_cache.shape[1]
+    page_size, host = k_cache.shape[1], batch.host(q, k_cache)
     layout = layout_of(
-        ("layout", *batch.key),
-        lambda: paged_problem(batch.cu_q, batch.kv_len, batch.tables, page_size),
+        ("layout", *host.key),
+        lambda: paged_problem(host.cu_q, host.kv_len, host.tables, page_size),
         q,
         k_cache.shape[2],
         v_cache.shape[3],
@@ -65,18 +91,43 @@ def _native(
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    page_size = k_cache.shape[1]
+    page_size, host = k_cache.shape[1], batch.host(q, k_cache)
 
     def padded() -> native.Batch:
-        kv_len = batch.kv_len
-        slots = (batch.tables[:, :, None] * page_size + np.arange(page_size)).reshape(len(kv_len), -1)
-        return native.Batch(batch.cu_q, [slots[b, : kv_len[b]] for b in range(len(kv_len))], q.device)
+        kv_len = host.kv_len
+        slots = (host.tables[:, :, None] * page_size + np.arange(page_size)).reshape(len(kv_len), -1)
+        return native.Batch(host.cu_q, [slots[b, : kv_len[b]] for b in range(len(kv_len))], q.device)
 
-    found = cached(("native paged", q.device, *batch.key), padded)
+    found = cached(("native paged", q.device, *host.key), padded)
     return native.attend(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), found, settings, return_lse)
 
 
-_IMPLEMENTATIONS = Implementations("attention_paged", reference=_reference, native=_native)
+def _triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: _Batch,
+    settings: Settings,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from rlalign_kernels.attention import triton_calls  # triton may be missing where nobody asks for it
+
+    check_offsets("attention_paged", "cu_seqlens_q", batch.cu_seqlens_q)
+    return triton_calls.paged(
+        q,
+        k_cache,
+        v_cache,
+        batch.block_tables,
+        batch.cu_seqlens_q,
+        batch.kv_lens,
+        settings,
+        max_seqlen_q=batch.max_seqlen_q,
+        max_seqlen_k=batch.max_seqlen_k,
+        return_lse=return_lse,
+    )
+
+
+_IMPLEMENTATIONS = Implementations("attention_paged", reference=_reference, native=_native, triton=_triton)
 
 
 @operator
@@ -92,6 +143,9 @@ def attention_paged(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     backend: Backend,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -99,18 +153,20 @@ def attention_paged(
 
     block_tables int [B, max_pages]: pages of each sequence in order; entries beyond its kv_lens (int [B]) are not read.
     kv_lens count the keys already in the cache, those of the queries included. Not differentiable.
+    ``sinks`` and ``max_seqlen_*``: see attention_packed. With backend "triton" nothing is read on the host, pages hold
+    a power of two of tokens from 16 on, and out is not written from cu_seqlens_q[-1] on.
     Raises ValueError or NotImplementedError naming what does not fit.
     """
     run = _IMPLEMENTATIONS[backend]
-    check_heads("attention_paged", q, k_cache, v_cache)
+    check_heads("attention_paged", q, k_cache, v_cache, backend)
     check_settings("attention_paged", scale, window, softcap)
+    check_sinks("attention_paged", sinks, q, backend)
     if k_cache.dim() != 4:
         raise ValueError(f"attention_paged: k_cache has shape {tuple(k_cache.shape)}, expected [pages, page, Hkv, D]")
-    key = ("paged", q.shape[0], *k_cache.shape[:2], *content(block_tables, cu_seqlens_q, kv_lens))
-    batch = cached(key, lambda: _Batch(q.shape[0], k_cache, block_tables, cu_seqlens_q, kv_lens, key))
+    batch = _Batch(block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise NotImplementedError("attention_paged: has no gradient; use attention_packed, or torch.no_grad()")
-    out, lse = run(q, k_cache, v_cache, batch, Settings(scale, causal, window, softcap, None), return_lse)
+    out, lse = run(q, k_cache, v_cache, batch, Settings(scale, causal, window, softcap, sinks=sinks), return_lse)
     return (out, lse) if return_lse else out
 
 

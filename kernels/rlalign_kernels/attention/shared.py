@@ -12,10 +12,15 @@ from rlalign_kernels.content import cached
 from rlalign_kernels.reference.attention import MAX_HEAD_DIM, MAX_ITEMS, MAX_SCORES, products
 from rlalign_kernels.reference.attention_layout import Layout, Problem, build_layout
 
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+
+def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> None:
     """q [T, Hq, D], k [..., Hkv, D], v [..., Hkv, Dv] of one dtype and device, Hq a multiple of Hkv, D <= 256."""
-    check_dtype(operator, q=q)
+    if backend != "triton":
+        check_dtype(operator, q=q)
+    elif q.dtype not in _TRITON_DTYPES:
+        raise ValueError(f"{operator}: q.dtype={q.dtype} is not supported; use float32, bfloat16 or float16")
     check_same(operator, q, k=k, v=v)
     if q.dim() != 3 or k.shape[:-1] != v.shape[:-1] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
@@ -36,10 +41,25 @@ def check_settings(operator: str, scale: float, window: int | None, softcap: flo
         raise ValueError(f"{operator}: softcap={softcap} is not supported; use None or a value > 0")
 
 
-def host_offsets(operator: str, name: str, offsets: torch.Tensor, total: int) -> np.ndarray:
-    """Cumulative lengths [B + 1] as int64 on the host. Raises ValueError unless they rise from 0 to ``total``."""
+def check_sinks(operator: str, sinks: torch.Tensor | None, q: torch.Tensor, backend: str) -> None:
+    """Attention sinks [Hq], a logit per head, are the triton backend's alone so far."""
+    if sinks is None:
+        return
+    if backend != "triton":
+        raise NotImplementedError(f"{operator}: sinks are not there with backend={backend!r}; use 'triton'")
+    if sinks.shape != q.shape[1:2] or sinks.device != q.device:
+        raise ValueError(f"{operator}: sinks {tuple(sinks.shape)} on {sinks.device}; expected [{q.shape[1]}] on q's")
+
+
+def check_offsets(operator: str, name: str, offsets: torch.Tensor) -> None:
+    """Raises ValueError unless ``offsets`` is int [B + 1]; its content is not looked at."""
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(f"{operator}: {name} is {offsets.dtype} {tuple(offsets.shape)}; expected int32 [B + 1]")
+
+
+def host_offsets(operator: str, name: str, offsets: torch.Tensor, total: int) -> np.ndarray:
+    """Cumulative lengths [B + 1] as int64 on the host. Raises ValueError unless they rise from 0 to ``total``."""
+    check_offsets(operator, name, offsets)
     values = offsets.cpu().numpy().astype(np.int64)
     if values[0] != 0 or values[-1] != total or (np.diff(values) < 0).any():
         raise ValueError(f"{operator}: {name} must rise from 0 to {total}; got {values.tolist()[:8]}...{values[-1]}")

@@ -1,9 +1,10 @@
 """The plan of attention on a GPU: where keys are cut, and in which order their partial sums meet.
 
 Keys are cut into tiles at multiples of ``kv_tile`` and into splits at multiples of ``split``, both counted from the
-sequence's first key. Within a split, tiles ascend through one online softmax that starts from (-1e30, 0, 0); the splits'
-results are merged ascending, from the same start. Row sums fold a tile's columns in halves down to ``sum_width`` running
-sums. Sizes follow from head dims, dtype and architecture alone: measured best on an H200 at head dim 128.
+sequence's first key. Within a split, tiles ascend through one online softmax that starts from (-1e30, 0, 0); the
+splits' results are merged ascending, from the same start. Row sums fold a tile's columns in halves down to
+``sum_width`` running sums. Sizes follow from head dims, dtype and architecture alone: measured best on an H200 at head
+dim 128.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import triton
 
 from rlalign_kernels.attention import schedules
 from rlalign_kernels.attention.schedules import Shape, Tile
-from rlalign_kernels.attention.tile_plan import TilePlan, padded, tile_plan
+from rlalign_kernels.attention.tile_plan import padded, tile_plan
 from rlalign_kernels.attention.triton_backward import (
     attention_delta_kernel,
     attention_dkv_kernel,

@@ -42,7 +42,7 @@ def attention_sink_kernel(
     sink = tl.load(sink_ptr + head).to(tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for start in tl.range(0, num_tokens, BLOCK_T):
-        token = start.to(tl.int64) + tl.arange(0, BLOCK_T)
+        token = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask = token < num_tokens
         lse = tl.load(lse_ptr + token * HEADS + head, mask=mask, other=float("inf"))
         delta = tl.load(delta_ptr + token * HEADS + head, mask=mask, other=0.0)

@@ -53,7 +53,7 @@ def key_range(
 
 @triton.jit
 def _run_tiles(
-    low, high, begin, m, l, acc, m_all, l_all, acc_all,
+    low, high, begin, m, den, acc, m_all, den_all, acc_all,
     q, k_ptr, v_ptr, table_ptr, position, num_keys, offs_d, offs_dv,
     c, cap_scale, left, right, stride_kp, stride_kn, stride_vp, stride_vn,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -64,29 +64,35 @@ def _run_tiles(
     """Tiles [low, high) of a run of keys that began at ``begin``."""
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, table_ptr, n, num_keys, offs_d, stride_kp, stride_kn, PAGE, MASKED, HEAD_DIM, BLOCK_D, PAGE >= BLOCK_N)  # fmt: skip  # noqa: E501
+        k = load_rows(
+            k_ptr, table_ptr, n, num_keys, offs_d, stride_kp, stride_kn, PAGE, MASKED, HEAD_DIM, BLOCK_D,
+            PAGE >= BLOCK_N,
+        )  # fmt: skip
         s = scores(q, k, cap_scale, HAS_CAP, PRECISION)
         if MASKED:
             s = tl.where(visible(position, n, num_keys, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
-        v = load_rows(v_ptr, table_ptr, n, num_keys, offs_dv, stride_vp, stride_vn, PAGE, MASKED, VALUE_DIM, BLOCK_DV, PAGE >= BLOCK_N)  # fmt: skip  # noqa: E501
-        if not ONE_SPLIT:
+        v = load_rows(
+            v_ptr, table_ptr, n, num_keys, offs_dv, stride_vp, stride_vn, PAGE, MASKED, VALUE_DIM, BLOCK_DV,
+            PAGE >= BLOCK_N,
+        )  # fmt: skip
+        if not ONE_SPLIT:  # noqa: SIM102  a constexpr: decided when compiled
             if (start % SPLIT == 0) & (start > begin):
-                m_all, l_all, acc_all = merge(m_all, l_all, acc_all, m, l, acc)
+                m_all, den_all, acc_all = merge(m_all, den_all, acc_all, m, den, acc)
                 m = tl.full([BLOCK_M], FLOOR, tl.float32)
                 if MASKED:
                     # where every row sees a key, its factor exp2(FLOOR - m) = 0 clears these
-                    l = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+                    den = tl.zeros([BLOCK_M, WIDTH], tl.float32)
                     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        m, l, acc = softmax_step(s, v, m, l, acc, c, BLOCK_M, BLOCK_N, WIDTH, PRECISION)
-    return m, l, acc, m_all, l_all, acc_all
+        m, den, acc = softmax_step(s, v, m, den, acc, c, BLOCK_M, BLOCK_N, WIDTH, PRECISION)
+    return m, den, acc, m_all, den_all, acc_all
 
 
 @triton.jit
 def _store(
-    m, l, acc, sink, out_ptrs, lse_ptrs, mine, out_mask,
+    m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask,
     M: tl.constexpr, WIDTH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    out, lse = finish(m, l, acc, sink, M, WIDTH, HAS_SINK)
+    out, lse = finish(m, den, acc, sink, M, WIDTH, HAS_SINK)
     tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=out_mask)
     if HAS_LSE:
         tl.store(lse_ptrs, lse, mask=mine)
@@ -95,7 +101,7 @@ def _store(
 @triton.jit
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sink_ptr, cu_q_ptr, cu_k_ptr, kv_lens_ptr, table_ptr,
-    part_m_ptr, part_l_ptr, part_acc_ptr, arrived_ptr,
+    part_m_ptr, part_den_ptr, part_acc_ptr, arrived_ptr,
     c, cap_scale, left, right, num_sequences, num_splits,
     stride_qt, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh,
     stride_ot, stride_oh, stride_lt, stride_table,
@@ -129,7 +135,7 @@ def attention_forward_kernel(
     num_rows = num_queries * GROUP
     if row0 >= num_rows:
         return
-    if FEW_ROWS > 0:
+    if FEW_ROWS > 0:  # noqa: SIM102  a constexpr: decided when compiled
         if (num_rows <= FEW_ROWS) != SPLIT_PROGRAMS:
             return
     if PAGE == 0:
@@ -166,25 +172,25 @@ def attention_forward_kernel(
     q_mask = mine[:, None] & (offs_d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + (token * stride_qt + head * stride_qh)[:, None] + offs_d[None, :], mask=q_mask, other=0.0)
 
-    m, l, acc = empty_state(BLOCK_M, BLOCK_DV, WIDTH)
-    m_all, l_all, acc_all = empty_state(BLOCK_M, BLOCK_DV, WIDTH)
+    m, den, acc = empty_state(BLOCK_M, BLOCK_DV, WIDTH)
+    m_all, den_all, acc_all = empty_state(BLOCK_M, BLOCK_DV, WIDTH)
     if HAS_LEFT:
-        m, l, acc, m_all, l_all, acc_all = _run_tiles(
-            begin, whole, begin, m, l, acc, m_all, l_all, acc_all,
+        m, den, acc, m_all, den_all, acc_all = _run_tiles(
+            begin, whole, begin, m, den, acc, m_all, den_all, acc_all,
             q, k_ptr, v_ptr, table_ptr, position, num_keys, offs_d, offs_dv,
             c, cap_scale, left, right, stride_kp, stride_kn, stride_vp, stride_vn,
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SPLIT, WIDTH, PAGE,
             HAS_LEFT, HAS_RIGHT, HAS_CAP, True, ONE_SPLIT, PRECISION, 1,
         )  # fmt: skip
-    m, l, acc, m_all, l_all, acc_all = _run_tiles(
-        whole, part, begin, m, l, acc, m_all, l_all, acc_all,
+    m, den, acc, m_all, den_all, acc_all = _run_tiles(
+        whole, part, begin, m, den, acc, m_all, den_all, acc_all,
         q, k_ptr, v_ptr, table_ptr, position, num_keys, offs_d, offs_dv,
         c, cap_scale, left, right, stride_kp, stride_kn, stride_vp, stride_vn,
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SPLIT, WIDTH, PAGE,
         HAS_LEFT, HAS_RIGHT, HAS_CAP, False, ONE_SPLIT, PRECISION, STAGES,
     )  # fmt: skip
-    m, l, acc, m_all, l_all, acc_all = _run_tiles(
-        part, end, begin, m, l, acc, m_all, l_all, acc_all,
+    m, den, acc, m_all, den_all, acc_all = _run_tiles(
+        part, end, begin, m, den, acc, m_all, den_all, acc_all,
         q, k_ptr, v_ptr, table_ptr, position, num_keys, offs_d, offs_dv,
         c, cap_scale, left, right, stride_kp, stride_kn, stride_vp, stride_vn,
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SPLIT, WIDTH, PAGE,
@@ -205,26 +211,26 @@ def attention_forward_kernel(
             place = b.to(tl.int64) * KV_HEADS + kv_head
             slot = (place * num_splits + split) * BLOCK_M + lane
             tl.store(part_m_ptr + slot, m, mask=mine)
-            tl.store(part_l_ptr + slot[:, None] * WIDTH + wide[None, :], l, mask=mine[:, None])
+            tl.store(part_den_ptr + slot[:, None] * WIDTH + wide[None, :], den, mask=mine[:, None])
             tl.store(part_acc_ptr + slot[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=mine[:, None])
             tl.debug_barrier()
             if tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == last_split - first_split:
                 tl.store(arrived_ptr + place, 0)
                 for other in tl.range(first_split, last_split + 1, num_stages=1):
                     slot = (place * num_splits + other) * BLOCK_M + lane
-                    l_ptrs = part_l_ptr + slot[:, None] * WIDTH + wide[None, :]
+                    den_ptrs = part_den_ptr + slot[:, None] * WIDTH + wide[None, :]
                     acc_ptrs = part_acc_ptr + slot[:, None] * BLOCK_DV + offs_dv[None, :]
                     # .cg: other programs wrote these, past this one's cache
                     m = tl.load(part_m_ptr + slot, mask=mine, other=0.0, cache_modifier=".cg")
-                    l = tl.load(l_ptrs, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+                    den = tl.load(den_ptrs, mask=mine[:, None], other=0.0, cache_modifier=".cg")
                     acc = tl.load(acc_ptrs, mask=mine[:, None], other=0.0, cache_modifier=".cg")
-                    m_all, l_all, acc_all = merge(m_all, l_all, acc_all, m, l, acc)
+                    m_all, den_all, acc_all = merge(m_all, den_all, acc_all, m, den, acc)
                 _store(
-                    m_all, l_all, acc_all, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE
+                    m_all, den_all, acc_all, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE
                 )
         else:
-            m, l, acc = merge(m_all, l_all, acc_all, m, l, acc)
-            _store(m, l, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)
+            m, den, acc = merge(m_all, den_all, acc_all, m, den, acc)
+            _store(m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)
     else:
-        m, l, acc = merge(m_all, l_all, acc_all, m, l, acc)
-        _store(m, l, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)
+        m, den, acc = merge(m_all, den_all, acc_all, m, den, acc)
+        _store(m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)

@@ -3,7 +3,7 @@
 Scores S = q k^T are one float32 chain over the head dim. With c = scale * log2(e), per tile of keys:
 
     m' = max(m, rowmax(S) * c);  p = exp2(fma(S, c, -m'));  a = exp2(m - m')
-    l = fma(l, a, fold(p));      acc = acc * a, then + p v
+    den = fma(den, a, fold(p));      acc = acc * a, then + p v
 
 p is rounded to the values' dtype for its product with them and for nothing else. A masked score is -inf and m starts at
 the finite FLOOR, so that no branch looks for NaN and a tile without a visible key changes nothing.
@@ -36,7 +36,7 @@ def fold(x, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def empty_state(M: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr):
-    """(m [M], l [M, WIDTH], acc [M, DV]) of no key at all."""
+    """(m [M], den [M, WIDTH], acc [M, DV]) of no key at all."""
     return tl.full([M], FLOOR, tl.float32), tl.zeros([M, WIDTH], tl.float32), tl.zeros([M, DV], tl.float32)
 
 
@@ -76,34 +76,34 @@ def visible(position, n, num_keys, left, right, HAS_LEFT: tl.constexpr, HAS_RIGH
 
 
 @triton.jit
-def softmax_step(s, v, m, l, acc, c, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+def softmax_step(s, v, m, den, acc, c, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Take one tile of keys into the state. s [M, N] float32, v [N, DV]."""
     m_new = tl.maximum(m, tl.max(s, 1) * c)
     p = tl.math.exp2(tl.fma(s, c, -m_new[:, None]))
     alpha = tl.math.exp2(m - m_new)
-    l = tl.fma(l, tl.broadcast_to(alpha[:, None], [M, WIDTH]), fold(p, M, N, WIDTH))
+    den = tl.fma(den, tl.broadcast_to(alpha[:, None], [M, WIDTH]), fold(p, M, N, WIDTH))
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return m_new, l, acc
+    return m_new, den, acc
 
 
 @triton.jit
-def merge(m_all, l_all, acc_all, m, l, acc):
+def merge(m_all, den_all, acc_all, m, den, acc):
     """Take one split's state into the running one; exact when either is empty."""
     m_new = tl.maximum(m_all, m)
     a = tl.math.exp2(m_all - m_new)[:, None]
     b = tl.math.exp2(m - m_new)[:, None]
-    l_all = tl.fma(l_all, tl.broadcast_to(a, l_all.shape), l * b)
+    den_all = tl.fma(den_all, tl.broadcast_to(a, den_all.shape), den * b)
     acc_all = tl.fma(acc_all, tl.broadcast_to(a, acc_all.shape), acc * b)
-    return m_new, l_all, acc_all
+    return m_new, den_all, acc_all
 
 
 @triton.jit
-def finish(m, l, acc, sink, M: tl.constexpr, WIDTH: tl.constexpr, HAS_SINK: tl.constexpr):
+def finish(m, den, acc, sink, M: tl.constexpr, WIDTH: tl.constexpr, HAS_SINK: tl.constexpr):
     """Output [M, DV] float32 and natural log-sum-exp [M]: 0 and -inf for a row that saw no key.
 
     sink [M]: a logit in natural units that takes its share of every row and carries no value.
     """
-    total = tl.reshape(fold(l, M, WIDTH, 1), [M])
+    total = tl.reshape(fold(den, M, WIDTH, 1), [M])
     if HAS_SINK:
         sink = sink * LOG2E
         m_new = tl.maximum(m, sink)
@@ -112,7 +112,8 @@ def finish(m, l, acc, sink, M: tl.constexpr, WIDTH: tl.constexpr, HAS_SINK: tl.c
         acc = acc * alpha[:, None]
         m = m_new
     none = total == 0.0
-    out = acc / tl.where(none, 1.0, total)[:, None]
+    total = tl.where(none, 1.0, total)
+    out = acc / total[:, None]
     lse = tl.where(none, float("-inf"), (m + tl.math.log2(total)) * LN2)
     return out, lse
 

@@ -23,7 +23,8 @@ class Settings:
     causal: bool
     window: int | None
     softcap: float | None
-    key_mask: torch.Tensor | None
+    key_mask: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

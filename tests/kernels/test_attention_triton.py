@@ -1,0 +1,176 @@
+"""The Triton kernels under Triton's interpreter: logic, masking and accuracy. Never bits: its dot is not bit-faithful.
+
+tests/gpu proves the bits. Where there is a GPU the interpreter is off and this file skips.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rlalign_kernels import attention_packed, attention_paged
+from rlalign_kernels.reference import truths
+from support_kernels import error, interpreted, normal
+
+pytestmark = interpreted
+
+CASES = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 17},
+    "wide window": {"window": 30, "softcap": 3.0},
+    "soft cap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+}
+
+
+def offsets(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def make(q_lens, k_lens, heads=(2, 1), dims=(16, 16), dtype=torch.float32):
+    q = normal(sum(q_lens), heads[0], dims[0], seed=1, dtype=dtype)
+    k = normal(sum(k_lens), heads[1], dims[0], seed=2, dtype=dtype)
+    v = normal(sum(k_lens), heads[1], dims[1], seed=3, dtype=dtype)
+    return q, k, v
+
+
+def truth(q, k, v, q_lens, k_lens, *, sinks=None, **settings):
+    out, lse = truths.attention(q, k, v, offsets(q_lens), offsets(k_lens), 0.3, **settings)
+    if sinks is None:
+        return out, lse
+    wide = sinks.double()[None]
+    return out * torch.sigmoid(lse - wide)[..., None], torch.logaddexp(lse, wide.expand_as(lse))
+
+
+def settings_of(name, heads=2):
+    settings = dict(CASES[name])
+    if settings.pop("sinks", False):
+        settings["sinks"] = normal(heads, seed=4, dtype=torch.float32)
+    return settings
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_forward_and_gradient(name):
+    """q_len <, = and > kv_len, no query, no key; every gradient against float64."""
+    q_lens, k_lens = [5, 24, 9, 0, 3], [5, 44, 4, 3, 0]
+    settings = settings_of(name)
+    inputs = [x.requires_grad_() for x in make(q_lens, k_lens)]
+    if "sinks" in settings:
+        inputs.append(settings["sinks"].requires_grad_())
+    cu = {"cu_seqlens_q": offsets(q_lens), "cu_seqlens_k": offsets(k_lens)}
+    out, lse = attention_packed(*inputs[:3], **cu, scale=0.3, backend="triton", return_lse=True, **settings)
+    exact, exact_lse = truth(*inputs[:3], q_lens, k_lens, **settings)
+    assert error(out, exact) < 1e-6
+    assert torch.equal(lse.isinf(), exact_lse.isinf())
+    assert torch.allclose(lse.double(), exact_lse, atol=1e-5)
+    blind = exact_lse.isinf()
+    assert blind.any() or "sinks" in settings
+    assert not out[blind].any()
+    cotangent = normal(*out.shape, seed=5, dtype=torch.float32)
+    grads = torch.autograd.grad(out, inputs, cotangent)
+    exact_grads = torch.autograd.grad(exact, inputs, cotangent.double())
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert error(grad, exact_grad) < 2e-6
+
+
+@pytest.mark.parametrize(("heads", "dims"), [((6, 2), (24, 40)), ((3, 1), (64, 16)), ((2, 2), (1, 8))])
+def test_heads_and_dims_that_need_padding(heads, dims):
+    q, k, v = make([30], [30], heads, dims, torch.float16)
+    cu = offsets([30])
+    out = attention_packed(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=0.3, backend="triton")
+    assert error(out, truth(q, k, v, [30], [30])[0]) < 5e-4
+
+
+def test_only_the_gradients_that_are_needed():
+    q, k, v = make([9], [9])
+    cu = {"cu_seqlens_q": offsets([9]), "cu_seqlens_k": offsets([9])}
+    grads = []
+    for wanted in ((0, 1, 2), (0,), (2,)):
+        inputs = [x.clone().requires_grad_(i in wanted) for i, x in enumerate((q, k, v))]
+        attention_packed(*inputs, **cu, scale=0.3, backend="triton").square().sum().backward()
+        assert [x.grad is not None for x in inputs] == [i in wanted for i in range(3)]
+        grads.append([x.grad for x in inputs])
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][2], grads[2][2])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].get("causal", True)])
+@pytest.mark.parametrize("bounds", [False, True])
+def test_pages(name, bounds):
+    """Chunks, single tokens and whole prompts in one batch; unused slots are NaN, unused entries nonsense."""
+    q_lens, k_lens, page = [1, 3, 20, 1, 1], [50, 3, 33, 1, 0], 16
+    settings = settings_of(name)
+    q, k, v = make(q_lens, k_lens)
+    k_cache, v_cache = (torch.full((12, page, 1, 16), torch.nan) for _ in range(2))
+    tables = torch.full((5, 5), 10**6, dtype=torch.int32)
+    pages, start = iter(torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()), 0
+    for b, length in enumerate(k_lens):
+        for j in range(-(-length // page)):
+            tables[b, j] = place = next(pages)
+            rows = slice(start + j * page, start + min((j + 1) * page, length))
+            k_cache[place, : rows.stop - rows.start], v_cache[place, : rows.stop - rows.start] = k[rows], v[rows]
+        start += length
+    known = {"max_seqlen_q": 20, "max_seqlen_k": 50} if bounds else {}
+    out, lse = attention_paged(
+        q, k_cache, v_cache, block_tables=tables, cu_seqlens_q=offsets(q_lens),
+        kv_lens=torch.tensor(k_lens, dtype=torch.int32), scale=0.3, backend="triton", return_lse=True,
+        **known, **settings,
+    )  # fmt: skip
+    exact, exact_lse = truth(q, k, v, q_lens, k_lens, **settings)
+    assert error(out, exact) < 1e-6
+    assert torch.allclose(lse.double(), exact_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("q_len", [1, 7])
+def test_splits_that_meet(q_len):
+    """More keys than one split holds: in one program, and in a program each with the last one merging."""
+    q, k, v = make([q_len], [1100], heads=(2, 1))
+    exact = truth(q, k, v, [q_len], [1100])[0]
+    cu = {"cu_seqlens_q": offsets([q_len]), "cu_seqlens_k": offsets([1100])}
+    assert error(attention_packed(q, k, v, **cu, scale=0.3, backend="triton"), exact) < 1e-6
+    cache = [torch.cat((x, torch.full((1152 - 1100, 1, 16), torch.nan))).view(-1, 64, 1, 16) for x in (k, v)]
+    tables = torch.arange(18, dtype=torch.int32)[None]
+    for _ in range(2):  # the counters are as they were
+        out = attention_paged(
+            q, *cache, block_tables=tables, cu_seqlens_q=offsets([q_len]),
+            kv_lens=torch.tensor([1100], dtype=torch.int32), scale=0.3, backend="triton",
+        )  # fmt: skip
+        assert error(out, exact) < 1e-6
+
+
+def test_neighbours_may_hold_anything():
+    lengths = [20, 30, 10]
+    q, k, v = make(lengths, lengths)
+    cu = {"cu_seqlens_q": offsets(lengths), "cu_seqlens_k": offsets(lengths)}
+    rows = slice(20, 50)
+    results = []
+    for poison in (0.0, torch.nan, torch.inf):
+        inputs = [x.clone() for x in (q, k, v)]
+        for x in inputs:
+            x[: rows.start], x[rows.stop :] = poison, poison
+            x.requires_grad_()
+        out = attention_packed(*inputs, **cu, scale=0.3, backend="triton")
+        out[rows].square().sum().backward()
+        results.append([out[rows].detach(), *(x.grad[rows] for x in inputs)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_refusals_name_the_argument():
+    q, k, v = make([10], [10])
+    run = {"cu_seqlens_q": offsets([10]), "cu_seqlens_k": offsets([10]), "scale": 0.3, "backend": "triton"}
+    with pytest.raises(NotImplementedError, match="key_mask"):
+        attention_packed(q, k, v, key_mask=torch.ones(10, dtype=torch.bool), **run)
+    with pytest.raises(NotImplementedError, match=r"scale=-1\.0"):
+        attention_packed(q, k, v, **{**run, "scale": -1.0})
+    with pytest.raises(ValueError, match=r"sinks \(3,\)"):
+        attention_packed(q, k, v, sinks=torch.zeros(3), **run)
+    with pytest.raises(NotImplementedError, match=r"bfloat16.*interpreter"):
+        attention_packed(q.bfloat16(), k.bfloat16(), v.bfloat16(), **run)
+    with pytest.raises(ValueError, match=r"q\.dtype=torch\.float64"):
+        attention_packed(q.double(), k.double(), v.double(), **run)
+    cache = torch.zeros(4, 24, 1, 16)
+    with pytest.raises(NotImplementedError, match="a page of 24 tokens"):
+        attention_paged(
+            q, cache, cache, block_tables=torch.zeros(1, 1, dtype=torch.int32), cu_seqlens_q=offsets([10]),
+            kv_lens=torch.tensor([10]), scale=0.3, backend="triton",
+        )  # fmt: skip
