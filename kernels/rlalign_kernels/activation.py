@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
-from rlalign_kernels.reference.elementwise import elementwise
+from rlalign_kernels.reference.elementwise import elementwise, scalar
 
 _SQRT_HALF = math.sqrt(0.5)
 _TANH_SCALE = math.sqrt(2 / math.pi)
@@ -25,7 +25,7 @@ _TANH_CUBIC = 0.044715
 
 def _silu_values(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
-    denominator = elementwise("exp", torch.neg(x), inplace=True).add_(1.0)
+    denominator = elementwise("exp", torch.neg(x), inplace=True).add_(scalar(1.0, x.device))
     return torch.div(x, denominator, out=denominator)
 
 

@@ -21,7 +21,7 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     out = product_nt(rows, weight) if x.dtype == torch.float32 else product_nt(rows.float(), weight.float())
     if bias is not None:
         out += bias
-    out = out.to(x.dtype)
+    out = out if x.dtype == torch.float32 else out.to(x.dtype)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 

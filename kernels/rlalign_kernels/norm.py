@@ -15,6 +15,7 @@ import torch
 
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.reference.elementwise import scalar
 from rlalign_kernels.reference.gemm import ROW_TILE, gemm_schedule, product_nt
 
 # Longest sum of squares in one chain of additions.
@@ -46,7 +47,7 @@ def _root(x: torch.Tensor, eps: float) -> torch.Tensor:
     means = (x * x).reshape(-1, size)
     for weight in _mean_weights(size, x.device):
         means = product_nt(means, weight)
-    return means[:, :1].add_(eps).sqrt_().view(*x.shape[:-1], 1)
+    return means[:, :1].add_(scalar(eps, x.device)).sqrt_().view(*x.shape[:-1], 1)
 
 
 def _scale(weight: torch.Tensor, offset: float) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from rlalign_kernels import SamplingRows, linear_logprob, linear_sample
 from rlalign_kernels.reference import truths
-from rlalign_kernels.reference.philox import gumbel, philox
+from rlalign_kernels.reference.philox import gumbel, philox, philox_host
 from rlalign_kernels.reference.support import kept_support
 from support_kernels import error, normal, same_bits
 
@@ -164,6 +165,8 @@ def test_philox_known_answers():
     for counter, key, words in vectors:
         out = philox(torch.tensor(counter)[:, None], torch.tensor(key)[:, None])
         assert out[:, 0].tolist() == list(words)
+        on_host = philox_host(np.array(counter, dtype=np.uint64)[:, None], np.array(key, dtype=np.uint64)[:, None])
+        assert on_host[:, 0].tolist() == list(words)
 
 
 def test_noise_is_a_function_of_seed_position_and_id():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from rlalign_kernels.reference.attention_layout import KV_TILE, Chunk, Layout, Step
-from rlalign_kernels.reference.elementwise import elementwise, softmax_exp
+from rlalign_kernels.reference.elementwise import elementwise, scalar, softmax_exp
 from rlalign_kernels.reference.gemm import BatchSchedule, batch_bases, batch_schedule, product_batched
 
 FLOOR = -1e30
@@ -120,7 +120,7 @@ class _State:
     def raised(self, tile_highest: torch.Tensor) -> torch.Tensor:
         """The running maximum with another tile's, of the first a items: [a, used, 1]."""
         if self.highest is None:
-            return tile_highest.clamp_(min=FLOOR)
+            return tile_highest.clamp_min_(FLOOR)
         return torch.maximum(self.highest[: tile_highest.shape[0]], tile_highest)
 
     def add(self, highest: torch.Tensor, weighted: torch.Tensor) -> None:
@@ -155,7 +155,7 @@ class _State:
         """[n * used, Dv]; a row that saw no key is 0."""
         total = self.acc[..., -1:]
         # + 0.0: a skipped tile leaves -0.0 as it is, a masked one adds +0.0 to it; both end as +0.0.
-        values = (self.acc[..., :-1] / total).add_(0.0).masked_fill_(total == 0, 0.0)
+        values = (self.acc[..., :-1] / total).add_(scalar(0.0, total.device)).masked_fill_(total == 0, 0.0)
         return values.reshape(-1, self.value_dim)
 
     def lse(self) -> torch.Tensor:
@@ -218,7 +218,8 @@ class _Run:
 
     def _transform(self, s: torch.Tensor, used: int, step: Step, hidden: torch.Tensor | None) -> torch.Tensor:
         """Scores [n, used, w]: scaled, capped, and -inf where a row may not see the key."""
-        s = s.mul_(self.scale) if used == s.shape[1] else s[:, :used] * self.scale
+        scale = scalar(self.scale, s.device)
+        s = s.mul_(scale) if used == s.shape[1] else s[:, :used] * scale
         if self.softcap is not None:
             s = elementwise("tanh", s.div_(self.softcap), inplace=True).mul_(self.softcap)
         if step.outside is not None:

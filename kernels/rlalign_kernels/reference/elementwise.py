@@ -40,18 +40,27 @@ def elementwise(name: str, x: torch.Tensor, *, inplace: bool = False) -> torch.T
     return _blocked(name, x)
 
 
+@functools.cache
+def scalar(value: float, device: torch.device) -> torch.Tensor:
+    """float32 []: as an operand it has the bits of the number, which PyTorch wraps anew at every call (5 µs).
+
+    Never written to.
+    """
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
 def softmax_exp(x: torch.Tensor) -> torch.Tensor:
     """``exp(max(x, -80)) - exp(-80)`` of contiguous x <= 0, which is overwritten: exp, but exactly 0 from -80 down.
 
     Masked scores are -inf, and vector libraries take up to 100 times as long where exp underflows. The subtraction
     is exact, or rounds to what was there, wherever the result is above 1e-27.
     """
-    return elementwise("exp", x.clamp_(min=ZERO_EXP), inplace=True).sub_(_smallest_exp(x.device))
+    return elementwise("exp", x.clamp_min_(ZERO_EXP), inplace=True).sub_(_smallest_exp(x.device))
 
 
 @functools.cache
-def _smallest_exp(device: torch.device) -> float:
-    return elementwise("exp", torch.full((1,), ZERO_EXP, device=device)).item()
+def _smallest_exp(device: torch.device) -> torch.Tensor:
+    return elementwise("exp", torch.full((1,), ZERO_EXP, device=device)).squeeze(0)
 
 
 def _blocked(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -105,6 +105,12 @@ def product_nt(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     x, weight = aligned(x), aligned(weight)
     num_rows, depth = x.shape
     width = weight.shape[0]
+    if ROW_TILE <= width <= N_BLOCK and 0 < depth <= K_BLOCK:
+        tiles = gemm_schedule(width, depth).tiles(num_rows)
+        if len(tiles) == 1:
+            rows = tiles[0][1]
+            product = torch.mm(x if rows == num_rows else pad_rows(x, rows), weight.t())
+            return product if rows == num_rows else product[:num_rows]
     if width < ROW_TILE:
         # Narrow products take another code path in BLAS libraries; zero columns keep them on the usual one.
         return product_nt(x, pad(weight, (0, 0, 0, ROW_TILE - width)))[:, :width].contiguous()

@@ -69,11 +69,11 @@ def _forward(hidden: torch.Tensor, head: Head, problem: _Problem) -> tuple[torch
     outputs = hidden.new_zeros(3, num_rows, dtype=torch.float32)
     for rows in row_chunks(num_rows, min(VOCAB_BLOCK, head.vocab_size)):
         wide = hidden[rows].float()
-        scan = Scan(wide.shape[0], hidden.device, entropy=True)
+        scan = Scan(entropy=True)
         picked = wide.new_full((wide.shape[0],), -torch.inf)
         for start in head.blocks():
             logits = transform(head.logits(wide, start), *problem.block(rows, start))
-            scan.add(logits)
+            scan.add(logits, masked=problem.support is not None)
             pick(logits, problem.targets[rows], start, picked)
         values = torch.stack((scan.logprob(picked), scan.entropy(), scan.logsumexp()))
         outputs[:, rows] = values.masked_fill_(~problem.kept[rows], 0.0)

@@ -21,10 +21,8 @@ class _Draw:
         self.raw = torch.full((num_rows,), -torch.inf, device=device)
 
     def add(self, noisy: torch.Tensor, logits: torch.Tensor, raw: torch.Tensor | None, start: int) -> None:
-        value = noisy.amax(1)
-        # First position of the maximum: argmax promises no particular one among equals.
-        positions = torch.arange(noisy.shape[1], device=noisy.device)
-        local = torch.where(noisy == value.unsqueeze(1), positions, noisy.shape[1] - 1).amin(1)
+        # Documented: the index is that of the first maximum.
+        value, local = noisy.max(1)
         better = value > self.best
         self.best = torch.where(better, value, self.best)
         self.token = torch.where(better, local + start, self.token)
@@ -79,9 +77,8 @@ class _Chunk:
         self, needs_support: bool, banned: torch.Tensor | None, raw_logprobs: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token [r] and (logprob, raw logprob) [2, r]."""
-        num_rows, device = self.hidden.shape[0], self.hidden.device
-        scan, raw_scan = Scan(num_rows, device, entropy=False), Scan(num_rows, device, entropy=False)
-        draw = _Draw(num_rows, device)
+        scan, raw_scan = Scan(entropy=False), Scan(entropy=False)
+        draw = _Draw(self.hidden.shape[0], self.hidden.device)
         full, support = self._support(banned) if needs_support else (None, None)
         separate = raw_logprobs and (needs_support or self.temperature is not None)
         for start in self.head.blocks():
@@ -91,9 +88,9 @@ class _Chunk:
                 logits.masked_fill_(banned[:, block], -torch.inf)
             raw = logits.clone() if separate else None
             transform(logits, self.temperature, None if support is None else support[:, block])
-            scan.add(logits)
+            scan.add(logits, masked=support is not None or banned is not None)
             if raw is not None:
-                raw_scan.add(raw)
+                raw_scan.add(raw, masked=banned is not None)
             draw.add(self._noisy(logits, start), logits, raw, start)
         logprob = scan.logprob(draw.logit)
         return draw.token, torch.stack((logprob, raw_scan.logprob(draw.raw) if separate else logprob))

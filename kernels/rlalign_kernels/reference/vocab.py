@@ -55,24 +55,29 @@ class Head:
 class Scan:
     """Running statistics of r rows; feed the blocks in ascending order."""
 
-    def __init__(self, num_rows: int, device: torch.device, entropy: bool) -> None:
-        self.max = torch.full((num_rows, 1), FLOOR, device=device)
-        self.sum = torch.zeros(num_rows, 1, device=device)
-        self.weighted = torch.zeros(num_rows, 1, device=device) if entropy else None
+    def __init__(self, entropy: bool) -> None:
+        self.entropy_wanted = entropy
+        self.max: torch.Tensor | None = None
+        self.sum: torch.Tensor | None = None
+        self.weighted: torch.Tensor | None = None
 
-    def add(self, logits: torch.Tensor) -> None:
-        """Merge one block [r, w] of transformed logits; ``logits`` is not changed."""
-        highest = torch.maximum(self.max, logits.amax(1, keepdim=True))
+    def add(self, logits: torch.Tensor, masked: bool = False) -> None:
+        """Merge one block [r, w] of transformed logits, which are not changed. ``masked``: some may be -inf."""
+        highest = logits.amax(1, keepdim=True).clamp_min_(FLOOR)
+        if self.max is not None:
+            highest = torch.maximum(self.max, highest)
         shifted = logits - highest
-        step = self.max - highest
-        alpha = elementwise("exp", step)
-        if self.weighted is None:
-            exps = elementwise("exp", shifted, inplace=True)
-        else:
-            exps = elementwise("exp", shifted)
-            self.weighted = (self.weighted + step * self.sum) * alpha + tree_sum(exps * shifted.clamp_(min=_ZERO_EXP))
-        self.sum = self.sum * alpha + tree_sum(exps)
-        self.max = highest
+        exps = _masked_exp(shifted) if masked else elementwise("exp", shifted, inplace=not self.entropy_wanted)
+        total = tree_sum(exps)
+        weighted = tree_sum(exps * shifted.clamp_(min=_ZERO_EXP)) if self.entropy_wanted else None
+        if self.max is not None:
+            # Before the first block there is nothing to rescale: 0 * alpha + total is total.
+            step = self.max - highest
+            alpha = elementwise("exp", step)
+            if weighted is not None:
+                weighted = (self.weighted + step * self.sum) * alpha + weighted
+            total = self.sum * alpha + total
+        self.max, self.sum, self.weighted = highest, total, weighted
 
     def log_sum(self) -> torch.Tensor:
         """log of the sum relative to the maximum, [r]."""
@@ -90,6 +95,12 @@ class Scan:
         if self.weighted is None:
             raise ValueError("Scan: entropy was not collected")
         return self.log_sum() - (self.weighted / self.sum).squeeze(1)
+
+
+def _masked_exp(shifted: torch.Tensor) -> torch.Tensor:
+    """exp, without asking vector libraries for exp(-inf), which is up to 100 times slower."""
+    hidden = shifted == -torch.inf
+    return elementwise("exp", shifted.masked_fill(hidden, 0.0), inplace=True).masked_fill_(hidden, 0.0)
 
 
 def pick(logits: torch.Tensor, ids: torch.Tensor, start: int, into: torch.Tensor) -> None:
