@@ -1,13 +1,13 @@
 """Operators whose bits do not depend on the batch: torch and, lazily, triton; nothing of RL.
 
 Every operator takes ``backend``: "reference" (invariant PyTorch), "native" (whatever PyTorch picks, for comparison),
-"triton" (not there yet). docs/operators has a page for each.
+"triton" (GPU; attention so far). docs/operators has a page for each.
 """
 
 from __future__ import annotations
 
 from rlalign_kernels.activation import gelu, silu, swiglu
-from rlalign_kernels.attention import attention_packed, attention_paged
+from rlalign_kernels.attention import attention_packed, attention_paged, flash_attn_varlen_func
 from rlalign_kernels.conformance import CONFORMANCE, Conformance
 from rlalign_kernels.dispatch import BACKENDS, Backend, running_operator
 from rlalign_kernels.linear import linear
@@ -33,6 +33,7 @@ __all__ = [
     "attention_packed",
     "attention_paged",
     "fingerprint",
+    "flash_attn_varlen_func",
     "gelu",
     "linear",
     "linear_logprob",

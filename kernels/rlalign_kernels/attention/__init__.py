@@ -2,14 +2,16 @@
 
 ``out = softmax(cap(scale q k^T) + mask) v``. Queries of a sequence are its last q_len positions (bottom-right aligned).
 Shapes: q [T, Hq, D]; packed k [S, Hkv, D], v [S, Hkv, Dv]; paged caches [pages, page, Hkv, D] and [.., Dv]. Hq is a
-multiple of Hkv; query head h reads key head h // (Hq / Hkv). dtypes: float32 or bfloat16; everything inside is float32.
+multiple of Hkv; query head h reads key head h // (Hq / Hkv). dtypes: float32, bfloat16, with backend "triton" float16;
+everything inside is float32.
 Promised: forward, a query row's bits depend on that row and the keys it may see only: packed and paged, whole and
 chunked give the same bits. A row that sees no key is 0 with lse -inf. Backward (packed) is deterministic run to run.
 """
 
 from __future__ import annotations
 
+from rlalign_kernels.attention.flash_api import flash_attn_varlen_func
 from rlalign_kernels.attention.packed import attention_packed
 from rlalign_kernels.attention.paged import attention_paged
 
-__all__ = ["attention_packed", "attention_paged"]
+__all__ = ["attention_packed", "attention_paged", "flash_attn_varlen_func"]

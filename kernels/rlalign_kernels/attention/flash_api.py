@@ -1,0 +1,98 @@
+"""FlashAttention's variable-length call over our operators: a drop-in for code written against its versions 2 and 3.
+
+Arguments and their order are FlashAttention 2's; version 3's names are keyword-only aliases. Bits are those of
+``attention_packed`` and ``attention_paged`` with backend "triton". What they can't do is refused by name.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlalign_kernels.attention.packed import attention_packed
+from rlalign_kernels.attention.paged import attention_paged
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+    *,
+    page_table: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    return_softmax_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, None] | tuple[torch.Tensor, torch.Tensor]:
+    """out [T, Hq, Dv] of q [T, Hq, D], and k [S, Hkv, D], v [S, Hkv, Dv] or, with a page table, their caches.
+
+    Caches are [pages, page, Hkv, D]; ``seqused_k`` (``cache_seqlens``) int32 [B] then counts a sequence's keys, and
+    ``cu_seqlens_k`` does where it is absent. ``softmax_scale`` None is 1 / sqrt(D). ``window_size`` (left, right) is
+    in neighbours, -1 or None being all; bottom-right aligned. ``deterministic`` is always true.
+
+    With ``return_attn_probs`` (out, lse, None), as version 2 returns without dropout; with ``return_softmax_lse``
+    (out, lse). lse is natural, float32 [Hq, T], -inf for a row that sees no key, and carries no gradient.
+    Raises ValueError or NotImplementedError naming the argument that is not supported.
+    """
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"flash_attn_varlen_func: dropout_p={dropout_p} is not supported; use 0")
+    if alibi_slopes is not None:
+        raise NotImplementedError("flash_attn_varlen_func: alibi_slopes are not supported; use None")
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    causal, window = _window(causal, window_size)
+    settings = {
+        "scale": scale,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap or None,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "return_lse": True,
+        "backend": "triton",
+    }
+    pages = _either("block_table", block_table, "page_table", page_table)
+    used = _either("seqused_k", seqused_k, "cache_seqlens", cache_seqlens)
+    if pages is None:
+        if used is not None:
+            raise NotImplementedError("flash_attn_varlen_func: seqused_k without a block_table is not supported")
+        if cu_seqlens_k is None:
+            raise ValueError("flash_attn_varlen_func: cu_seqlens_k=None needs a block_table and seqused_k")
+        out, lse = attention_packed(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **settings)
+    else:
+        if used is None:
+            if cu_seqlens_k is None:
+                raise ValueError("flash_attn_varlen_func: a block_table needs seqused_k or cu_seqlens_k")
+            used = cu_seqlens_k.diff()
+        out, lse = attention_paged(q, k, v, block_tables=pages, cu_seqlens_q=cu_seqlens_q, kv_lens=used, **settings)
+    if return_attn_probs:
+        return out, lse.t(), None
+    return (out, lse.t()) if return_softmax_lse else out
+
+
+def _window(causal: bool, window_size: tuple[int | None, int | None]) -> tuple[bool, int | None]:
+    """(causal, window) as our operators count: a window holds the key at the query's own position too."""
+    left, right = (None if bound in (None, -1) else bound for bound in window_size)
+    if right not in (None, 0):
+        raise NotImplementedError(
+            f"flash_attn_varlen_func: window_size={tuple(window_size)}: its right side is -1 or 0"
+        )
+    if left is not None and left < 0:
+        raise ValueError(f"flash_attn_varlen_func: window_size={tuple(window_size)} has a negative left side")
+    return causal or right == 0, None if left is None else left + 1
+
+
+def _either(name: str, value: torch.Tensor | None, alias: str, aliased: torch.Tensor | None) -> torch.Tensor | None:
+    if value is not None and aliased is not None:
+        raise ValueError(f"flash_attn_varlen_func: {name} and {alias} are two names of one argument; give one")
+    return value if aliased is None else aliased
