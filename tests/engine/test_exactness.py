@@ -30,7 +30,7 @@ from support.engines import (
 from rlalign.config import EngineConfig, SamplingParams
 from rlalign.engine import Engine
 from rlalign.modeling import Policy
-from rlalign.records import derive_seed
+from rlalign.records import Completion, derive_seed
 
 PROMPTS = random_prompts(0, 12, high=36)
 PARAMS = mixed_params(1, 12, max_tokens=12)
@@ -75,6 +75,35 @@ def test_t3_content_of_unused_slots(policy: Policy, base: list[tuple], value: fl
     engine = Engine(policy, None, config)
     assert outcome(run_poisoned(engine, PROMPTS, PARAMS, value)) == base
     assert engine.stats["preemptions"] > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
+def test_t3_content_of_other_rows(value: float) -> None:
+    """In every forward, two sequences whose rows, keys and values are all broken run among the others."""
+    ours = tiny_policy("llama")  # embeddings are not tied to the head: a broken one reaches its own sequence only
+    clean = flat(Engine(ours, None, roomy()).generate(PROMPTS, PARAMS))
+    used = {token for c in clean for token in (*c.prompt_ids.tolist(), *c.token_ids.tolist())}
+    broken = min(set(range(ours.vocab_size)) - used)
+    with torch.no_grad():
+        ours.model.get_input_embeddings().weight[broken] = value
+
+    engine = Engine(ours, None, roomy(prefill_chunk=4))
+    names = [*map(str, range(6)), "broken a", *map(str, range(6, 12)), "broken b"]
+    for name in names:
+        if name.startswith("broken"):
+            engine.add(name, [broken] * 200, SamplingParams())  # 50 forwards of prefill: it never comes to draw
+        else:
+            engine.add(name, PROMPTS[int(name)], PARAMS[int(name)])
+    done: dict[int, Completion] = {}
+    while len(done) < len(PROMPTS):
+        completions = engine.step()
+        assert all(min(c.batch_sizes) > 2 for c in completions)  # both were in it
+        done.update({int(c.request_id): c for c in completions})
+    assert outcome([done[number] for number in range(len(PROMPTS))]) == outcome(clean)
+    seen = torch.cat([cache.flatten() for cache in engine._runner.v_caches])
+    assert not seen.isfinite().all() or seen.abs().max() > 1e6  # and they were broken
+    for name in ("broken a", "broken b"):
+        engine.abort(name)
 
 
 @pytest.mark.parametrize("seed", range(4))
