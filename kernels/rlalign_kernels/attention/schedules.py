@@ -6,24 +6,29 @@ they are safe ones. ``architecture`` is (major, minor); Triton's interpreter cou
 
 from __future__ import annotations
 
+import importlib
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from rlalign_kernels.attention.tile_plan import TilePlan, padded
 
+_log = logging.getLogger(__name__)
 # Rows of one sequence and key head that one tensor-core instruction takes: below, they would be padding.
 _FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's launch: rows and keys per tile, warps per program, pipeline stages."""
+    """One kernel's launch: rows and keys per tile, warps per program, pipeline stages, descriptors or pointers."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,46 @@ class Shape:
         return padded(max(self.head_dim, self.value_dim))
 
 
+@dataclass(frozen=True)
+class HopperTile:
+    """One warp-specialised kernel's launch: rows per tile, boxes in flight, registers of a consumer's and of the
+    producer's threads."""
+
+    block_m: int
+    num_stages: int
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+
+@cache
+def hopper_available(architecture: tuple[int, int]) -> bool:
+    """Whether Gluon's kernels can run: an sm_90 GPU, and a Triton with Gluon for it. Says so once where it lacks."""
+    if architecture != (9, 0) or not torch.cuda.is_available():
+        return False
+    try:
+        importlib.import_module("rlalign_kernels.attention.hopper_backend")
+    except (ImportError, AttributeError) as reason:
+        _log.warning("attention: the kernels for Hopper need another Triton (%s); slower ones give the same bits", reason)
+        return False
+    return True
+
+
+def hopper_forward_tile(shape: Shape, has_cap: bool) -> HopperTile | None:
+    """For sequences of many rows, None where the stock kernel runs: other head dims, float32, a soft cap."""
+    if not _fits_hopper(shape) or has_cap:
+        return None
+    return HopperTile(128, 2)
+
+
+def _fits_hopper(shape: Shape) -> bool:
+    return (
+        hopper_available(shape.architecture)
+        and shape.dtype in (torch.bfloat16, torch.float16)
+        and shape.head_dim == shape.value_dim
+        and shape.head_dim in (64, 128)
+    )
+
+
 def few_rows(shape: Shape) -> int:
     """Up to so many rows (queries x heads of a group) a sequence is decoded rather than prefilled."""
     return max(_FEWEST_ROWS, padded(shape.group))
@@ -55,10 +100,16 @@ def prefill_tile(shape: Shape, plan: TilePlan) -> Tile:
     return Tile(64, plan.kv_tile, 4, 2) if shape.architecture < (9, 0) else Tile(128, plan.kv_tile, 8, 2)
 
 
-def decode_tile(shape: Shape, plan: TilePlan) -> Tile:
-    """For at most ``few_rows`` rows: the time is that of reading the keys, so stages count and rows don't."""
-    stages = 3 if shape.architecture >= (9, 0) or shape.architecture == (8, 0) else 2
-    return Tile(few_rows(shape), plan.kv_tile, 4, stages)
+def decode_tile(shape: Shape, plan: TilePlan, num_programs: int, num_processors: int) -> Tile:
+    """For at most ``few_rows`` rows: the time is that of reading the keys.
+
+    A program that has a processor to itself reads far ahead; programs that share one leave each other the memory.
+    """
+    if shape.architecture < (9, 0):
+        return Tile(few_rows(shape), plan.kv_tile, 4, 3 if shape.architecture == (8, 0) else 2)
+    wide = shape.widest * shape.dtype.itemsize > 256
+    stages = 5 if num_programs <= num_processors and not wide else 3
+    return Tile(few_rows(shape), plan.kv_tile, 4, stages, tma=True)
 
 
 def dq_tile(shape: Shape) -> Tile:

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlalign_kernels.attention import schedules
 from rlalign_kernels.attention.schedules import Shape, Tile
@@ -20,6 +21,7 @@ from rlalign_kernels.attention.triton_backward import (
     attention_dq_kernel,
     attention_sink_kernel,
 )
+from rlalign_kernels.attention.triton_decode import attention_decode_kernel
 from rlalign_kernels.attention.triton_forward import attention_forward_kernel
 
 _LOG2E = 1.4426950408889634
@@ -92,20 +94,21 @@ def forward(
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
     launch = _Forward(q, keys, cu_seqlens_q, masking, sinks, out, lse)
+    shape, plan, processors = launch.shape, launch.plan, _num_processors(q.device)
+    num_splits = triton.cdiv(max(1, keys.longest), plan.split)
+    apart = keys.page_size > 0 and schedules.splits_apart(num_sequences, launch.kv_heads, num_splits, processors)
+    num_programs = num_sequences * launch.kv_heads * (num_splits if apart else 1)
     prefill, decode = tiles or (
-        schedules.prefill_tile(launch.shape, launch.plan),
-        schedules.decode_tile(launch.shape, launch.plan),
+        schedules.prefill_tile(shape, plan),
+        schedules.decode_tile(shape, plan, num_programs, processors),
     )
-    num_splits = triton.cdiv(max(1, keys.longest), launch.plan.split)
-    apart = keys.page_size > 0 and schedules.splits_apart(
-        num_sequences, launch.kv_heads, num_splits, _num_processors(q.device)
-    )
-    all_few = max_seqlen_q is not None and max_seqlen_q * launch.shape.group <= decode.block_m
+    most_rows = (q.shape[0] if max_seqlen_q is None else max_seqlen_q) * shape.group
+    all_few = most_rows <= decode.block_m
     if apart:
-        launch.decode(decode, num_splits)
+        launch.decode(decode, num_splits, most_rows)
         if not all_few:
             launch.prefill(prefill, num_splits, few_rows=decode.block_m)
-    else:
+    elif all_few or tiles or not launch.hopper(num_splits):
         launch.prefill(decode if all_few else prefill, num_splits, few_rows=0)
     return out, lse
 
@@ -135,51 +138,75 @@ class _Forward:
     def prefill(self, tile: Tile, num_splits: int, few_rows: int) -> None:
         """A program per row tile, through all of its keys. few_rows: sequences of no more rows are not its own."""
         num_tiles = self.q.shape[0] * self.shape.group // tile.block_m + self.num_sequences
-        self._run((num_tiles * self.kv_heads,), tile, num_splits, few_rows, None)
-
-    def decode(self, tile: Tile, num_splits: int) -> None:
-        """A program per split, for sequences of at most ``tile.block_m`` rows."""
-        grid = (num_splits, self.kv_heads, self.num_sequences)
-        slots = self.num_sequences * self.kv_heads * num_splits * tile.block_m
-        per_slot = 1 + self.plan.sum_width + padded(self.shape.value_dim)
-        space = _workspace(self.q.device, slots * per_slot, self.num_sequences * self.kv_heads)
-        self._run(grid, tile, num_splits, tile.block_m, (*space, slots))
-
-    def _run(
-        self,
-        grid: tuple[int, ...],
-        tile: Tile,
-        num_splits: int,
-        few_rows: int,
-        space: tuple[torch.Tensor, torch.Tensor, int] | None,
-    ) -> None:
-        q, keys, out, lse, shape, plan, masking = (
-            self.q, self.keys, self.out, self.lse, self.shape, self.plan, self.masking,
+        keys, paged = self.keys, self.keys.page_size > 0
+        tma, *boxes = self._boxes(tile)
+        attention_forward_kernel[(num_tiles * self.kv_heads,)](
+            self.q, keys.k, keys.v, *boxes, self.out, *self._optional(), self.cu_q, keys.cu_seqlens, keys.kv_lens,
+            keys.block_tables, *self._numbers(), self.num_sequences, *self._strides(),
+            keys.block_tables.stride(0) if paged else 0,
+            **self._constants(tile), FEW_ROWS=few_rows, ONE_SPLIT=num_splits == 1, TMA=tma,
         )  # fmt: skip
-        k, v = keys.k, keys.v
-        paged = keys.page_size > 0
+
+    def decode(self, tile: Tile, num_splits: int, most_rows: int) -> None:
+        """A program per split, for sequences of at most ``tile.block_m`` rows; no sequence has more than most_rows."""
+        places = self.num_sequences * self.kv_heads
+        slots = places * num_splits * tile.block_m
+        width = self.plan.sum_width
+        floats, arrived = _workspace(self.q.device, slots * (1 + width + padded(self.shape.value_dim)), places)
+        keys = self.keys
+        tma, *boxes = self._boxes(tile)
+        attention_decode_kernel[(num_splits, self.kv_heads, self.num_sequences)](
+            self.q, keys.k, keys.v, *boxes, self.out, *self._optional(), self.cu_q, keys.kv_lens, keys.block_tables,
+            floats, floats[slots:], floats[slots * (1 + width) :], arrived, *self._numbers(), num_splits,
+            *self._strides(), keys.block_tables.stride(0),
+            **self._constants(tile), MERGE_ROWS=min(tile.block_m, triton.next_power_of_2(most_rows)), TMA=tma,
+        )  # fmt: skip
+
+    def _optional(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-sum-exp and sinks, or something in their place that is not read."""
+        return self.q if self.lse is None else self.lse, self.q if self.sinks is None else self.sinks
+
+    def _numbers(self) -> tuple[float, float, int, int]:
+        masking = self.masking
+        return masking.multiplier, masking.cap_scale, masking.left or 0, masking.right or 0
+
+    def _strides(self) -> tuple[int, ...]:
+        q, k, v, out = self.q, self.keys.k, self.keys.v, self.out
+        paged = self.keys.page_size > 0
+        return (
+            q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3), k.stride(-2),
+            v.stride(0) if paged else 0, v.stride(-3), v.stride(-2), out.stride(0), out.stride(1), out.shape[1],
+        )  # fmt: skip
+
+    def _constants(self, tile: Tile) -> dict[str, object]:
+        shape, plan, masking = self.shape, self.plan, self.masking
         if tile.block_n != plan.kv_tile:
             raise ValueError(f"attention: a tile of {tile.block_n} keys is another plan than {plan.kv_tile}")
-        part_m = part_l = part_acc = arrived = q
-        if space is not None:
-            floats, arrived, slots = space
-            part_m, part_l = floats, floats[slots:]
-            part_acc = floats[slots * (1 + plan.sum_width) :]
-        attention_forward_kernel[grid](
-            q, k, v, out, q if lse is None else lse, q if self.sinks is None else self.sinks, self.cu_q,
-            keys.cu_seqlens, keys.kv_lens, keys.block_tables, part_m, part_l, part_acc, arrived,
-            masking.multiplier, masking.cap_scale, masking.left or 0, masking.right or 0,
-            self.num_sequences, num_splits, q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3),
-            k.stride(-2), v.stride(0) if paged else 0, v.stride(-3), v.stride(-2), out.stride(0), out.stride(1),
-            out.shape[1], keys.block_tables.stride(0) if paged else 0,
+        return dict(
             GROUP=shape.group, KV_HEADS=self.kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=padded(shape.head_dim),
-            BLOCK_DV=padded(shape.value_dim), SPLIT=plan.split, WIDTH=plan.sum_width, PAGE=keys.page_size,
+            BLOCK_DV=padded(shape.value_dim), SPLIT=plan.split, WIDTH=plan.sum_width, PAGE=self.keys.page_size,
             HAS_LEFT=masking.left is not None, HAS_RIGHT=masking.right is not None,
-            HAS_CAP=masking.softcap is not None, HAS_SINK=self.sinks is not None, HAS_LSE=lse is not None,
-            SPLIT_PROGRAMS=space is not None, FEW_ROWS=few_rows, ONE_SPLIT=space is not None or num_splits == 1,
+            HAS_CAP=masking.softcap is not None, HAS_SINK=self.sinks is not None, HAS_LSE=self.lse is not None,
             PRECISION="ieee", STAGES=tile.num_stages, num_warps=tile.num_warps,
         )  # fmt: skip
+
+    def _boxes(self, tile: Tile) -> tuple[bool, object, object]:
+        """(True, descriptors of keys and values) where whole tiles may be read by them."""
+        found = [_box(x, self.keys.page_size, tile.block_n) for x in (self.keys.k, self.keys.v)] if tile.tma else []
+        return (True, *found) if found and None not in found else (False, None, None)
+
+
+def _box(x: torch.Tensor, page: int, block_n: int) -> TensorDescriptor | None:
+    """Of rows [block_n, D] of one head, if such boxes lie in one piece and at addresses that the hardware takes."""
+    heads, dim = x.shape[-2:]
+    row = x.stride(-3)
+    if page and (page < block_n or x.stride(0) != page * row):
+        return None
+    if padded(dim) != dim or x.stride(-2) != dim or row * x.element_size() % 16 or x.data_ptr() % 16:
+        return None
+    rows = x.shape[0] * max(1, page)
+    return TensorDescriptor(x, [rows, heads * dim], [row, 1], [block_n, dim])
 
 
 class PackedAttention(torch.autograd.Function):

@@ -1,8 +1,7 @@
 """Attention forward in stock Triton, over packed rows or pages: any lengths, chunks and batches, one plan.
 
 A program holds BLOCK_M rows of one sequence and key head: a row is a (query position, head of the group) pair, so that
-a group's heads share the keys they read. It runs through all of its keys, or, where few rows meet many keys, through
-one split of them; then the program that comes last merges the splits' states.
+a group's heads share the keys they read. It runs through all of its keys.
 Promised: forward bits depend on the row's own keys alone. Accumulation: float32; see triton_tiles for the order.
 """
 
@@ -16,6 +15,7 @@ from rlalign_kernels.attention.triton_tiles import (
     empty_state,
     find_sequence,
     finish,
+    load_box,
     load_rows,
     merge,
     scores,
@@ -52,29 +52,35 @@ def key_range(
 
 
 @triton.jit
-def _run_tiles(
+def run_tiles(
     low, high, begin, m, den, acc, m_all, den_all, acc_all,
-    q, k_ptr, v_ptr, table_ptr, position, num_keys, offs_d, offs_dv,
+    q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, row0, kv_head, position, num_keys, offs_d, offs_dv,
     c, cap_scale, left, right, stride_kp, stride_kn, stride_vp, stride_vn,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr, MASKED: tl.constexpr,
-    ONE_SPLIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ONE_SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles [low, high) of a run of keys that began at ``begin``."""
     for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
-        k = load_rows(
-            k_ptr, table_ptr, n, num_keys, offs_d, stride_kp, stride_kn, PAGE, MASKED, HEAD_DIM, BLOCK_D,
-            PAGE >= BLOCK_N,
-        )  # fmt: skip
+        if TMA:
+            k = load_box(k_desc, table_ptr, row0, start, kv_head * HEAD_DIM, PAGE)
+        else:
+            k = load_rows(
+                k_ptr, table_ptr, n, num_keys, offs_d, stride_kp, stride_kn, PAGE, MASKED, HEAD_DIM, BLOCK_D,
+                PAGE >= BLOCK_N,
+            )  # fmt: skip
         s = scores(q, k, cap_scale, HAS_CAP, PRECISION)
         if MASKED:
             s = tl.where(visible(position, n, num_keys, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
-        v = load_rows(
-            v_ptr, table_ptr, n, num_keys, offs_dv, stride_vp, stride_vn, PAGE, MASKED, VALUE_DIM, BLOCK_DV,
-            PAGE >= BLOCK_N,
-        )  # fmt: skip
+        if TMA:
+            v = load_box(v_desc, table_ptr, row0, start, kv_head * VALUE_DIM, PAGE)
+        else:
+            v = load_rows(
+                v_ptr, table_ptr, n, num_keys, offs_dv, stride_vp, stride_vn, PAGE, MASKED, VALUE_DIM, BLOCK_DV,
+                PAGE >= BLOCK_N,
+            )  # fmt: skip
         if not ONE_SPLIT:  # noqa: SIM102  a constexpr: decided when compiled
             if (start % SPLIT == 0) & (start > begin):
                 m_all, den_all, acc_all = merge(m_all, den_all, acc_all, m, den, acc)
@@ -88,7 +94,7 @@ def _run_tiles(
 
 
 @triton.jit
-def _store(
+def store_rows(
     m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask,
     M: tl.constexpr, WIDTH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -100,44 +106,33 @@ def _store(
 
 @triton.jit
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sink_ptr, cu_q_ptr, cu_k_ptr, kv_lens_ptr, table_ptr,
-    part_m_ptr, part_den_ptr, part_acc_ptr, arrived_ptr,
-    c, cap_scale, left, right, num_sequences, num_splits,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, sink_ptr, cu_q_ptr, cu_k_ptr, kv_lens_ptr, table_ptr,
+    c, cap_scale, left, right, num_sequences,
     stride_qt, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh,
     stride_ot, stride_oh, stride_lt, stride_table,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINK: tl.constexpr,
-    HAS_LSE: tl.constexpr, SPLIT_PROGRAMS: tl.constexpr, FEW_ROWS: tl.constexpr, ONE_SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_LSE: tl.constexpr, FEW_ROWS: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one axis of row tiles x key heads; or (splits, key heads, sequences) with SPLIT_PROGRAMS.
+    """Grid: row tiles x key heads.
 
-    FEW_ROWS > 0: sequences of at most that many rows belong to the launch with SPLIT_PROGRAMS, the others to the one
-    without. ONE_SPLIT: no program meets keys of more than one split.
+    FEW_ROWS: sequences of at most that many rows are triton_decode's. ONE_SPLIT: no sequence has more than one split.
     """
-    if SPLIT_PROGRAMS:
-        split = tl.program_id(0)
-        kv_head = tl.program_id(1)
-        b = tl.program_id(2)
-        row0 = 0
-    else:
-        pid = tl.program_id(0)
-        kv_head = pid % KV_HEADS
-        # the last tiles of a causal sequence have the most keys: they go first
-        tile = tl.num_programs(0) // KV_HEADS - 1 - pid // KV_HEADS
-        b, first_tile = find_sequence(tile, cu_q_ptr, num_sequences, GROUP, BLOCK_M)
-        row0 = (tile - first_tile) * BLOCK_M
-        split = 0
+    pid = tl.program_id(0)
+    kv_head = pid % KV_HEADS
+    # the last tiles of a causal sequence have the most keys: they go first
+    tile = tl.num_programs(0) // KV_HEADS - 1 - pid // KV_HEADS
+    b, first_tile = find_sequence(tile, cu_q_ptr, num_sequences, GROUP, BLOCK_M)
+    row0 = (tile - first_tile) * BLOCK_M
     q_begin = tl.load(cu_q_ptr + b)
     num_queries = tl.load(cu_q_ptr + b + 1) - q_begin
     num_rows = num_queries * GROUP
-    if row0 >= num_rows:
+    if (row0 >= num_rows) | (num_rows <= FEW_ROWS):
         return
-    if FEW_ROWS > 0:  # noqa: SIM102  a constexpr: decided when compiled
-        if (num_rows <= FEW_ROWS) != SPLIT_PROGRAMS:
-            return
+    k_begin = 0
     if PAGE == 0:
         k_begin = tl.load(cu_k_ptr + b)
         num_keys = tl.load(cu_k_ptr + b + 1) - k_begin
@@ -152,15 +147,6 @@ def attention_forward_kernel(
     begin, whole, part, end = key_range(
         row0, num_queries, num_keys, left, right, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
-    first_split = begin // SPLIT
-    last_split = tl.maximum(tl.maximum(end - 1, 0) // SPLIT, first_split)
-    if SPLIT_PROGRAMS:
-        if (split < first_split) | (split > last_split):
-            return
-        begin = tl.maximum(begin, split * SPLIT)
-        end = tl.minimum(end, (split + 1) * SPLIT)
-        whole = tl.minimum(tl.maximum(whole, begin), end)
-        part = tl.minimum(tl.maximum(part, whole), (split + 1) * SPLIT)
 
     rows = row0 + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -175,26 +161,26 @@ def attention_forward_kernel(
     m, den, acc = empty_state(BLOCK_M, BLOCK_DV, WIDTH)
     m_all, den_all, acc_all = empty_state(BLOCK_M, BLOCK_DV, WIDTH)
     if HAS_LEFT:
-        m, den, acc, m_all, den_all, acc_all = _run_tiles(
+        m, den, acc, m_all, den_all, acc_all = run_tiles(
             begin, whole, begin, m, den, acc, m_all, den_all, acc_all,
-            q, k_ptr, v_ptr, table_ptr, position, num_keys, offs_d, offs_dv,
+            q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, k_begin, kv_head, position, num_keys, offs_d, offs_dv,
             c, cap_scale, left, right, stride_kp, stride_kn, stride_vp, stride_vn,
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SPLIT, WIDTH, PAGE,
-            HAS_LEFT, HAS_RIGHT, HAS_CAP, True, ONE_SPLIT, PRECISION, 1,
+            HAS_LEFT, HAS_RIGHT, HAS_CAP, True, ONE_SPLIT, False, PRECISION, 1,
         )  # fmt: skip
-    m, den, acc, m_all, den_all, acc_all = _run_tiles(
+    m, den, acc, m_all, den_all, acc_all = run_tiles(
         whole, part, begin, m, den, acc, m_all, den_all, acc_all,
-        q, k_ptr, v_ptr, table_ptr, position, num_keys, offs_d, offs_dv,
+        q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, k_begin, kv_head, position, num_keys, offs_d, offs_dv,
         c, cap_scale, left, right, stride_kp, stride_kn, stride_vp, stride_vn,
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SPLIT, WIDTH, PAGE,
-        HAS_LEFT, HAS_RIGHT, HAS_CAP, False, ONE_SPLIT, PRECISION, STAGES,
+        HAS_LEFT, HAS_RIGHT, HAS_CAP, False, ONE_SPLIT, TMA, PRECISION, STAGES,
     )  # fmt: skip
-    m, den, acc, m_all, den_all, acc_all = _run_tiles(
+    m, den, acc, m_all, den_all, acc_all = run_tiles(
         part, end, begin, m, den, acc, m_all, den_all, acc_all,
-        q, k_ptr, v_ptr, table_ptr, position, num_keys, offs_d, offs_dv,
+        q, k_ptr, v_ptr, k_desc, v_desc, table_ptr, k_begin, kv_head, position, num_keys, offs_d, offs_dv,
         c, cap_scale, left, right, stride_kp, stride_kn, stride_vp, stride_vn,
         HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, SPLIT, WIDTH, PAGE,
-        HAS_LEFT, HAS_RIGHT, HAS_CAP, True, ONE_SPLIT, PRECISION, 1,
+        HAS_LEFT, HAS_RIGHT, HAS_CAP, True, ONE_SPLIT, False, PRECISION, 1,
     )  # fmt: skip
 
     sink = tl.zeros([BLOCK_M], tl.float32)
@@ -203,34 +189,5 @@ def attention_forward_kernel(
     out_ptrs = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + offs_dv[None, :]
     lse_ptrs = lse_ptr + token * stride_lt + head
     out_mask = mine[:, None] & (offs_dv < VALUE_DIM)[None, :]
-    if SPLIT_PROGRAMS:
-        if last_split > first_split:
-            # states wait in [B, key heads, splits, BLOCK_M, ...] for the program that comes last
-            lane = tl.arange(0, BLOCK_M)
-            wide = tl.arange(0, WIDTH)
-            place = b.to(tl.int64) * KV_HEADS + kv_head
-            slot = (place * num_splits + split) * BLOCK_M + lane
-            tl.store(part_m_ptr + slot, m, mask=mine)
-            tl.store(part_den_ptr + slot[:, None] * WIDTH + wide[None, :], den, mask=mine[:, None])
-            tl.store(part_acc_ptr + slot[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=mine[:, None])
-            tl.debug_barrier()
-            if tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == last_split - first_split:
-                tl.store(arrived_ptr + place, 0)
-                for other in tl.range(first_split, last_split + 1, num_stages=1):
-                    slot = (place * num_splits + other) * BLOCK_M + lane
-                    den_ptrs = part_den_ptr + slot[:, None] * WIDTH + wide[None, :]
-                    acc_ptrs = part_acc_ptr + slot[:, None] * BLOCK_DV + offs_dv[None, :]
-                    # .cg: other programs wrote these, past this one's cache
-                    m = tl.load(part_m_ptr + slot, mask=mine, other=0.0, cache_modifier=".cg")
-                    den = tl.load(den_ptrs, mask=mine[:, None], other=0.0, cache_modifier=".cg")
-                    acc = tl.load(acc_ptrs, mask=mine[:, None], other=0.0, cache_modifier=".cg")
-                    m_all, den_all, acc_all = merge(m_all, den_all, acc_all, m, den, acc)
-                _store(
-                    m_all, den_all, acc_all, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE
-                )
-        else:
-            m, den, acc = merge(m_all, den_all, acc_all, m, den, acc)
-            _store(m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)
-    else:
-        m, den, acc = merge(m_all, den_all, acc_all, m, den, acc)
-        _store(m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)
+    m, den, acc = merge(m_all, den_all, acc_all, m, den, acc)
+    store_rows(m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)

@@ -151,6 +151,19 @@ def load_rows(
 
 
 @triton.jit
+def load_box(desc, table_ptr, row0, start, column, PAGE: tl.constexpr):
+    """[N, D] by a tensor descriptor: rows from ``start`` of a sequence that begins at row0, or through its page table.
+
+    Only for rows that all belong to the sequence: a box does not stop where it ends.
+    """
+    if PAGE == 0:
+        row = row0 + start
+    else:
+        row = tl.load(table_ptr + start // PAGE) * PAGE + start % PAGE
+    return desc.load([row.to(tl.int32), column])
+
+
+@triton.jit
 def find_sequence(tile, cu_ptr, num_sequences, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """(b, first): the sequence that tile ``tile`` of a batch belongs to, and that sequence's first tile.
 
