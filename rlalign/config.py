@@ -143,6 +143,15 @@ class AlgorithmConfig:
             )
         return self
 
+    @model_validator(mode="after")
+    def _batch_can_be_split(self) -> AlgorithmConfig:
+        if self.minibatches > (samples := self.prompts_per_step * self.group_size):
+            raise ValueError(
+                f"algorithm.minibatches={self.minibatches} of prompts_per_step * group_size = {samples} samples: "
+                "one would be empty"
+            )
+        return self
+
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainerConfig:

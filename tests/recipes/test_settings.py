@@ -141,6 +141,7 @@ def test_cfg_job_prints_the_settings(recipe):
         (["+engine.no_such=1"], "engine.no_such"),
         (["sampling.temperature=-1"], "sampling.temperature"),
         (["algorithm.group_size=1"], "group_size=1"),
+        (["algorithm.minibatches=257"], "minibatches=257"),
         (["+sampling.n=4"], "algorithm.group_size"),
         (["task=gsm8k"], "task.path"),
         (["task=gsm8k", "task.path=no.jsonl", "model.path=x"], "model.path=x"),
