@@ -147,6 +147,24 @@ class _Forward:
             **self._constants(tile), FEW_ROWS=few_rows, ONE_SPLIT=num_splits == 1, TMA=tma,
         )  # fmt: skip
 
+    def hopper(self, num_splits: int) -> bool:
+        """Warp-specialised, where that kernel takes the call; the same bits."""
+        tile = schedules.hopper_forward_tile(self.shape, self.masking.softcap is not None)
+        if tile is None or self.keys.page_size > 0:
+            return False
+        from rlalign_kernels.attention import hopper_backend
+
+        k, v = self.keys.k, self.keys.v
+        if not hopper_backend.in_boxes(self.q, k, v):
+            return False
+        _, counter = _workspace(self.q.device, 0, 1)
+        hopper_backend.forward(
+            self.q, k, v, self.out, self.lse, self.sinks, self.cu_q, self.keys.cu_seqlens, counter, self.plan, tile,
+            _num_processors(self.q.device), multiplier=self.masking.multiplier, left=self.masking.left,
+            right=self.masking.right, one_split=num_splits == 1,
+        )  # fmt: skip
+        return True
+
     def decode(self, tile: Tile, num_splits: int, most_rows: int) -> None:
         """A program per split, for sequences of at most ``tile.block_m`` rows; no sequence has more than most_rows."""
         places = self.num_sequences * self.kv_heads
