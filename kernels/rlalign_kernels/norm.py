@@ -16,7 +16,7 @@ import torch
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
 from rlalign_kernels.reference.elementwise import scalar
-from rlalign_kernels.reference.gemm import ROW_TILE, gemm_schedule, product_nt
+from rlalign_kernels.reference.gemm import ROW_TILE, fill_tile, gemm_schedule, product_nt
 
 # Longest sum of squares in one chain of additions.
 ONE_CHAIN = 32
@@ -44,10 +44,12 @@ def probe_norm(size: int) -> None:
 def _root(x: torch.Tensor, eps: float) -> torch.Tensor:
     """sqrt(mean square + eps), float32 [..., 1]."""
     size = x.shape[-1]
-    means = (x * x).reshape(-1, size)
-    for weight in _mean_weights(size, x.device):
+    squares = (x * x).reshape(-1, size)
+    weights = _mean_weights(size, x.device)
+    means = fill_tile(squares, weights[0])
+    for weight in weights:
         means = product_nt(means, weight)
-    return means[:, :1].add_(scalar(eps, x.device)).sqrt_().view(*x.shape[:-1], 1)
+    return means[: squares.shape[0], :1].add_(scalar(eps, x.device)).sqrt_().view(*x.shape[:-1], 1)
 
 
 def _scale(weight: torch.Tensor, offset: float) -> torch.Tensor:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from rlalign_kernels import LogprobOutput, SampleOutput, SamplingRows, linear_logprob, linear_sample
+from rlalign_kernels import LogprobOutput, SampleOutput, SamplingRows, linear_logprob, linear_sample, probe
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext
+from rlalign.modeling.layers import AlignedLinear, AlignedRMSNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,9 @@ class Policy:
             raise ValueError(f"{type(model).__name__} has no output embedding: a causal LM is needed")
         self.head: nn.Linear = head
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        self.kv_layout: list[KVShape] = self._probe_layers()
+        layers = self._see_layers()
+        self.kv_layout: list[KVShape] = layers.kv_layout()
+        self._probe_operators(layers)
         self._check_head()
 
     @property
@@ -150,17 +153,26 @@ class Policy:
             mine.copy_(theirs)
 
     @torch.no_grad()
-    def _probe_layers(self) -> list[KVShape]:
-        """Each layer's cache shape, seen rather than derived from config fields whose names differ by model.
-
-        Being the first forward, it also makes every operator probe the shapes of this model, before the first token.
-        """
+    def _see_layers(self) -> _KVRecorder:
+        """Each layer's attention shapes, seen rather than derived from config fields whose names differ by model."""
         recorder = _KVRecorder(PackedContext(torch.tensor([0, 2], dtype=torch.int32, device=self.device)))
         self.hidden(*self._probe_rows(), recorder)
-        layers = sorted(recorder.shapes)
-        if layers != list(range(len(layers))):
-            raise ValueError(f"layer_idx of the attention layers are {layers}: expected 0 … n-1, one cache per layer")
-        return [recorder.shapes[layer] for layer in layers]
+        return recorder
+
+    def _probe_operators(self, layers: _KVRecorder) -> None:
+        """The start-up probe: every operator is measured on this model's shapes before the first token.
+
+        Only the reference backend on a CPU has schedules that need it.
+        """
+        if self.backend != "reference" or self.device.type != "cpu":
+            return
+        shapes: set[tuple[str, tuple[int, ...]]] = {("attention", shape) for shape in layers.attention}
+        for module in self.model.modules():
+            if isinstance(module, AlignedRMSNorm):
+                shapes.add(("rms_norm", tuple(module.weight.shape)))
+            elif isinstance(module, AlignedLinear) and module is not self.head:
+                shapes.add(("linear", tuple(module.weight.shape)))
+        probe([*sorted(shapes), ("linear_logprob", tuple(self.head.weight.shape))])
 
     def _probe_rows(self) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor([0, 1], device=self.device)
@@ -190,13 +202,24 @@ class Policy:
 
 @dataclass(slots=True)
 class _KVRecorder:
-    """A context that remembers what shape each layer's keys and values have."""
+    """A context that remembers what shape each layer's keys and values have.
+
+    attention: (head_dim, value_dim, query heads per key head) of all layers.
+    """
 
     inner: PackedContext
     shapes: dict[int, KVShape] = field(default_factory=dict)
+    attention: set[tuple[int, int, int]] = field(default_factory=set)
+
+    def kv_layout(self) -> list[KVShape]:
+        layers = sorted(self.shapes)
+        if layers != list(range(len(layers))):
+            raise ValueError(f"layer_idx of the attention layers are {layers}: expected 0 … n-1, one cache per layer")
+        return [self.shapes[layer] for layer in layers]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         self.shapes[call.layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
+        self.attention.add((key.shape[2], value.shape[2], query.shape[1] // key.shape[1]))
         return self.inner.attend(query, key, value, call)
 
 

@@ -6,14 +6,25 @@ import json
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import rlalign_kernels
 import torch
-from rlalign_kernels import CONFORMANCE, Fingerprint, Plan, fingerprint, linear, probe, running_operator
+from rlalign_kernels import (
+    CONFORMANCE,
+    Fingerprint,
+    Plan,
+    attention_packed,
+    content,
+    fingerprint,
+    linear,
+    probe,
+    running_operator,
+)
+from rlalign_kernels.reference import attention, gemm
 from rlalign_kernels.reference import elementwise as elementwise_module
-from rlalign_kernels.reference import gemm
 from support_kernels import normal, same_bits
 
 _CHILD = Path(__file__).with_name("invariance_child.py")
@@ -63,6 +74,32 @@ def test_a_narrower_verdict_changes_the_schedule_and_no_bit(monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda a, b, **kwargs: tiles.append(a.shape[0]) or real(a, b, **kwargs))
     assert same_bits(linear(x, weight, backend="reference"), whole)
     assert set(tiles) == {base}
+
+
+def test_fewer_rows_and_keys_than_a_tile_change_no_bit(monkeypatch):
+    lengths, group = torch.tensor([1, 9, 30, 64, 100]), 2
+    cu_k = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
+    cu_q = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    total = int(cu_k[-1])
+    q, k, v = normal(5, 4, 16, seed=4), normal(total, 2, 16, seed=5), normal(total, 2, 16, seed=6)
+
+    def decode():
+        shapes.clear()
+        return attention_packed(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, scale=0.3, backend="reference")
+
+    shapes: set[tuple[int, int]] = set()
+    real = attention.product_batched
+    monkeypatch.setattr(attention, "product_batched", lambda a, b, s: shapes.add(tuple(a.shape[1:])) or real(a, b, s))
+    short = decode()
+    narrow = set(shapes)
+    monkeypatch.setattr(attention.Products, "_proven", lambda self, rows, keys: False)
+    monkeypatch.setattr(content._CACHE, "_values", OrderedDict())
+    assert same_bits(decode(), short)
+    base = attention.products(16, 16).base
+    assert shapes == {(base, 16), (base, 64)}
+    # Where the machine refuses all short forms, both runs are the same one.
+    proven = attention.Products(base, 16, 16).schedules(group, 16)
+    assert narrow != shapes or not all(schedule.proven for schedule in proven)
 
 
 def test_a_machine_without_an_invariant_schedule_is_refused(monkeypatch):

@@ -31,6 +31,8 @@ MAX_TALL_WORK = 2**27
 K_BLOCK = 384
 N_BLOCK = 2048
 MAX_BATCH = 128
+# Batch sizes that are tried; one between them is cut into two. All 128 would take five times as long.
+BATCH_SIZES = (*range(1, 33), *range(36, 65, 4), *range(72, MAX_BATCH + 1, 8))
 MAX_BATCH_ROWS = 4096
 
 
@@ -98,6 +100,13 @@ def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     """x [r, K] followed by zero rows: float32 [num_rows, K]; x itself if it has as many."""
     missing = num_rows - x.shape[0]
     return torch.cat((x, _zero_rows(missing, x.shape[1], x.device))) if missing else x
+
+
+def fill_tile(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [r, K] with the zero rows that ``product_nt`` would add for every product; x itself if that adds none."""
+    if not 0 < x.shape[0] < ROW_TILE or weight.shape[1] > K_BLOCK:
+        return x
+    return pad_rows(x, gemm_schedule(*weight.shape).tiles(x.shape[0])[-1][1])
 
 
 def product_nt(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -256,8 +265,8 @@ class BatchSchedule:
         return self.largest[1] == 1
 
     def report(self) -> dict[str, object]:
-        failed = [n for n, size in enumerate(self.largest) if size != n]
-        return {"base": self.base, "tried": len(self.largest) - 1, "failed": failed}
+        failed = [n for n in BATCH_SIZES if n < len(self.largest) and self.largest[n] != n]
+        return {"base": self.base, "largest": len(self.largest) - 1, "failed": failed}
 
 
 def product_batched(a: torch.Tensor, b: torch.Tensor, schedule: BatchSchedule) -> torch.Tensor:
@@ -336,8 +345,6 @@ def _largest_batches(
     truth = torch.stack([_by_row_tile(padded[i], b[i], base)[:rows, :width] for i in range(limit)])
     a = a[:, :, :depth].contiguous()
     b = b.transpose(1, 2)[:, :width].contiguous().transpose(1, 2) if transposed else b[:, :depth].contiguous()
-    largest = [0]
-    for size in range(1, limit + 1):
-        proven = same_bits(torch.bmm(a[:size], b[:size]), truth[:size])
-        largest.append(size if proven else largest[-1])
-    return tuple(largest)
+    tried = [size for size in BATCH_SIZES if size <= limit]
+    proven = {size for size in tried if same_bits(torch.bmm(a[:size], b[:size]), truth[:size])}
+    return tuple(max((size for size in proven if size <= n), default=0) for n in range(tried[-1] + 1))

@@ -14,22 +14,27 @@ from rlalign_kernels.rows import SampleOutput, SamplingRows
 class _Draw:
     """Running argmax of noisy logits; the lowest id wins a tie, since a later block must be greater."""
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.best = torch.full((num_rows,), -torch.inf, device=device)
-        self.token = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.logit = torch.full((num_rows,), -torch.inf, device=device)
-        self.raw = torch.full((num_rows,), -torch.inf, device=device)
+    def __init__(self) -> None:
+        self.best: torch.Tensor | None = None
+        self.token: torch.Tensor | None = None
+        self.logit: torch.Tensor | None = None
+        self.raw: torch.Tensor | None = None
 
     def add(self, noisy: torch.Tensor, logits: torch.Tensor, raw: torch.Tensor | None, start: int) -> None:
         # Documented: the index is that of the first maximum.
         value, local = noisy.max(1)
+        index = local.unsqueeze(1)
+        logit = logits.gather(1, index).squeeze(1)
+        raw_logit = None if raw is None else raw.gather(1, index).squeeze(1)
+        if self.best is None:
+            self.best, self.token, self.logit, self.raw = value, local, logit, raw_logit
+            return
         better = value > self.best
         self.best = torch.where(better, value, self.best)
         self.token = torch.where(better, local + start, self.token)
-        index = local.unsqueeze(1)
-        self.logit = torch.where(better, logits.gather(1, index).squeeze(1), self.logit)
-        if raw is not None:
-            self.raw = torch.where(better, raw.gather(1, index).squeeze(1), self.raw)
+        self.logit = torch.where(better, logit, self.logit)
+        if raw_logit is not None:
+            self.raw = torch.where(better, raw_logit, self.raw)
 
 
 def linear_sample(
@@ -58,7 +63,11 @@ def linear_sample(
             part = rows if size == num_rows and chunk.stop - chunk.start == num_rows else rows[at]
             draw = _Chunk(hidden[at].float(), head, part, seeds.view(torch.int64)[at], positions[at])
             ban = None if banned is None else banned[at]
-            token[at], values[:, at] = draw.run(needs_support, ban, raw_logprobs)
+            drawn = draw.run(needs_support, ban, raw_logprobs)
+            if part is rows:
+                token, values = drawn
+            else:
+                token[at], values[:, at] = drawn
     return SampleOutput(token, values[0], values[1] if raw_logprobs else None)
 
 
@@ -78,7 +87,7 @@ class _Chunk:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token [r] and (logprob, raw logprob) [2, r]."""
         scan, raw_scan = Scan(entropy=False), Scan(entropy=False)
-        draw = _Draw(self.hidden.shape[0], self.hidden.device)
+        draw = _Draw()
         full, support = self._support(banned) if needs_support else (None, None)
         separate = raw_logprobs and (needs_support or self.temperature is not None)
         for start in self.head.blocks():
