@@ -157,10 +157,10 @@ def load_box(desc, table_ptr, row0, start, column, PAGE: tl.constexpr):
     Only for rows that all belong to the sequence: a box does not stop where it ends.
     """
     if PAGE == 0:
-        row = row0 + start
+        row = row0.to(tl.int32) + start
     else:
-        row = tl.load(table_ptr + start // PAGE) * PAGE + start % PAGE
-    return desc.load([row.to(tl.int32), column])
+        row = tl.load(table_ptr + start // PAGE).to(tl.int32) * PAGE + start % PAGE
+    return desc.load([row, column])
 
 
 @triton.jit
