@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from rlalign.config import ClusterConfig
 ActorDied = RayActorError
 # so small that actors never wait for a CPU: they take turns, and their thread counts are fixed anyway
 _CPUS_PER_ACTOR = 0.05
-_START_SECONDS = 180.0
+_START_SECONDS = 300.0  # importing torch on a busy machine takes minutes
 _CONNECT_SECONDS = 5.0
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -105,10 +105,10 @@ def stop_actor(handle: Any) -> None:
     ray.kill(handle, no_restart=True)
 
 
-def fetch(reference: Any, *, timeout: float | None = None) -> Any:
+def fetch(reference: Any) -> Any:
     """The result of a call. What the actor raised is raised here as itself; its traceback hangs on it as a note."""
     try:
-        return ray.get(reference, timeout=timeout)
+        return ray.get(reference)
     except RayTaskError as error:
         cause = error.cause
         if not isinstance(cause, Exception):
@@ -117,14 +117,26 @@ def fetch(reference: Any, *, timeout: float | None = None) -> Any:
         raise cause from None
 
 
-def fetch_started(references: list[Any]) -> list[Any]:
-    """Results of the actors' first calls. Raises ValueError when the cluster has no room for them."""
-    try:
-        return [fetch(reference, timeout=_START_SECONDS) for reference in references]
-    except ray.exceptions.GetTimeoutError:
+def wait_started(actors: Mapping[str, Any]) -> None:
+    """Return when the process of every actor (name to handle) is up or gone; their next call tells which.
+
+    Raises ValueError naming those that did not start in time. Loading a model is no part of it: it takes what it takes.
+    """
+    references = {handle.__ray_ready__.remote(): name for name, handle in actors.items()}
+    _, waiting = ray.wait(list(references), num_returns=len(references), timeout=_START_SECONDS)
+    if waiting:
+        names = ", ".join(references[reference] for reference in waiting)
         raise ValueError(
-            f"{len(references)} actors did not start within {_START_SECONDS:.0f} s: has the cluster room for them?"
-        ) from None
+            f"did not start within {_START_SECONDS:g} s: {names}. Has the cluster room for {len(references)} actors?"
+        )
+
+
+def fetch_named(reference: Any, name: str) -> Any:
+    """The result of a call on the actor ``name``. Raises RuntimeError naming it if its process is gone."""
+    try:
+        return fetch(reference)
+    except ActorDied as error:
+        raise RuntimeError(f"{name} died: {_first_line(error)}") from error
 
 
 class Remote:
@@ -144,10 +156,7 @@ class Remote:
 
     def wait_for(self, reference: Any) -> Any:
         """The result of a call that was made on the handle."""
-        try:
-            return fetch(reference)
-        except ActorDied as error:
-            raise RuntimeError(f"{self._name} died: {_first_line(error)}") from error
+        return fetch_named(reference, self._name)
 
 
 def _first_line(error: Exception) -> str:

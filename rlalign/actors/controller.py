@@ -12,7 +12,16 @@ from typing import Any
 
 from rlalign_kernels import Fingerprint
 
-from rlalign.actors.cluster import ActorDied, Remote, cluster, fetch, fetch_started, start_actor, stop_actor
+from rlalign.actors.cluster import (
+    ActorDied,
+    Remote,
+    cluster,
+    fetch,
+    fetch_named,
+    start_actor,
+    stop_actor,
+    wait_started,
+)
 from rlalign.actors.process import device_of
 from rlalign.actors.rollout_actor import RolloutActor, RolloutRequest
 from rlalign.actors.trainer_actor import TrainerActor
@@ -22,6 +31,7 @@ from rlalign.records import Completion, Prompt, Sample, derive_seed
 _LOG = logging.getLogger(__name__)
 # deaths of one actor within one rollout: beyond that it isn't an accident
 _MAX_RESTARTS = 3
+_TRAINER = "the trainer actor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +83,7 @@ class Controller:
             self._rollouts = [self._start(RolloutActor) for _ in range(self.config.cluster.num_rollout_actors)]
             entering.callback(lambda: [stop_actor(handle) for handle in self._rollouts])
             self._exit = entering.pop_all()
-        self.trainer = Remote(self._trainer_handle, "the trainer actor")
+        self.trainer = Remote(self._trainer_handle, _TRAINER)
         return self
 
     def __exit__(
@@ -82,15 +92,20 @@ class Controller:
         self._exit.close()
 
     def load(self, checkpoint: Path) -> None:
-        """Load the checkpoint everywhere and compare plans. Raises RuntimeError naming the fields that differ."""
+        """Load the checkpoint everywhere and compare plans. Raises RuntimeError naming the fields that differ.
+
+        Every actor reads the folder itself, by its absolute path. Raises ValueError for actors that don't start.
+        """
         config = self.config
         updates = config.run.steps * config.algorithm.epochs * config.algorithm.minibatches
         self._checkpoint = checkpoint.absolute()
+        names = [_TRAINER, *(_rollout(index) for index in range(len(self._rollouts)))]
+        wait_started(dict(zip(names, [self._trainer_handle, *self._rollouts], strict=True)))
         loading = [
             self._trainer_handle.load.remote(config, self._checkpoint, updates),
             *(handle.load.remote(config, self._checkpoint) for handle in self._rollouts),
         ]
-        self.plan, *others = fetch_started(loading)
+        self.plan, *others = [fetch_named(one, name) for name, one in zip(names, loading, strict=True)]
         for index, plan in enumerate(others):
             self._check_plan(plan, index)
 
@@ -126,14 +141,12 @@ class Controller:
         ]
         num_shards = min(len(self._rollouts), len(requests))
         shards = [requests[index::num_shards] for index in range(num_shards)]
-        pending = [
-            self._rollouts[index].generate.remote(shard, plant_fault=plant_fault and index == 0)
-            for index, shard in enumerate(shards)
-        ]
+        faults = [{"plant_fault": plant_fault and index == 0} for index in range(num_shards)]
+        pending = [self._rollouts[i].generate.remote(shards[i], **faults[i]) for i in range(num_shards)]
         groups: list[list[Completion]] = [[] for _ in prompts]
         stats: list[dict[str, float]] = []
         for index, (shard, one) in enumerate(zip(shards, pending, strict=True)):
-            groups[index::num_shards], its_stats = self._call(index, "generate", shard, pending=one)
+            groups[index::num_shards], its_stats = self._call(index, "generate", shard, pending=one, **faults[index])
             stats.append(its_stats)
         return _collect(prompts, groups, each, stats, step=step)
 
@@ -151,34 +164,39 @@ class Controller:
         share = 1.0 / (1 + self.config.cluster.num_rollout_actors) if self.device == "cuda" else 0.0
         return start_actor(cls, self.config.cluster, self.config.cluster.threads, num_gpus=share)
 
-    def _call(self, index: int, method: str, *args: Any, pending: Any) -> Any:
+    def _call(self, index: int, method: str, *args: Any, pending: Any, **kwargs: Any) -> Any:
         """The result of ``pending``, a call on a rollout actor; if its process dies, a new one makes the call again."""
         for attempt in range(1 + _MAX_RESTARTS):
             try:
                 if attempt > 0:
                     self._restart(index)
-                    pending = getattr(self._rollouts[index], method).remote(*args)
+                    pending = getattr(self._rollouts[index], method).remote(*args, **kwargs)
                 return fetch(pending)
             except ActorDied as error:
                 died = error
-                _LOG.warning("rollout actor %d died: it is restarted, and its requests run again", index)
-        raise RuntimeError(f"rollout actor {index} died {1 + _MAX_RESTARTS} times over the same call") from died
+                _LOG.warning("%s died: it is restarted, and its requests run again", _rollout(index))
+        raise RuntimeError(f"{_rollout(index)} died {1 + _MAX_RESTARTS} times over the same call") from died
 
     def _restart(self, index: int) -> None:
         """A new process with the weights that the others hold."""
         stop_actor(self._rollouts[index])
-        self._rollouts[index] = self._start(RolloutActor)
+        self._rollouts[index] = handle = self._start(RolloutActor)
         self.num_restarts += 1
-        self._check_plan(fetch(self._rollouts[index].load.remote(self.config, self._checkpoint)), index)
+        wait_started({_rollout(index): handle})
+        self._check_plan(fetch(handle.load.remote(self.config, self._checkpoint)), index)
         if self._weights is not None:
-            fetch(self._rollouts[index].load_weights.remote(self._weights))
+            fetch(handle.load_weights.remote(self._weights))
 
     def _check_plan(self, plan: Fingerprint, index: int) -> None:
         assert_same = self.config.numerics == "invariant"
         if assert_same and (fields := self.plan.difference(plan)):
             raise RuntimeError(
-                f"the trainer and rollout actor {index} would not compute the same bits: {'; '.join(fields)}"
+                f"the trainer and {_rollout(index)} would not compute the same bits: {'; '.join(fields)}"
             )
+
+
+def _rollout(index: int) -> str:
+    return f"rollout actor {index}"
 
 
 def _collect(

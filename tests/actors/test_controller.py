@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 
 import pytest
 import ray
 from rlalign_kernels import Fingerprint
 from support.runs import tiny_run
 
-from rlalign.actors import Controller
-from rlalign.actors.cluster import _check_address, fetch
+from rlalign.actors import Controller, cluster
+from rlalign.actors.cluster import _check_address, fetch, start_actor
 from rlalign.actors.weight_sync import WeightBundle
 from rlalign.config import Config, SamplingParams
 from rlalign.modeling import load_tokenizer, make_tiny_model
@@ -66,6 +68,80 @@ def test_a_dead_actor_is_replaced_when_weights_arrive(setting):
     ray.kill(actors._rollouts[0])
     actors.sync_weights()
     assert actors.weights_equal and outcome(actors.generate(prompts[:3], **STEP)) == before
+
+
+def test_a_planted_fault_survives_its_actor(setting):
+    actors, _, prompts = setting
+    clean = outcome(actors.generate(prompts[:3], **STEP))
+    planted = outcome(actors.generate(prompts[:3], **STEP, plant_fault=True))
+    ray.kill(actors._rollouts[0])
+    assert outcome(actors.generate(prompts[:3], **STEP, plant_fault=True)) == planted != clean
+
+
+def odd_actor(config, start_seconds=0.0, load_seconds=0.0, plan=None):
+    """Stands in for a rollout actor that is slow to start, or to load."""
+
+    class Odd:  # made here, so that its process gets it by value and imports nothing of ours
+        def __init__(self):
+            time.sleep(start_seconds)
+
+        def load(self, config, checkpoint):
+            time.sleep(load_seconds)
+            return plan and Fingerprint(plan)
+
+        def generate(self, requests, *, plant_fault):
+            raise NotImplementedError
+
+    return start_actor(Odd, config.cluster)
+
+
+@pytest.fixture
+def with_second(setting, monkeypatch):
+    """Puts an odd actor in the place of the second rollout actor; starting may take half a second from then on."""
+    actors, config, _ = setting
+    made = []
+
+    def replace(**behaviour):
+        made.append(odd_actor(config, **behaviour))
+        if not behaviour.get("start_seconds"):
+            ray.get(made[-1].__ray_ready__.remote())
+        monkeypatch.setattr(actors, "_rollouts", [actors._rollouts[0], made[-1]])
+        monkeypatch.setattr(cluster, "_START_SECONDS", 0.5)
+        return made[-1]
+
+    yield replace
+    for handle in made:
+        cluster.stop_actor(handle)
+
+
+def test_an_actor_that_never_starts_is_named(setting, with_second):
+    actors, *_ = setting
+    with_second(start_seconds=3600.0)
+    with pytest.raises(ValueError, match=r"within 0\.5 s: rollout actor 1\. Has the cluster room for 3 actors"):
+        actors.load(actors._checkpoint)
+
+
+def test_a_replacement_that_never_starts_is_named(setting, with_second, monkeypatch):
+    actors, _, prompts = setting
+    never = with_second(start_seconds=3600.0)
+    cluster.stop_actor(with_second())
+    monkeypatch.setattr(actors, "_start", lambda cls: never)
+    with pytest.raises(ValueError, match=r"did not start within 0\.5 s: rollout actor 1"):
+        actors.generate(prompts[:2], **STEP)
+
+
+def test_loading_may_take_longer_than_starting(setting, with_second):
+    actors, *_ = setting
+    with_second(load_seconds=1.5, plan=dict(actors.plan.fields))
+    actors.load(actors._checkpoint)
+
+
+def test_an_actor_that_dies_while_loading_is_named(setting, with_second):
+    actors, *_ = setting
+    dying = with_second(load_seconds=3600.0)
+    threading.Timer(0.5, cluster.stop_actor, [dying]).start()
+    with pytest.raises(RuntimeError, match="rollout actor 1 died"):
+        actors.load(actors._checkpoint)
 
 
 def test_weights_that_arrive_damaged_are_refused(setting):
