@@ -43,7 +43,9 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="rlalign-")  # short: Ray's sockets live in it
     options: dict[str, Any] = {"namespace": f"rlalign-{uuid.uuid4().hex}", "logging_level": "ERROR"}
     if config.address is None:
-        options |= {"include_dashboard": False, "_temp_dir": folder, "_node_ip_address": "127.0.0.1"}
+        # "local", since Ray would follow RAY_ADDRESS where nothing is said
+        options |= {"address": "local", "include_dashboard": False, "_temp_dir": folder}
+        options |= {"_node_ip_address": "127.0.0.1"}
     else:
         _check_address(config.address)
         options |= {"address": config.address}
