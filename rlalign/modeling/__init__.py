@@ -4,6 +4,7 @@ from rlalign.modeling.align import align
 from rlalign.modeling.audit import AuditError, AuditReport, Finding, audit
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext, PagedContext
 from rlalign.modeling.eos import eos_ids
+from rlalign.modeling.hf_attention import register_attention
 from rlalign.modeling.loading import as_policy, backend_for, load_model, load_policy, load_tokenizer, save_checkpoint
 from rlalign.modeling.policy import KVShape, Policy, hash_tensors
 from rlalign.modeling.sampling_rows import sampling_rows
@@ -29,6 +30,7 @@ __all__ = [
     "load_policy",
     "load_tokenizer",
     "make_tiny_model",
+    "register_attention",
     "sampling_rows",
     "save_checkpoint",
 ]

@@ -9,7 +9,9 @@ from transformers import AttentionInterface
 
 from rlalign.modeling.context import AttentionCall, AttentionContext
 
-ATTENTION_NAME = "rlalign"
+# not "rlalign", which is register_attention()'s: an aligned model needs no mask, so transformers must know no mask
+# function for this name
+ATTENTION_NAME = "rlalign_context"
 
 # Keywords that models pass along and that cannot change the result here: positions are applied by then, caches and
 # masks are the context's business. Whatever is not listed could matter, and is refused.
