@@ -218,12 +218,13 @@ def _collect(
 
 
 def _merge(stats: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Sums over the engines, and the ratios that follow from them."""
-    total = {name: float(sum(one[name] for one in stats)) for name in stats[0]}
+    """Sums over the engines and the ratios that follow from them; of the peaks, the highest."""
+    total = {name: float(sum(one[name] for one in stats)) for name in stats[0] if not name.endswith("_peak")}
+    peaks = {name: max(one[name] for one in stats) for name in stats[0] if name.endswith("_peak")}
     hits, asked = total.pop("prefix_hit_tokens"), total.pop("prefix_query_tokens")
     rows = total["decode_tokens"] + total["prefill_tokens"]
     return {
-        **{f"engine/{name}": value for name, value in total.items()},
+        **{f"engine/{name}": value for name, value in (total | peaks).items()},
         "engine/prefix_hit_rate": hits / max(1.0, asked),
         "engine/tokens_per_forward": rows / max(1.0, total["steps"]),
     }

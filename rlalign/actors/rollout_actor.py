@@ -62,7 +62,9 @@ class RolloutActor:
         before = self.engine.stats
         with planted:
             completions = self.engine.generate([r.token_ids for r in requests], [r.params for r in requests])
-        return completions, {name: self.engine.stats[name] - before[name] for name in _COUNTERS}
+        after = self.engine.stats
+        counted = {name: after[name] - before[name] for name in _COUNTERS}
+        return completions, counted | {"cache_use_peak": after["cache_use_peak"]}
 
     @property
     def engine(self) -> Engine:

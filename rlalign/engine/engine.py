@@ -83,7 +83,10 @@ class Engine:
 
     @property
     def stats(self) -> dict[str, float]:
-        """Totals since construction (steps, tokens, prefix hits, preemptions, …) and the present state of the cache."""
+        """Totals since construction (steps, tokens, prefix hits, preemptions, …) and the present state of the cache.
+
+        ``cache_use_peak``: largest share of pages in use at once, since ``generate`` was last called.
+        """
         pool, counters = self._pool, self._scheduler.counters
         return {
             **asdict(counters),
@@ -94,6 +97,7 @@ class Engine:
             "pages_used": pool.num_pages - pool.num_free,
             "pages_known": pool.num_known,
             "cache_use": 1.0 - pool.num_free / pool.num_pages,
+            "cache_use_peak": self._scheduler.peak_pages / pool.num_pages,
         }
 
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
@@ -161,6 +165,7 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} sampling params for {len(prompts)} prompts: give one, or one for each")
         results: list[list[Completion]] = [[] for _ in prompts]
+        self._scheduler.peak_pages = 0
         try:
             for number, (prompt, its_params) in enumerate(zip(prompts, each, strict=True)):
                 self.add(str(number), prompt, its_params)

@@ -72,6 +72,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.counters = Counters()
+        self.peak_pages = 0  # most pages that one forward's sequences held, since somebody set this to 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -252,3 +253,4 @@ class Scheduler:
         counters.page_copies += len(step.copies)
         counters.mixed_steps += 0 < num_decode < len(step.chunks)
         counters.max_batch_size = max(counters.max_batch_size, len(step.chunks))
+        self.peak_pages = max(self.peak_pages, self.pool.num_pages - self.pool.num_free)

@@ -13,6 +13,7 @@ from support.runs import tiny_run
 
 from rlalign.actors import Controller, cluster
 from rlalign.actors.cluster import _check_address, fetch, start_actor
+from rlalign.actors.controller import _merge
 from rlalign.actors.weight_sync import WeightBundle
 from rlalign.config import Config, SamplingParams
 from rlalign.modeling import load_tokenizer, make_tiny_model
@@ -46,6 +47,15 @@ def test_samples_come_in_order_of_key_whoever_served_them(setting):
     assert len({s.completion.seed for s in samples}) == 20
     alone = [sample for prompt in prompts[:5] for sample in actors.generate([prompt], step=3).samples]
     assert [s.completion.token_ids.tolist() for s in samples] == [s.completion.token_ids.tolist() for s in alone]
+
+
+def test_counts_of_the_engines_are_added_and_peaks_are_not():
+    names = ("steps", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "prefix_query_tokens", "cache_use_peak")
+    engines = [dict(zip(names, values, strict=True)) for values in ((4, 10, 20, 5, 10, 0.25), (6, 10, 10, 0, 10, 0.5))]
+    assert _merge(engines) == {
+        "engine/steps": 10, "engine/prefill_tokens": 20, "engine/decode_tokens": 30, "engine/tokens_per_forward": 5,
+        "engine/prefix_hit_rate": 0.25, "engine/cache_use_peak": 0.5,
+    }  # fmt: skip
 
 
 def test_another_step_draws_other_samples(setting):

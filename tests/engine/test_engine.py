@@ -173,6 +173,16 @@ def test_batch_sizes_count_the_sequences_of_each_forward(policy: Policy) -> None
     assert [c.batch_sizes.tolist() for c in completions] == [[3] * 2, [3] * 2 + [2] * 3, [3] * 2 + [2] * 3 + [1] * 4]
 
 
+def test_the_peak_of_the_cache_is_that_of_one_call(policy: Policy) -> None:
+    engine = Engine(policy, None, EngineConfig(page_size=4, num_pages=100))
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    engine.generate([[number] * 12 for number in range(10)], params)
+    assert engine.stats["cache_use_peak"] == 0.4  # 16 tokens are cached for each: the last one drawn is not
+    assert engine.stats["cache_use"] == 0.0
+    engine.generate([[1] * 12], params)
+    assert engine.stats["cache_use_peak"] == 0.04
+
+
 def test_misuse_is_refused_and_leaves_the_engine_usable(policy: Policy) -> None:
     engine = Engine(policy, None, roomy())
     with pytest.raises(ValueError, match="a list of prompts is expected"):

@@ -58,6 +58,19 @@ def test_many_sequences_share_one_forward_and_prefill_mixes_with_decode() -> Non
     assert simulation.scheduler.counters.max_batch_size == 9
 
 
+def test_the_peak_counts_pages_that_a_forward_held_and_can_be_restarted() -> None:
+    simulation = Simulation(EngineConfig(page_size=4, num_pages=50, prefix_cache=False))
+    for number in range(3):
+        simulation.add(str(number), [number] * 8, max_tokens=2)  # 9 tokens are computed: 3 pages each
+    simulation.run()
+    scheduler = simulation.scheduler
+    assert scheduler.peak_pages == 9 and simulation.scheduler.pool.num_free == 50
+    scheduler.peak_pages = 0
+    simulation.add("small", [1, 2], max_tokens=1)
+    simulation.run()
+    assert scheduler.peak_pages == 1
+
+
 def test_first_come_first_served() -> None:
     simulation = Simulation(EngineConfig(max_num_seqs=2))
     for number in range(6):
