@@ -48,10 +48,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class HopperTile:
-    """One warp-specialised kernel's launch: rows per tile, boxes in flight, registers of a consumer's and of the
-    producer's threads."""
+    """One warp-specialised kernel's launch: rows and keys per tile or box, boxes in flight, registers of a consumer's
+    and of the producer's threads."""
 
     block_m: int
+    block_n: int
     num_stages: int
     consumer_registers: int = 240
     producer_registers: int = 24
@@ -65,7 +66,7 @@ def hopper_available(architecture: tuple[int, int]) -> bool:
     try:
         importlib.import_module("rlalign_kernels.attention.hopper_backend")
     except (ImportError, AttributeError) as reason:
-        _log.warning("attention: the kernels for Hopper need another Triton (%s); slower ones give the same bits", reason)
+        _log.warning("attention: Hopper's kernels need another Triton (%s); slower ones give the same bits", reason)
         return False
     return True
 
@@ -74,7 +75,14 @@ def hopper_forward_tile(shape: Shape, has_cap: bool) -> HopperTile | None:
     """For sequences of many rows, None where the stock kernel runs: other head dims, float32, a soft cap."""
     if not _fits_hopper(shape) or has_cap:
         return None
-    return HopperTile(128, 2)
+    return HopperTile(128, 128, 2)
+
+
+def hopper_backward_tiles(shape: Shape, has_cap: bool) -> tuple[HopperTile, HopperTile] | None:
+    """For dQ, and for dK and dV; None where the stock kernels run."""
+    if not _fits_hopper(shape) or has_cap:
+        return None
+    return HopperTile(128, 64, 4), HopperTile(64, 128, 3)
 
 
 def _fits_hopper(shape: Shape) -> bool:

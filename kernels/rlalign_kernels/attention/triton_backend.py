@@ -286,6 +286,11 @@ def backward(
     dsinks = None if sinks is None or not need_sinks else torch.zeros(sinks.shape, device=q.device)
     if num_sequences == 0 or q.numel() == 0:
         return dq, dk, dv, dsinks if dsinks is None else dsinks.to(sinks.dtype)
+    on_hopper = tiles is None and _backward_on_hopper(
+        q, k, v, out, lse, grad, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, masking, shape
+    )
+    if on_hopper and dsinks is None:
+        return dq, dk, dv, None
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     block_d, block_dv = padded(shape.head_dim), padded(shape.value_dim)
     num_rows = lse.numel()
@@ -296,6 +301,8 @@ def backward(
     if dsinks is not None:
         attention_sink_kernel[(q.shape[1],)](sinks, lse, delta, dsinks, q.shape[0], HEADS=q.shape[1], BLOCK_T=1024)
         dsinks = dsinks.to(sinks.dtype)
+    if on_hopper:
+        return dq, dk, dv, dsinks
     dq_tile, dkv_tile = tiles or (schedules.dq_tile(shape), schedules.dkv_tile(shape))
     constants = dict(
         GROUP=shape.group, KV_HEADS=kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim, BLOCK_D=block_d,
@@ -321,6 +328,37 @@ def backward(
             **constants, **_launch(dkv_tile),
         )  # fmt: skip
     return dq, dk, dv, dsinks
+
+
+def _backward_on_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    masking: Masking,
+    shape: Shape,
+) -> bool:
+    """Whether Hopper's kernels took the call, and filled dq, dk and dv."""
+    tiles = schedules.hopper_backward_tiles(shape, masking.softcap is not None)
+    if tiles is None:
+        return False
+    from rlalign_kernels.attention import hopper_backend
+
+    if not hopper_backend.in_boxes(q, k, v, grad):
+        return False
+    _, counter = _workspace(q.device, 0, 1)
+    hopper_backend.backward(
+        q, k, v, out, lse, grad, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, counter, tiles, _num_processors(q.device),
+        scale=masking.scale, left=masking.left, right=masking.right,
+    )  # fmt: skip
+    return True
 
 
 def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:
