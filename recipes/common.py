@@ -15,7 +15,7 @@ from sft import held_out, warm_start
 
 from rlalign.actors import Controller
 from rlalign.actors.controller import Rollout
-from rlalign.actors.process import set_up
+from rlalign.actors.process import attention_of, set_up
 from rlalign.config import Config, config_from_dict
 from rlalign.generators import Generators
 from rlalign.modeling import load_tokenizer
@@ -46,6 +46,7 @@ def read_config(settings: DictConfig) -> Config:
     if config.run.resume is not None:
         config = resumed_config(config.run.resume, HydraConfig.get().overrides.task)
     _check_files(config)
+    attention_of(config)
     return config
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from rlalign.actors.process import device_of, set_up
+from rlalign.actors.process import policy_settings, set_up
 from rlalign.cli.launch import finish, launch
 from rlalign.config import Config, SamplingParams, TrainerConfig, config_from_dict
 from rlalign.engine import Engine
@@ -71,7 +71,7 @@ def warm_start(config: Config, path: Path, *, say: Callable[[str], None]) -> Non
 def train(config: Config) -> None:
     """The stand-alone recipe: all of it in this process, without actors."""
     set_up(config.cluster.threads)
-    device_of(config)  # a GPU that isn't there is an error before there is a folder
+    policy_settings(config)  # a GPU or attention that isn't there is an error before there is a folder
     folder = RunFolder.create("sft", config)
     if config.model.path is None:
         policy, tokenizer, task = _fresh_policy(config, folder.initial)
@@ -125,7 +125,7 @@ def _fresh_policy(config: Config, path: Path) -> tuple[Policy, PreTrainedTokeniz
 
 
 def _load(config: Config, path: Path) -> Policy:
-    return load_policy(path, dtype=config.model.dtype, numerics=config.numerics, device=device_of(config))
+    return load_policy(path, **policy_settings(config))
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sft")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 Numerics = Literal["invariant", "native"]
@@ -238,6 +238,8 @@ class Config:
     """A whole run; ``conf/grpo.yaml`` composes it."""
 
     numerics: Numerics = "invariant"
+    attention: dict[str, Any] | None = None
+    """The inner attention: ``_target_``, a class of rlalign/modeling, and its options. None: the operators' own."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     sampling: SamplingParams = SamplingParams()
@@ -264,6 +266,13 @@ class Config:
                 "planted. Use max_tokens >= 2, or another kind"
             )
         return self
+
+    @field_validator("attention")
+    @classmethod
+    def _attention_names_a_class(cls, settings: dict[str, Any] | None) -> dict[str, Any] | None:
+        if settings is not None and not isinstance(settings.get("_target_"), str):
+            raise ValueError(f"_target_={settings.get('_target_')!r} is no class's name; see conf/attention")
+        return settings
 
     @property
     def halts_on_mismatch(self) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from rlalign_kernels import Fingerprint, fingerprint
 from transformers.utils import logging as transformers_logging
 
 from rlalign.config import Config
-from rlalign.modeling import backend_for
+from rlalign.modeling import InnerAttention, backend_for, make_inner_attention, refuse_contradiction
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -38,6 +39,29 @@ def device_of(config: Config) -> str:
         raise ValueError("cluster.device=cuda: torch sees no CUDA device")
     # the invariant operators run on the CPU today: "auto" must not pick a device that can't keep the promise
     return "cpu" if config.cluster.device == "auto" else config.cluster.device
+
+
+def attention_of(config: Config) -> InnerAttention | None:
+    """The inner attention of the settings; None is the operators' own.
+
+    Raises ValueError for one that is unknown, can't run here or contradicts ``numerics``.
+    """
+    if config.attention is None:
+        return None
+    attention = make_inner_attention(config.attention)
+    refuse_contradiction(attention, config.numerics)
+    attention.check(torch.device(device_of(config)), getattr(torch, config.model.dtype))
+    return attention
+
+
+def policy_settings(config: Config) -> dict[str, Any]:
+    """How every process of a run loads a policy: keywords of ``load_policy``."""
+    return {
+        "dtype": config.model.dtype,
+        "numerics": config.numerics,
+        "device": device_of(config),
+        "attention": attention_of(config),
+    }
 
 
 def plan_of(config: Config) -> Fingerprint:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlalign_kernels import Fingerprint
 
 from rlalign.actors.faults import kv_page_fault
-from rlalign.actors.process import device_of, plan_of, set_up
+from rlalign.actors.process import plan_of, policy_settings, set_up
 from rlalign.actors.weight_sync import WeightBundle, unbundle_weights
 from rlalign.config import Config, SamplingParams
 from rlalign.engine import Engine
@@ -42,9 +42,7 @@ class RolloutActor:
 
         Raises ValueError if the cache can't hold the longest request that the settings allow.
         """
-        policy = load_policy(
-            checkpoint, dtype=config.model.dtype, numerics=config.numerics, device=device_of(config)
-        )  # fmt: skip
+        policy = load_policy(checkpoint, **policy_settings(config))
         _check_cache(config, policy.max_positions)
         self._engine = Engine(policy, load_tokenizer(checkpoint), config.engine)
         return plan_of(config)

@@ -11,7 +11,7 @@ import numpy as np
 from rlalign_kernels import CONFORMANCE, Fingerprint
 
 from rlalign.actors.faults import flip_weight_bit, position_fault
-from rlalign.actors.process import device_of, plan_of, set_up
+from rlalign.actors.process import plan_of, policy_settings, set_up
 from rlalign.actors.weight_sync import WeightBundle, bundle_weights
 from rlalign.config import Config
 from rlalign.modeling import eos_ids, load_policy, load_tokenizer
@@ -32,7 +32,7 @@ class TrainerActor:
 
     def load(self, config: Config, checkpoint: Path, total_updates: int) -> Fingerprint:
         """Load the checkpoint, with a critic or a reference where the algorithm needs one; returns the plan."""
-        settings = {"dtype": config.model.dtype, "numerics": config.numerics, "device": device_of(config)}
+        settings = policy_settings(config)
         algorithm = config.algorithm
         self._tokenizer = load_tokenizer(checkpoint)
         policy = load_policy(checkpoint, **settings)

@@ -5,6 +5,7 @@ from rlalign.modeling.audit import AuditError, AuditReport, Finding, audit
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext, PagedContext
 from rlalign.modeling.eos import eos_ids
 from rlalign.modeling.hf_attention import register_attention
+from rlalign.modeling.inner_attention import InnerAttention, make_inner_attention, refuse_contradiction
 from rlalign.modeling.loading import as_policy, backend_for, load_model, load_policy, load_tokenizer, save_checkpoint
 from rlalign.modeling.policy import KVShape, Policy, hash_tensors
 from rlalign.modeling.sampling_rows import sampling_rows
@@ -16,6 +17,7 @@ __all__ = [
     "AuditError",
     "AuditReport",
     "Finding",
+    "InnerAttention",
     "KVShape",
     "PackedContext",
     "PagedContext",
@@ -29,7 +31,9 @@ __all__ = [
     "load_model",
     "load_policy",
     "load_tokenizer",
+    "make_inner_attention",
     "make_tiny_model",
+    "refuse_contradiction",
     "register_attention",
     "sampling_rows",
     "save_checkpoint",

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlalign.modeling import attention, layers
+from rlalign.modeling import layers
+from rlalign.modeling.attention import ATTENTION_NAME
+from rlalign.modeling.inner_attention import InnerAttention, default_attention, refuse_contradiction
 
 _GELU_APPROXIMATION = {
     "GELU": None,  # torch.nn.GELU: its own attribute says
@@ -26,20 +28,26 @@ _GELU_APPROXIMATION = {
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def align(model: PreTrainedModel, *, backend: str) -> PreTrainedModel:
+def align(model: PreTrainedModel, *, backend: str, attention: InnerAttention | None = None) -> PreTrainedModel:
     """Move ``model`` onto our operators, in place; parameter names, ``state_dict`` and module graph stay.
 
     backend: "reference" (invariant, any device), "triton" (invariant, CUDA) or "native": PyTorch's own operators,
     with only the attention function replaced, so that packed and paged rows work.
-    Returns the same model. Raises ValueError naming the module where something can't be made invariant.
+    attention: another inner attention than the backend's own (modeling/inner_attention.py).
+    Returns the same model. Raises ValueError naming the module where something can't be made invariant, or the
+    attention that can't run there, or isn't invariant beside operators that are.
     """
     if isinstance(getattr(model, "rlalign_backend", None), str):
         raise ValueError(f"model is already aligned (backend={model.rlalign_backend!r}): load it anew")
+    attention = default_attention(backend) if attention is None else attention
+    refuse_contradiction(attention, "native" if backend == "native" else "invariant")
+    attention.check(model.device, model.dtype)
     _refuse_dropout(model)
-    model.set_attn_implementation(attention.ATTENTION_NAME)
+    model.set_attn_implementation(ATTENTION_NAME)
     for name, module in model.named_modules():
         if hasattr(module, "layer_idx"):
             module.rlalign_backend = backend
+            module.rlalign_attention = attention
         if backend != "native":
             _align_module(name, module, backend)
     _align_storage(model)

@@ -58,7 +58,7 @@ def context_attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
-        backend=module.rlalign_backend,
+        attention=module.rlalign_attention,
     )
     rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return attention_context.attend(*rows, call).unsqueeze(0), None

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from rlalign_kernels import attention_packed, attention_paged
 from torch import Tensor
+
+from rlalign.modeling.inner_attention import InnerAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class AttentionCall:
     scale: float
     window: int | None
     softcap: float | None
-    backend: str
+    attention: InnerAttention
 
 
 class AttentionContext(Protocol):
@@ -42,16 +43,16 @@ class PackedContext:
     cu_seqlens: Tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-        return attention_packed(
+        return call.attention.packed(
             query,
             key,
             value,
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_k=self.cu_seqlens,
             scale=call.scale,
+            causal=True,
             window=call.window,
             softcap=call.softcap,
-            backend=call.backend,
         )
 
 
@@ -75,7 +76,7 @@ class PagedContext:
         k_cache, v_cache = self.k_caches[call.layer], self.v_caches[call.layer]
         k_cache.flatten(0, 1).index_copy_(0, self.slot_mapping, key)
         v_cache.flatten(0, 1).index_copy_(0, self.slot_mapping, value)
-        return attention_paged(
+        return call.attention.paged(
             query,
             k_cache,
             v_cache,
@@ -83,7 +84,7 @@ class PagedContext:
             cu_seqlens_q=self.cu_seqlens_q,
             kv_lens=self.kv_lens,
             scale=call.scale,
+            causal=True,
             window=call.window,
             softcap=call.softcap,
-            backend=call.backend,
         )

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from rlalign.config import Dtype, Numerics
 from rlalign.modeling.align import align
 from rlalign.modeling.audit import audit
+from rlalign.modeling.inner_attention import InnerAttention
 from rlalign.modeling.policy import Policy
 
 if TYPE_CHECKING:
@@ -33,14 +34,16 @@ def load_policy(
     dtype: Dtype = "float32",
     numerics: Numerics = "invariant",
     device: torch.device | str = "cpu",
+    attention: InnerAttention | None = None,
 ) -> Policy:
     """An aligned and audited policy from a checkpoint folder. Nothing is fetched from a hub.
 
+    attention: None is the operators' own (``align``).
     Raises FileNotFoundError for a missing folder or file, ValueError for weights that are not finite, AuditError for
     a model that can't be made exact.
     """
     model = load_model(path, dtype=dtype, device=device)
-    align(model, backend=backend_for(numerics, device))
+    align(model, backend=backend_for(numerics, device), attention=attention)
     if numerics == "invariant":
         audit(model)
     return Policy(model)

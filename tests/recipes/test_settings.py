@@ -18,6 +18,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from rlalign.config import Config, config_from_dict, config_to_dict
+from rlalign.modeling import make_inner_attention
 from rlalign.run import resumed_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,21 @@ def test_an_experiment_gives_way_to_the_command_line():
 def test_every_group_file_says_what_it_is():
     for path in CONF.rglob("*.yaml"):
         assert path.read_text(encoding="utf-8").startswith("#"), f"{path} has no comment at its top"
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", "sft"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "attention").glob("*.yaml")))
+def test_an_inner_attention_is_chosen_by_name_and_recorded(recipe, name):
+    config = config_from_dict(composed(recipe, f"attention={name}"))
+    assert config.attention == yaml.safe_load((CONF / "attention" / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert config_from_dict(config_to_dict(config)) == config
+    make_inner_attention(config.attention)
+    assert config_from_dict(composed(recipe)).attention is None
+
+
+def test_an_option_of_an_inner_attention_is_a_setting():
+    config = config_from_dict(composed("grpo", "attention=flex", "+attention.kernel_options.BLOCK_M=64"))
+    assert make_inner_attention(config.attention).kernel_options == {"BLOCK_M": 64}
 
 
 def test_unknown_keys_are_errors():
@@ -149,6 +165,10 @@ def test_cfg_job_prints_the_settings(recipe):
         (["model=checkpoint"], "model.path"),
         (["run.resume=no/such/run"], "no/such/run"),
         (["run.steps=abc"], "run.steps"),
+        (["attention=sdpa"], "numerics=invariant"),
+        (["attention=varlen", "numerics=native", "cluster.device=cpu"], "attention=varlen"),
+        (["attention=flex", "numerics=native", "+attention.kernel_options.BLOCK=1"], "'BLOCK' is unknown"),
+        (["+attention.fast=true"], "_target_"),
         (["align.fault.kind=position", "align.fault.step=61"], "align.fault.step=61"),
         (["align.fault.kind=kv_page", "sampling.max_tokens=1"], "align.fault.kind=kv_page"),
         pytest.param(
