@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlalign.actors import Controller
 from rlalign.config import config_from_dict
 from rlalign.dashboards.jsonl import read_metrics
+from rlalign.modeling import load_policy
 from rlalign.run import resumed_config
 from rlalign.verifier.decide import MismatchHalt
 
@@ -37,6 +38,10 @@ def test_a_run_agrees_bit_for_bit_and_says_so(plain_run):
     assert [row["align/weights_version"] for row in rows] == [0, 1, 2]
     assert all(row["align/policy_age/max"] == 0 and row["align/adv_skew"] == 0 for row in rows)
     assert all(row["align/ratio_frac_modified"] == 0 for row in rows)
+    # without this, equal weights at the end of two runs would prove nothing
+    assert all(row["grad_norm"] > 0 and row["lr"] > 0 for row in rows)
+    initial, last = (load_policy(plain_run / "checkpoints" / name).weights_hash() for name in ("initial", "last"))
+    assert initial != last
     # counted per step: 4 prompts of 7 tokens, prefilled once each for their 4 samples
     assert all(row["perf/engine/prefill_tokens"] == 28 for row in rows)
     assert all(row["perf/engine/tokens_per_forward"] > 4 for row in rows)

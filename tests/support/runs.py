@@ -13,7 +13,8 @@ _TINY: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "intermediate_size": 48,
         "max_position_embeddings": 64, "warm_start_steps": 3, "warm_start_batch": 8,
     },
-    "task": {"num_train": 64, "num_eval": 8},
+    # the task's own reward would be 0 for every sample, so that no gradient and no weight ever changed
+    "task": {"num_train": 64, "num_eval": 8, "reward": f"{Path(__file__).parent / 'rewards.py'}:digit_sum"},
     "sampling": {"max_tokens": 8},
     "algorithm": {"group_size": 4, "prompts_per_step": 4},
     "engine": {"num_pages": 64},
