@@ -8,7 +8,8 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rlalign_kernels.attention.hopper_backward import hopper_dkv_kernel, hopper_dq_kernel, row_terms_kernel
+from rlalign_kernels.attention.hopper_backward import hopper_dq_kernel, row_terms_kernel
+from rlalign_kernels.attention.hopper_backward_keys import hopper_dkv_kernel
 from rlalign_kernels.attention.hopper_forward import hopper_forward_kernel
 from rlalign_kernels.attention.hopper_tiles import ADDRESS_WRAP, ROWS_BOUND, WARPGROUP_ROWS
 from rlalign_kernels.attention.schedules import HopperTile

@@ -301,18 +301,20 @@ def _consumer(
             last = split == num_splits - 1
             mbarrier.arrive(q_empty.index(GROUP_INDEX), pred=last)
             acc = _last_product(loads, acc, p, v_pipe, STAGES)
-            if not ONE_SPLIT:
-                # the output of the tile before may still be leaving from this memory
+            if ONE_SPLIT:
+                acc = acc + 0.0
+            else:
                 if split == 0:
+                    # the output of the tile before may still be leaving from this memory
                     tma.store_wait(0)
+                    # as merged into nothing: -0 becomes 0
+                    acc = acc + 0.0
                 else:
                     acc_all = acc_s.index(GROUP_INDEX).load(O_LAYOUT)
                     m, den, acc = _merge(m_all, den_all, acc_all, m, den, acc, DEN_LAYOUT, O_LAYOUT)
                 m_all = m
                 den_all = den
             if last:
-                # merging one split into nothing adds 0, which turns -0 into 0
-                acc = acc + 0.0
                 out, lse = _finish(m, den, acc, sink_ptr, head, WIDTH, HAS_SINK, S_LAYOUT, O_LAYOUT)
                 if HAS_LSE:
                     row = row0 + row_of

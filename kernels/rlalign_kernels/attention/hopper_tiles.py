@@ -32,7 +32,9 @@ _CONSUMER_VALUE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 # Names that moved between Triton's versions.
 _REINTERPRET_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-_HAS_THREAD_BARRIER = gl.constexpr(hasattr(gl, "thread_barrier"))
+all_warps_meet = getattr(gl, "thread_barrier", None) or gl.barrier
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 find_sequence = gluon.jit(triton_tiles.find_sequence.fn)
 key_range = gluon.jit(triton_forward.key_range.fn)
@@ -45,14 +47,6 @@ def as_box(memory, desc):
         return memory.reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
     else:
         return memory._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-
-
-@gluon.jit
-def all_warps_meet():
-    if _HAS_THREAD_BARRIER:
-        gl.thread_barrier()
-    else:
-        gl.barrier()
 
 
 @gluon.jit
@@ -84,13 +78,13 @@ def load_box(desc, begin, length, row, column, full, box):
     The bound of the third dimension lies at the sequence's end; with the strides of ``box_descriptor`` the three
     coordinates' offsets add up, modulo 2^64, to row begin + row.
     """
-    tma.async_copy_global_to_shared(desc, [ROWS_BOUND, begin + length, ROWS_BOUND - length + row, column], full, box)
+    copy_in(desc, [ROWS_BOUND, begin + length, ROWS_BOUND - length + row, column], full, box)
 
 
 @gluon.jit
 def store_box(desc, begin, length, row, column, box):
     """The converse: rows past the sequence's end are not written."""
-    tma.async_copy_shared_to_global(desc, [ROWS_BOUND, begin + length, ROWS_BOUND - length + row, column], box)
+    _copy_out(desc, [ROWS_BOUND, begin + length, ROWS_BOUND - length + row, column], box)
 
 
 @gluon.jit
