@@ -1,7 +1,8 @@
 """How attention's plan is executed: tiles along the rows, warps, pipeline depth. No choice here can change a bit.
 
-Choosers are pure functions of features, dtype and architecture. Values for sm_90 were measured on an H200; elsewhere
-they are safe ones. ``architecture`` is (major, minor); Triton's interpreter counts as (9, 0).
+Choosers are pure functions of features, dtype and architecture, asked at every call and therefore remembered. Values
+for sm_90 were measured on an H200; elsewhere they are safe ones. ``architecture`` is (major, minor); Triton's
+interpreter counts as (9, 0).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -71,6 +72,7 @@ def hopper_available(architecture: tuple[int, int]) -> bool:
     return True
 
 
+@lru_cache(1024)
 def hopper_forward_tile(shape: Shape, has_cap: bool) -> HopperTile | None:
     """For sequences of many rows, None where the stock kernel runs: other head dims, float32, a soft cap."""
     if not _fits_hopper(shape) or has_cap:
@@ -78,6 +80,7 @@ def hopper_forward_tile(shape: Shape, has_cap: bool) -> HopperTile | None:
     return HopperTile(128, 128, 2)
 
 
+@lru_cache(1024)
 def hopper_backward_tiles(shape: Shape, has_cap: bool) -> tuple[HopperTile, HopperTile] | None:
     """For dQ, and for dK and dV; None where the stock kernels run."""
     if not _fits_hopper(shape) or has_cap:
@@ -99,15 +102,17 @@ def few_rows(shape: Shape) -> int:
     return max(_FEWEST_ROWS, padded(shape.group))
 
 
+@lru_cache(1024)
 def prefill_tile(shape: Shape, plan: TilePlan) -> Tile:
     """For sequences of many rows."""
     if shape.dtype == torch.float32:
         return Tile(16 if shape.widest > 128 else 32, plan.kv_tile, 4, 2)
     if shape.widest > 128:
         return Tile(64, plan.kv_tile, 4, 2)
-    return Tile(64, plan.kv_tile, 4, 2) if shape.architecture < (9, 0) else Tile(128, plan.kv_tile, 8, 2)
+    return Tile(64, plan.kv_tile, 4, 2) if shape.architecture < (9, 0) else Tile(128, plan.kv_tile, 8, 3, tma=True)
 
 
+@lru_cache(1024)
 def decode_tile(shape: Shape, plan: TilePlan, num_programs: int, num_processors: int) -> Tile:
     """For at most ``few_rows`` rows: the time is that of reading the keys.
 
@@ -120,6 +125,7 @@ def decode_tile(shape: Shape, plan: TilePlan, num_programs: int, num_processors:
     return Tile(few_rows(shape), plan.kv_tile, 4, stages, tma=True)
 
 
+@lru_cache(1024)
 def dq_tile(shape: Shape) -> Tile:
     """Gradient of the queries."""
     if shape.dtype == torch.float32:
@@ -129,13 +135,14 @@ def dq_tile(shape: Shape) -> Tile:
     return Tile(64, 64, 4, 2) if shape.architecture < (9, 0) else Tile(128, 64, 8, 3)
 
 
+@lru_cache(1024)
 def dkv_tile(shape: Shape) -> Tile:
     """Gradient of keys and values."""
     if shape.dtype == torch.float32:
         return Tile(16, 16, 4, 1)
     if shape.widest > 128:
         return Tile(32, 64, 8, 1)
-    return Tile(64, 64, 4, 2)
+    return Tile(64, 64, 4, 2 if shape.architecture < (9, 0) else 3)
 
 
 def splits_apart(num_sequences: int, num_kv_heads: int, num_splits: int, num_processors: int) -> bool:

@@ -10,6 +10,7 @@ dim 128.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -35,6 +36,7 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+@cache
 def tile_plan(head_dim: int, value_dim: int, dtype: torch.dtype, architecture: tuple[int, int]) -> TilePlan:
     """Of one attention layer on GPUs of ``architecture``, for instance (9, 0).
 

@@ -6,7 +6,7 @@ No tensor is read on the host: grids follow from shapes, and from ``max_seqlen_k
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlalign_kernels.attention import schedules
 from rlalign_kernels.attention.schedules import Shape, Tile
-from rlalign_kernels.attention.tile_plan import padded, tile_plan
+from rlalign_kernels.attention.tile_plan import TilePlan, padded, tile_plan
 from rlalign_kernels.attention.triton_backward import (
     attention_delta_kernel,
     attention_dkv_kernel,
@@ -87,7 +87,9 @@ def forward(
 
     Tokens from cu_seqlens_q[-1] on are not written.
     """
-    q, keys = _rows(q), replace(keys, k=_rows(keys.k), v=_rows(keys.v))
+    q = _rows(q)
+    if keys.k.stride(-1) != 1 or keys.v.stride(-1) != 1:
+        keys = replace(keys, k=_rows(keys.k), v=_rows(keys.v))
     out = torch.empty(q.shape[0], q.shape[1], keys.v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
     num_sequences = cu_seqlens_q.shape[0] - 1
@@ -197,22 +199,38 @@ class _Forward:
         )  # fmt: skip
 
     def _constants(self, tile: Tile) -> dict[str, object]:
-        shape, plan, masking = self.shape, self.plan, self.masking
-        if tile.block_n != plan.kv_tile:
-            raise ValueError(f"attention: a tile of {tile.block_n} keys is another plan than {plan.kv_tile}")
-        return dict(
-            GROUP=shape.group, KV_HEADS=self.kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=padded(shape.head_dim),
-            BLOCK_DV=padded(shape.value_dim), SPLIT=plan.split, WIDTH=plan.sum_width, PAGE=self.keys.page_size,
-            HAS_LEFT=masking.left is not None, HAS_RIGHT=masking.right is not None,
-            HAS_CAP=masking.softcap is not None, HAS_SINK=self.sinks is not None, HAS_LSE=self.lse is not None,
-            PRECISION="ieee", STAGES=tile.num_stages, num_warps=tile.num_warps,
+        if tile.block_n != self.plan.kv_tile:
+            raise ValueError(f"attention: a tile of {tile.block_n} keys is another plan than {self.plan.kv_tile}")
+        return _constants(
+            self.shape, self.plan, self.masking, self.kv_heads, self.keys.page_size, self.sinks is not None,
+            self.lse is not None, tile,
         )  # fmt: skip
 
     def _boxes(self, tile: Tile) -> tuple[bool, object, object]:
         """(True, descriptors of keys and values) where whole tiles may be read by them."""
         found = [_box(x, self.keys.page_size, tile.block_n) for x in (self.keys.k, self.keys.v)] if tile.tma else []
         return (True, *found) if found and None not in found else (False, None, None)
+
+
+@lru_cache(256)
+def _constants(
+    shape: Shape,
+    plan: TilePlan,
+    masking: Masking,
+    kv_heads: int,
+    page_size: int,
+    has_sink: bool,
+    has_lse: bool,
+    tile: Tile,
+) -> dict[str, object]:
+    """What both forward kernels are compiled for; made once, since a launch has no time for it."""
+    return dict(
+        GROUP=shape.group, KV_HEADS=kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=padded(shape.head_dim), BLOCK_DV=padded(shape.value_dim),
+        SPLIT=plan.split, WIDTH=plan.sum_width, PAGE=page_size, HAS_LEFT=masking.left is not None,
+        HAS_RIGHT=masking.right is not None, HAS_CAP=masking.softcap is not None, HAS_SINK=has_sink,
+        HAS_LSE=has_lse, PRECISION="ieee", STAGES=tile.num_stages, num_warps=tile.num_warps,
+    )  # fmt: skip
 
 
 def _box(x: torch.Tensor, page: int, block_n: int) -> TensorDescriptor | None:
