@@ -176,6 +176,7 @@ def run(args: argparse.Namespace) -> None:
         if case.refused:
             refused[case.name] = case.refused
         del case
+        torch.compiler.reset()
         torch.cuda.empty_cache()
     meta = gpu_meta(args.commit) | {"rounds": args.rounds, "refused": refused}
     console.print(make_table(f"{args.kernel} on {meta['gpu']}", records))
