@@ -23,7 +23,7 @@ from rlalign.actors.cluster import (
     wait_started,
 )
 from rlalign.actors.process import device_of
-from rlalign.actors.rollout_actor import RolloutActor, RolloutRequest
+from rlalign.actors.rollout_actor import RolloutActor, RolloutRequest, check_cache
 from rlalign.actors.trainer_actor import TrainerActor
 from rlalign.config import Config, SamplingParams
 from rlalign.records import Completion, Prompt, Sample, derive_seed
@@ -59,12 +59,14 @@ class Controller:
     """
 
     def __init__(self, config: Config) -> None:
-        """Raises ValueError for a GPU that isn't there, and for settings that the controller itself decides."""
+        """Raises ValueError for a GPU that isn't there, and for settings that can't work or aren't a run's."""
         if config.sampling.n != 1 or config.sampling.seed is not None or config.sampling.raw_logprobs:
             raise ValueError(
                 "sampling.n, sampling.seed and sampling.raw_logprobs are not settings of a run: samples per prompt are "
                 "algorithm.group_size, and seeds follow from run.seed"
             )
+        if config.model.path is None:  # a model that is there says what it allows when it is loaded
+            check_cache(config, config.model.max_position_embeddings)
         self.config, self.device = config, device_of(config)
         self.num_restarts = 0
         self.weights_version = 0

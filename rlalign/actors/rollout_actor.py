@@ -43,7 +43,7 @@ class RolloutActor:
         Raises ValueError if the cache can't hold the longest request that the settings allow.
         """
         policy = load_policy(checkpoint, **policy_settings(config))
-        _check_cache(config, policy.max_positions)
+        check_cache(config, policy.max_positions)
         self._engine = Engine(policy, load_tokenizer(checkpoint), config.engine)
         return plan_of(config)
 
@@ -71,7 +71,7 @@ class RolloutActor:
         return self._engine
 
 
-def _check_cache(config: Config, max_positions: int) -> None:
+def check_cache(config: Config, max_positions: int) -> None:
     """Raises ValueError for a cache that would refuse a request: what a run trains on must not depend on its size."""
     engine = config.engine
     wanted = config.task.max_prompt_tokens + config.sampling.max_tokens

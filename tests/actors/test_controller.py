@@ -192,6 +192,13 @@ def test_settings_that_the_controller_decides_are_refused(setting_of):
         Controller(Config(sampling=SamplingParams(**setting_of)))
 
 
+def test_a_cache_too_small_for_a_model_still_to_be_made_is_refused_before_it_is(tmp_path):
+    engine = {"num_pages": 2, "page_size": 4}
+    with pytest.raises(ValueError, match=r"num_pages=2 with page_size=4 hold 8 tokens.* needs num_pages=16$"):
+        Controller(tiny_run(tmp_path, engine=engine))
+    Controller(tiny_run(tmp_path, engine=engine, model={"path": str(tmp_path)}))
+
+
 def test_an_address_where_nobody_answers():
     with pytest.raises(ValueError, match=r"cluster\.address=127\.0\.0\.1:1: nobody answers there"):
         _check_address("127.0.0.1:1")
