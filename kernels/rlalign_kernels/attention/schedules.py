@@ -113,15 +113,16 @@ def prefill_tile(shape: Shape, plan: TilePlan) -> Tile:
 
 
 @lru_cache(1024)
-def decode_tile(shape: Shape, plan: TilePlan, num_programs: int, num_processors: int) -> Tile:
+def decode_tile(shape: Shape, plan: TilePlan, num_programs: int, num_processors: int, paged: bool) -> Tile:
     """For at most ``few_rows`` rows: the time is that of reading the keys.
 
     A program that has a processor to itself reads far ahead; programs that share one leave each other the memory.
+    Behind a page table five stages are three buffers, the first two being the table's; without one they would not fit.
     """
     if shape.architecture < (9, 0):
         return Tile(few_rows(shape), plan.kv_tile, 4, 3 if shape.architecture == (8, 0) else 2)
     wide = shape.widest * shape.dtype.itemsize > 256
-    stages = 5 if num_programs <= num_processors and not wide else 3
+    stages = 5 if paged and num_programs <= num_processors and not wide else 3
     return Tile(few_rows(shape), plan.kv_tile, 4, stages, tma=True)
 
 

@@ -102,7 +102,7 @@ def forward(
     num_programs = num_sequences * launch.kv_heads * (num_splits if apart else 1)
     prefill, decode = tiles or (
         schedules.prefill_tile(shape, plan),
-        schedules.decode_tile(shape, plan, num_programs, processors),
+        schedules.decode_tile(shape, plan, num_programs, processors, keys.page_size > 0),
     )
     most_rows = (q.shape[0] if max_seqlen_q is None else max_seqlen_q) * shape.group
     all_few = most_rows <= decode.block_m
