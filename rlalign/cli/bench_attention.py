@@ -16,6 +16,7 @@ from rlalign_kernels import attention_packed, attention_paged
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlalign.cli.bench_kernels import Case
+from rlalign.modeling.torch_attention import varlen_attention
 
 _DIM = 128
 _KV_HEADS = 8
@@ -77,9 +78,7 @@ def _implementations(
         return attention_packed(*qkv, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=_SCALE, **known)
 
     def flash() -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn(*qkv, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        return varlen_attention(*qkv, cu, cu, longest, longest, scale=_SCALE, window_size=(-1, 0))
 
     calls = {"rlalign": ours, "flash-attention 2": flash}
     if len(set(lengths)) > 1:
@@ -170,9 +169,7 @@ def _decode(name: str, heads: int, lengths: Sequence[int]) -> Case:
     cu_k = _offsets(lengths)
 
     def flash() -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn(q, *packed, cu_q, cu_k, 1, longest, enable_gqa=True)
+        return varlen_attention(q, *packed, cu_q, cu_k, 1, longest, scale=_SCALE, window_size=(-1, -1))
 
     calls["flash-attention 2"] = flash
     baseline = "cudnn" if "cudnn" in calls else "flash-attention 2"

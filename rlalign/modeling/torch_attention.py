@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import field
 from functools import cache
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -137,8 +138,6 @@ class Varlen(GatheredPages):
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        from torch.nn.attention import varlen
-
         if softcap is not None:
             raise NotImplementedError(f"attention=varlen: softcap={softcap} is not supported; use None")
         if key.shape[-1] != value.shape[-1]:
@@ -147,19 +146,32 @@ class Varlen(GatheredPages):
             )
         # both bounds count neighbours, and (-1, 0) is what torch takes for causal
         sides = (-1 if window is None else window - 1, 0 if causal else -1)
-        return varlen.varlen_attn(
-            query,
-            key,
-            value,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            _longest(cu_seqlens_q),
-            _longest(cu_seqlens_k),
-            scale=scale,
-            window_size=sides,
-            # without it torch refuses fewer key heads than query heads
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        longest = _longest(cu_seqlens_q), _longest(cu_seqlens_k)
+        return varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *longest, scale=scale, window_size=sides)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """torch's varlen_attn with its flag for fewer key heads than query heads.
+
+    torch from 2.12 on refuses those without the flag; 2.11 takes them and knows no flag.
+    """
+    from torch.nn.attention import varlen
+
+    grouped = query.shape[1] != key.shape[1] and "enable_gqa" in signature(varlen.varlen_attn).parameters
+    flags = {"enable_gqa": True} if grouped else {}
+    bounds = {"scale": scale, "window_size": window_size}
+    return varlen.varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, **bounds, **flags)
 
 
 class _Packed:
