@@ -62,12 +62,35 @@ def _speed(data: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n" + _source(data["meta"])
 
 
+def _kernels(data: dict[str, Any]) -> str:
+    """Every implementation's rate, case by case, and ours over the baseline's time."""
+    records = data["records"]
+    impls = [impl for impl in dict.fromkeys(record["impl"] for record in records) if impl != "rlalign"]
+    rows = [f"| case | {' | '.join(impls)} | rlalign | time / {impls[0]}'s |", "|---" * (len(impls) + 3) + "|"]
+    for case in dict.fromkeys(record["case"] for record in records):
+        mine = {record["impl"]: record for record in records if record["case"] == case}
+        ours = mine["rlalign"]
+        ratio = f"{ours['ratio']:.2f}" if impls[0] in mine else "–"
+        rows.append("| " + " | ".join([case, *(_rate(mine.get(impl)) for impl in impls), _rate(ours), ratio]) + " |")
+    meta = data["meta"]
+    return "\n".join(rows) + (
+        f"\n\n{meta['gpu']}, driver {meta['driver']}, torch {meta['torch']}, triton {meta['triton']}, "
+        f"{meta['date'][:10]}, commit {meta['commit'][:9]}.\n"
+    )
+
+
+def _rate(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "–"
+    return f"{record['tflops']:.0f} TFLOP/s" if "tflops" in record else f"{record['tbps']:.2f} TB/s"
+
+
 def _source(meta: dict[str, Any]) -> str:
     threads = f"{meta['threads']} thread" + "s" * (meta["threads"] != 1)
     return f"\n{meta['machine']}, {threads}, torch {meta['torch']}, {meta['date'][:10]}, commit {meta['commit'][:9]}.\n"
 
 
-_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"exactness": _exactness, "speed": _speed}
+_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"exactness": _exactness, "speed": _speed, "kernels": _kernels}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,3 +39,17 @@ def test_a_table_follows_its_file(tmp_path: Path) -> None:
     assert rendered(made, tmp_path) == made
     with pytest.raises(ValueError, match="unknown kind 'prose'"):
         rendered("<!-- table prose speed.json -->\n<!-- /table -->", tmp_path)
+
+
+def test_kernels_stand_beside_whatever_ran(tmp_path: Path) -> None:
+    meta = META | {"gpu": "a GPU", "driver": "580", "triton": "3.6.0"}
+    records = [
+        {"case": "forward", "impl": "cudnn", "tflops": 500.0, "ratio": 1.0},
+        {"case": "forward", "impl": "rlalign", "tflops": 480.0, "ratio": 1.042},
+        {"case": "ragged", "impl": "rlalign", "tbps": 2.5, "ratio": 1.0},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"meta": meta, "records": records}))
+    made = rendered("<!-- table kernels a.json -->\n<!-- /table -->\n", tmp_path)
+    assert "| forward | 500 TFLOP/s | 480 TFLOP/s | 1.04 |" in made
+    assert "| ragged | – | 2.50 TB/s | – |" in made
+    assert "a GPU, driver 580" in made
