@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -111,7 +111,7 @@ class Run:
         """The number of finished steps: 0, or those of the checkpoint that the trainer now goes on from."""
         if self.config.run.resume is not None:
             data_state = trainer.resume(self.folder.last)
-            self.totals = Totals(**data_state["totals"])
+            self.totals = _totals(data_state["totals"])
             self.generators.load_state(data_state["generators"])
             done, wanted = self.totals.steps, self.config.run.steps
             # all steps done, but not what follows them: that run may still come to its end
@@ -286,6 +286,14 @@ class Run:
             "versions": versions(),
             "git_commit": git_commit(),
         }
+
+
+def _totals(values: Mapping[str, Any]) -> Totals:
+    """A checkpoint's. A field that is missing is an error too: its sum would begin anew without a word."""
+    if others := values.keys() ^ {one.name for one in fields(Totals)}:
+        named = ", ".join(f"{'unknown' if name in values else 'missing'} field {name!r}" for name in sorted(others))
+        raise ValueError(f"the checkpoint's totals are of another version of rlalign: {named}")
+    return Totals(**values)
 
 
 def _rewards(samples: Sequence[Sample]) -> dict[str, float]:

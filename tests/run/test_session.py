@@ -93,6 +93,20 @@ def test_a_run_that_cannot_be_restored_is_left_as_it_is(tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("named", ["unknown field 'joules'", "missing field 'tokens'"])
+def test_totals_of_another_version_are_refused_by_name(named, tmp_path):
+    run_once(tiny_run(tmp_path))
+    file = tmp_path / "checkpoints" / "last" / "trainer" / "state.json"
+    state = json.loads(file.read_text())
+    if "unknown" in named:
+        state["totals"]["joules"] = 1.0
+    else:
+        del state["totals"]["tokens"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=rf"another version of rlalign: {named}$"):
+        run_once(resumed_config(tmp_path, ["run.steps=5"]))
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path):
     run_once(tiny_run(tmp_path))
     assert run_once(resumed_config(tmp_path, ["run.steps=5"])) == 3
