@@ -82,8 +82,11 @@ class Controller:
             entering.enter_context(cluster(self.config.cluster))
             self._trainer_handle = self._start(TrainerActor)
             entering.callback(stop_actor, self._trainer_handle)
-            self._rollouts = [self._start(RolloutActor) for _ in range(self.config.cluster.num_rollout_actors)]
+            # whoever is in the list by then: some, if one fails to start; others, once some have been replaced
+            self._rollouts = []
             entering.callback(lambda: [stop_actor(handle) for handle in self._rollouts])
+            for _ in range(self.config.cluster.num_rollout_actors):
+                self._rollouts.append(self._start(RolloutActor))
             self._exit = entering.pop_all()
         self.trainer = Remote(self._trainer_handle, _TRAINER)
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -11,7 +12,7 @@ import ray
 from rlalign_kernels import Fingerprint
 from support.runs import tiny_run
 
-from rlalign.actors import Controller, cluster
+from rlalign.actors import Controller, cluster, controller
 from rlalign.actors.cluster import _check_address, fetch, start_actor
 from rlalign.actors.controller import _merge
 from rlalign.actors.weight_sync import WeightBundle
@@ -197,6 +198,22 @@ def test_a_cache_too_small_for_a_model_still_to_be_made_is_refused_before_it_is(
     with pytest.raises(ValueError, match=r"num_pages=2 with page_size=4 hold 8 tokens.* needs num_pages=16$"):
         Controller(tiny_run(tmp_path, engine=engine))
     Controller(tiny_run(tmp_path, engine=engine, model={"path": str(tmp_path)}))
+
+
+def test_actors_that_have_started_are_stopped_if_another_cannot(tmp_path, monkeypatch):
+    stopped, names = [], iter(["trainer", "first"])
+
+    def start(cls, *_, **__):
+        if (name := next(names, None)) is None:
+            raise OSError("no more processes")
+        return name
+
+    monkeypatch.setattr(controller, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(controller, "start_actor", start)
+    monkeypatch.setattr(controller, "stop_actor", stopped.append)
+    with pytest.raises(OSError, match="no more"), Controller(tiny_run(tmp_path, cluster={"num_rollout_actors": 2})):
+        pass
+    assert stopped == ["first", "trainer"]
 
 
 def test_an_address_where_nobody_answers():
