@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+_HOST = frozenset({"python", "numpy", "torch"})
+
 
 class Generators:
     """States of their own, in place of the process's inside a ``with``; elsewhere nothing is touched.
 
     ``commit`` marks what belongs to the weights of a finished step: ``state`` saves that and ``rewind`` returns to it.
-    torch's CUDA generators are included once CUDA is in use.
+    torch's CUDA generators are included once CUDA is in use; one that is new in here begins with this seed too.
 
     Example:
         >>> generators = Generators(seed=0)
@@ -30,8 +32,10 @@ class Generators:
     def __init__(self, seed: int) -> None:
         """``seed`` as of ``records.derive_seed``: 64 bits."""
         outside = _states()
-        _seed(seed)
-        self._current = self._committed = _states()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        self._current = self._committed = {name: state for name, state in _states().items() if name in _HOST}
         _restore(outside)
 
     def __enter__(self) -> Generators:
@@ -58,21 +62,19 @@ class Generators:
         return {name: _to_json(state) for name, state in self._committed.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from ``state()``. Raises ValueError if it isn't one."""
+        """Go on from ``state()``. Raises ValueError if it isn't one, or names a GPU that isn't here."""
+        if missing := _HOST - state.keys():
+            raise ValueError(f"generator states lack {sorted(missing)}")
+        here = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        if absent := state.keys() - _HOST - set(here):
+            raise ValueError(
+                f"generator states of {sorted(absent)} have nowhere to go: GPUs here are {here}; resume on a machine "
+                "with as many as the checkpoint names"
+            )
         try:
             self._current = self._committed = {name: _from_json(name, value) for name, value in state.items()}
         except (TypeError, ValueError) as error:
             raise ValueError(f"generator states can't be read: {error}") from error
-        if missing := {"python", "numpy", "torch"} - state.keys():
-            raise ValueError(f"generator states lack {sorted(missing)}")
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
 
 
 def _states() -> dict[str, Any]:
@@ -89,9 +91,13 @@ def _restore(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    for name, state in states.items():
-        if name.startswith("cuda:"):
-            torch.cuda.set_rng_state(state, name)
+    # For a GPU that the states don't know, the seed that torch's own generator was given last. Before CUDA is in use,
+    # torch keeps it for when it is: that may be the first line of a user's reward.
+    torch.cuda.manual_seed_all(torch.initial_seed())
+    for name in states.keys() - _HOST:
+        # before CUDA is in use, set_rng_state would come before that seed, and be lost
+        torch.cuda.init()
+        torch.cuda.set_rng_state(states[name], name)
 
 
 def _to_json(state: Any) -> Any:
