@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from sft import held_out, warm_start
+from sft import check_files, held_out, warm_start
 
 from rlalign.actors import Controller
 from rlalign.actors.controller import Rollout
@@ -45,7 +45,7 @@ def read_config(settings: DictConfig) -> Config:
     config = config_from_dict(OmegaConf.to_container(settings, resolve=True, throw_on_missing=True))
     if config.run.resume is not None:
         config = resumed_config(config.run.resume, HydraConfig.get().overrides.task)
-    _check_files(config)
+    check_files(config)
     attention_of(config)
     return config
 
@@ -143,13 +143,3 @@ def _initial_checkpoint(config: Config, run: Run) -> Path:
 
 def _fault(config: Config, step: int) -> str:
     return config.align.fault.kind if step == config.align.fault.step else "none"
-
-
-def _check_files(config: Config) -> None:
-    """Say what is missing before anything is started. Raises FileNotFoundError."""
-    if config.model.path is not None and not (config.model.path / "config.json").is_file():
-        raise FileNotFoundError(f"model.path={config.model.path}: no such folder, or no config.json in it")
-    for name in ("path", "eval_path"):
-        file = getattr(config.task, name)
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"task.{name}={file}: no such file")

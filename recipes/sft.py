@@ -26,6 +26,7 @@ from rlalign.records import Prompt, Sample
 from rlalign.run.folder import RunFolder
 from rlalign.run.order import prompts_of_step
 from rlalign.tasks import Task, make_task, score_samples
+from rlalign.tasks.plugin import load_reward
 from rlalign.tasks.sort import make_sort_tokenizer
 from rlalign.trainer import SftTrainer
 
@@ -71,6 +72,7 @@ def warm_start(config: Config, path: Path, *, say: Callable[[str], None]) -> Non
 def train(config: Config) -> None:
     """The stand-alone recipe: all of it in this process, without actors."""
     set_up(config.cluster.threads)
+    check_files(config)
     policy_settings(config)  # a GPU or attention that isn't there is an error before there is a folder
     folder = RunFolder.create("sft", config)
     if config.model.path is None:
@@ -113,6 +115,18 @@ def held_out(task: Task, config: Config) -> list[Prompt]:
             f"(task.num_eval={config.task.num_eval}, of a file those that it has to spare)"
         )
     return prompts[: config.eval.num_prompts]
+
+
+def check_files(config: Config) -> None:
+    """Say what is missing or unusable before anything is started. Raises FileNotFoundError or ValueError."""
+    if config.model.path is not None and not (config.model.path / "config.json").is_file():
+        raise FileNotFoundError(f"model.path={config.model.path}: no such folder, or no config.json in it")
+    for name in ("path", "eval_path"):
+        file = getattr(config.task, name)
+        if file is not None and not file.is_file():
+            raise FileNotFoundError(f"task.{name}={file}: no such file")
+    if config.task.reward is not None:
+        load_reward(config.task.reward)
 
 
 def _fresh_policy(config: Config, path: Path) -> tuple[Policy, PreTrainedTokenizerBase, Task]:

@@ -11,11 +11,16 @@ completion. Any finite number is a reward; an exception or anything else stops t
 from __future__ import annotations
 
 import importlib.util
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 from rlalign.records import Prompt
 from rlalign.tasks.base import RewardFunction, call_reward
+
+_KEYWORDS = ("data_source", "solution_str", "ground_truth", "extra_info")
+_SIGNATURE = "(*, data_source: str, solution_str: str, ground_truth: str, extra_info: dict) -> float"
 
 
 class PluggedReward:
@@ -31,14 +36,32 @@ class PluggedReward:
 
 
 def load_reward(spec: str) -> PluggedReward:
-    """Load ``FILE.py:function``. Raises ValueError (FileNotFoundError for the file) naming what is wrong with it."""
+    """Load ``FILE.py:function``. Raises ValueError (FileNotFoundError for the file) naming what is wrong with it.
+
+    That includes a function that can't be called with the keywords above.
+    """
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
         raise ValueError(f"task.reward={spec!r} is not of the form FILE.py:function")
     function = getattr(_load_module(Path(file), spec), name, None)
     if not callable(function):
-        raise ValueError(f"task.reward={spec!r}: {file} has no function {name!r}")
+        raise ValueError(f"task.reward={spec!r}: {file} has no function {name!r}; needed is def {name}{_SIGNATURE}")
+    if reason := _refusal(function):
+        raise ValueError(f"task.reward={spec!r} can't be called: {reason}; needed is def {name}{_SIGNATURE}")
     return PluggedReward(function, f"task.reward={spec}")
+
+
+def _refusal(function: Callable[..., object]) -> str | None:
+    """Why a call with our keywords would fail; None if it wouldn't, or if Python can't tell beforehand."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions that are written in C
+        return None
+    try:
+        signature.bind(**dict.fromkeys(_KEYWORDS))
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def _load_module(path: Path, spec: str) -> ModuleType:

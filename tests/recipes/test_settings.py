@@ -23,6 +23,7 @@ from rlalign.run import resumed_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
+REWARDS = ROOT / "tests" / "support" / "rewards.py"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # decided by the controller: samples are algorithm.group_size, seeds follow from run.seed
 NOT_SETTINGS = {"n", "seed", "raw_logprobs"}
@@ -163,6 +164,8 @@ def test_cfg_job_prints_the_settings(recipe):
         (["task=gsm8k", "task.path=no.jsonl", "model.path=x"], "model.path=x"),
         (["task=gsm8k", "task.path=no.jsonl"], "no.jsonl"),
         (["model=checkpoint"], "model.path"),
+        ([f"task.reward={REWARDS}:no_such"], "has no function 'no_such'; needed is def no_such(*, data_source: str"),
+        ([f"task.reward={REWARDS.with_name('runs.py')}:summary"], "can't be called"),
         (["run.resume=no/such/run"], "no/such/run"),
         (["run.steps=abc"], "run.steps"),
         (["attention=sdpa"], "numerics=invariant"),
@@ -185,6 +188,13 @@ def test_bad_settings_are_one_line_and_exit_2(recipe, arguments, named, tmp_path
     assert named in err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
     assert not list(tmp_path.iterdir()), "a run that can't start leaves no folder behind"
+
+
+def test_a_reward_is_looked_at_before_a_supervised_run_has_a_folder(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = recipe("sft", f"task.reward={REWARDS}:no_such")
+    assert code == 2 and "has no function 'no_such'" in err
+    assert not list(tmp_path.iterdir())
 
 
 # instead of the recipe's own part, once hydra has set up what it sets up: read a file with a prompt that is too long

@@ -25,6 +25,8 @@ def yes(**_): return True
 def numpy_value(**_):
     import numpy
     return numpy.float32(0.5)
+def positional(prompt, completion): return 1.0
+def one_more(*, weight, **_): return 1.0
 constant = 3
 """
 
@@ -86,7 +88,9 @@ def test_a_completion_without_text_is_refused(file: Path) -> None:
 @pytest.mark.parametrize(("spec", "error", "message"), [
     ("{file}", ValueError, "is not of the form FILE.py:function"),
     ("{file}:not a name", ValueError, "is not of the form"),
-    ("{file}:absent", ValueError, "has no function 'absent'"),
+    ("{file}:absent", ValueError, r"has no function 'absent'; needed is def absent\(\*, data_source: str"),
+    ("{file}:positional", ValueError, r"'prompt'; needed is def positional\(.* extra_info: dict\) -> float$"),
+    ("{file}:one_more", ValueError, "can't be called: missing a required .*'weight'"),
     ("{file}:constant", ValueError, "has no function 'constant'"),
     ("{file}x.py:reward", FileNotFoundError, "no such file"),
 ])  # fmt: skip
