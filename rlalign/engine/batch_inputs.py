@@ -31,6 +31,8 @@ class ForwardInputs:
     kv_lens: Tensor  # int32 [B]
     drawn_rows: Tensor
     page_copies: Tensor  # int64 [2, copies]: sources, destinations
+    max_seqlen_q: int  # bounds of the two lengths above, known here without asking the device
+    max_seqlen_k: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,11 @@ def forward_inputs(step: ScheduledStep, page_size: int, device: torch.device) ->
         "drawn_rows": np.repeat(ends - 1, [chunk.num_draws for chunk in chunks]),
         "page_copies": np.array(step.copies, dtype=np.int64).reshape(-1, 2).T.copy(),
     }
-    return ForwardInputs(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+    return ForwardInputs(
+        **{name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
+        max_seqlen_q=int(lengths.max()),
+        max_seqlen_k=int((starts + lengths).max()),
+    )
 
 
 def sampling_inputs(step: ScheduledStep, vocab_size: int, device: torch.device) -> SamplingInputs | None:

@@ -30,6 +30,8 @@ class Runner:
             block_tables=inputs.block_tables,
             cu_seqlens_q=inputs.cu_seqlens_q,
             kv_lens=inputs.kv_lens,
+            max_seqlen_q=inputs.max_seqlen_q,
+            max_seqlen_k=inputs.max_seqlen_k,
         )
         hidden = self.policy.hidden(inputs.token_ids, inputs.position_ids, context)
         return hidden[inputs.drawn_rows]

@@ -37,10 +37,12 @@ class AttentionContext(Protocol):
 class PackedContext:
     """Whole sequences, one after another, without padding: the trainer's view.
 
-    cu_seqlens: int32 [B + 1], row at which each sequence starts; the last entry is T.
+    cu_seqlens: int32 [B + 1], row at which each sequence starts; the last entry is T. max_seqlen: no sequence is
+    longer; None where nobody knows it on the host.
     """
 
     cu_seqlens: Tensor
+    max_seqlen: int | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         return call.attention.packed(
@@ -53,6 +55,8 @@ class PackedContext:
             causal=True,
             window=call.window,
             softcap=call.softcap,
+            max_seqlen_q=self.max_seqlen,
+            max_seqlen_k=self.max_seqlen,
         )
 
 
@@ -62,7 +66,8 @@ class PagedContext:
 
     k_caches, v_caches: one [pages, page_size, Hkv, D or Dv] per layer. slot_mapping: int64 [T], flat slot
     (page · page_size + offset) that each new token's key and value are written to. block_tables: int32
-    [B, max_pages]. cu_seqlens_q: int32 [B + 1]. kv_lens: int32 [B], length including the new tokens.
+    [B, max_pages]. cu_seqlens_q: int32 [B + 1]. kv_lens: int32 [B], length including the new tokens. max_seqlen_*: any
+    bounds of new tokens and of kv_lens; None where nobody knows them on the host.
     """
 
     k_caches: list[Tensor]
@@ -71,6 +76,8 @@ class PagedContext:
     block_tables: Tensor
     cu_seqlens_q: Tensor
     kv_lens: Tensor
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         k_cache, v_cache = self.k_caches[call.layer], self.v_caches[call.layer]
@@ -87,4 +94,6 @@ class PagedContext:
             causal=True,
             window=call.window,
             softcap=call.softcap,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_k=self.max_seqlen_k,
         )

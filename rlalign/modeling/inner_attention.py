@@ -43,11 +43,13 @@ class InnerAttention(Protocol):
         causal: bool,
         window: int | None,
         softcap: float | None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
     ) -> Tensor:
         """query [T, Hq, D], key [S, Hkv, D], value [S, Hkv, Dv] → [T, Hq, Dv], differentiable.
 
         cu_seqlens_*: int32 [B + 1]. A sequence's queries are its last positions; one at i sees keys j <= i if causal,
-        and j > i - window.
+        and j > i - window. max_seqlen_*: no sequence has more queries or keys; they save work and change no bit.
         """
 
     def paged(
@@ -63,6 +65,8 @@ class InnerAttention(Protocol):
         causal: bool,
         window: int | None,
         softcap: float | None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
     ) -> Tensor:
         """The same against caches [pages, page, Hkv, D or Dv]; no gradient. block_tables int32 [B, max_pages], entries
         beyond kv_lens int32 [B] mean nothing."""

@@ -1,7 +1,8 @@
 """Inner attentions of torch itself, for comparison: FlexAttention and varlen (FlashAttention-2). Not invariant.
 
-Both take packed rows; pages are gathered into packed rows first. What follows from a batch's offsets (longest sequence,
-block mask, gathered slots) is made in its first layer and kept as long as they are: one wait for the device per batch.
+Both take packed rows; pages are gathered into packed rows first. What follows from a batch's offsets (block mask,
+gathered slots, longest sequence where the caller doesn't say) is made in its first layer and kept as long as they are:
+one wait for the device per batch.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class Flex(GatheredPages):
         causal: bool,
         window: int | None,
         softcap: float | None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
     ) -> Tensor:
+        # the bounds save nothing here: a block mask says which blocks there are
         rows, keys = query.shape[0], key.shape[0]
         mask = _of_batch(
             cu_seqlens_q,
@@ -137,6 +141,8 @@ class Varlen(GatheredPages):
         causal: bool,
         window: int | None,
         softcap: float | None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
     ) -> Tensor:
         if softcap is not None:
             raise NotImplementedError(f"attention=varlen: softcap={softcap} is not supported; use None")
@@ -146,7 +152,10 @@ class Varlen(GatheredPages):
             )
         # both bounds count neighbours, and (-1, 0) is what torch takes for causal
         sides = (-1 if window is None else window - 1, 0 if causal else -1)
-        longest = _longest(cu_seqlens_q), _longest(cu_seqlens_k)
+        longest = (
+            _longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q,
+            _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k,
+        )
         return varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *longest, scale=scale, window_size=sides)
 
 

@@ -44,7 +44,8 @@ class TokenPair:
 class PackedBatch:
     """One micro-batch. Sequences stand one after another; ``owners`` are indices into the caller's list.
 
-    token_ids, position_ids: int64 [T]. cu_seqlens: int32 [B + 1], row at which each sequence starts.
+    token_ids, position_ids: int64 [T]. cu_seqlens: int32 [B + 1], row at which each sequence starts. max_seqlen: rows
+    of the longest one.
     predict_rows: int64 [N], ascending. targets: int64 [N]. sequence_lengths: int64 [N], the response length L of
     the sequence that the row belongs to. rows: sampling parameters [N]. truncated_rows: int64 [M], indices into N of
     rows whose support can be smaller than the vocabulary. ban_rows, ban_ids: int64 [K], pairs of a row in N and an id
@@ -54,6 +55,7 @@ class PackedBatch:
     token_ids: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
+    max_seqlen: int
     predict_rows: Tensor
     targets: Tensor
     sequence_lengths: Tensor
@@ -197,6 +199,7 @@ def _assemble(pairs: Sequence[TokenPair], group: list[int], device: torch.device
         token_ids=tensor(ids),
         position_ids=tensor([np.arange(pair.num_rows) for pair in members]),
         cu_seqlens=torch.tensor([0, *ends.tolist()], dtype=torch.int32, device=device),
+        max_seqlen=max(pair.num_rows for pair in members),
         predict_rows=tensor([np.arange(end - n, end) for end, n in zip(ends, lengths, strict=True)]),
         targets=tensor([pair.response_ids for pair in members]),
         sequence_lengths=tensor([np.full(n, n) for n in lengths]),

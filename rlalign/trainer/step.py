@@ -29,7 +29,7 @@ class Scores:
 
 def response_hidden(policy: Policy, batch: PackedBatch) -> Tensor:
     """Hidden states of the rows that predict response tokens, [N, H], from token ids alone."""
-    hidden = policy.hidden(batch.token_ids, batch.position_ids, PackedContext(batch.cu_seqlens))
+    hidden = policy.hidden(batch.token_ids, batch.position_ids, PackedContext(batch.cu_seqlens, batch.max_seqlen))
     return hidden.index_select(0, batch.predict_rows)
 
 

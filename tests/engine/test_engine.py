@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from rlalign.config import EngineConfig, SamplingParams
 from rlalign.engine import Engine
 from rlalign.modeling import Policy
+from rlalign.modeling.inner_attention import Reference
 from rlalign.records import derive_seed
 
 PROMPTS = random_prompts(5, 4, low=4, high=20)
@@ -171,6 +173,24 @@ def test_batch_sizes_count_the_sequences_of_each_forward(policy: Policy) -> None
         Engine(policy, None, roomy()).generate(PROMPTS[:3], [SamplingParams(max_tokens=length) for length in lengths])
     )
     assert [c.batch_sizes.tolist() for c in completions] == [[3] * 2, [3] * 2 + [2] * 3, [3] * 2 + [2] * 3 + [1] * 4]
+
+
+def test_attention_gets_each_forwards_longest_lengths_from_the_host(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend, seen = Reference.paged, set()
+
+    def recording(self: Reference, *tensors: torch.Tensor, **settings: Any) -> torch.Tensor:
+        given = settings["max_seqlen_q"], settings["max_seqlen_k"]
+        assert given == (int(settings["cu_seqlens_q"].diff().max()), int(settings["kv_lens"].max()))
+        assert all(type(bound) is int for bound in given)
+        seen.add(given)
+        return attend(self, *tensors, **settings)
+
+    monkeypatch.setattr(Reference, "paged", recording)
+    prompts = random_prompts(3, 5)
+    Engine(policy, None, roomy(prefill_chunk=16)).generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))
+    assert (1, max(map(len, prompts)) + 3) in seen and any(q == 16 for q, _ in seen)
 
 
 def test_the_peak_of_the_cache_is_that_of_one_call(policy: Policy) -> None:

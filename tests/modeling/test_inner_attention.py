@@ -15,7 +15,16 @@ from rlalign_kernels import attention_packed
 from support.models import tiny_model
 from torch.nn.attention import varlen
 
-from rlalign.modeling import PackedContext, Policy, align, audit, load_policy, make_inner_attention, save_checkpoint
+from rlalign.modeling import (
+    PackedContext,
+    Policy,
+    align,
+    audit,
+    load_policy,
+    make_inner_attention,
+    save_checkpoint,
+    torch_attention,
+)
 from rlalign.modeling.inner_attention import Invariant, Reference, Sdpa, default_attention, refuse_contradiction
 from rlalign.modeling.torch_attention import _BATCHES, Flex, Varlen
 
@@ -135,6 +144,35 @@ def test_an_aligned_model_runs_on_it(attention, family):
     found, expected = (policy.hidden(tokens, positions, context) for policy in policies)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert all(m.rlalign_attention == attention for m in model.modules() if hasattr(m, "layer_idx"))
+
+
+def test_bounds_that_the_caller_knows_are_not_read_from_the_device(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
+    q, k, v = rows()
+    settings = {"scale": 0.3, "causal": True, "window": None, "softcap": None}
+    settings |= {"cu_seqlens_q": offsets(Q_LENS), "cu_seqlens_k": offsets(KV_LENS)}
+    expected = Varlen().packed(q, k, v, **settings)
+    monkeypatch.setattr(torch_attention, "_longest", lambda cu_seqlens: pytest.fail("the device was asked"))
+    found = Varlen().packed(q, k, v, **settings, max_seqlen_q=max(Q_LENS), max_seqlen_k=max(KV_LENS))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("max_seqlen", [None, 12, 500])
+@torch.no_grad()
+def test_a_context_hands_its_bound_to_every_layer(max_seqlen):
+    seen = []
+
+    class Recording(Reference):
+        def packed(self, *tensors, **settings):
+            seen.append((settings["max_seqlen_q"], settings["max_seqlen_k"]))
+            return super().packed(*tensors, **settings)
+
+    policies = [Policy(align(tiny_model("llama"), backend="reference", attention=a)) for a in (Recording(), None)]
+    tokens, positions = torch.arange(20), torch.cat([torch.arange(12), torch.arange(8)])
+    seen.clear()  # of the policy's own probes
+    found = policies[0].hidden(tokens, positions, PackedContext(offsets((12, 8)), max_seqlen))
+    assert seen == [(max_seqlen, max_seqlen)] * len(policies[0].kv_layout)
+    assert torch.equal(found, policies[1].hidden(tokens, positions, PackedContext(offsets((12, 8)))))
 
 
 def test_what_operators_come_with():

@@ -29,6 +29,7 @@ def test_rows_predict_their_response_tokens() -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 4, 7]
     assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.max_seqlen == 4
     assert batch.predict_rows.tolist() == [2, 3, 4, 5, 6]
     assert batch.targets.tolist() == [*first.token_ids, *second.token_ids]
     assert batch.sequence_lengths.tolist() == [2, 2, 3, 3, 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from support.trainers import choose_tokens, make_trainer
 from rlalign.algorithms.aggregation import Denominators
 from rlalign.config import AlgorithmConfig, SamplingParams, TrainerConfig
 from rlalign.modeling import Policy, align
+from rlalign.modeling.inner_attention import Reference
 from rlalign.records import Sample
 from rlalign.trainer import Trainer
 
@@ -84,6 +86,20 @@ def test_soft_caps_windows_and_fused_weights_too(family: str) -> None:
         trainer = Trainer(policy, TrainerConfig(micro_batch_tokens=budget), AlgorithmConfig(), total_steps=1)
         results.append(as_bytes(trainer.compute_logprobs(samples)))
     assert results[0] == results[1]
+
+
+def test_attention_gets_the_longest_sequence_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, attend, seen = make_trainer(), Reference.packed, []
+
+    def recording(self: Reference, *tensors: torch.Tensor, **settings: Any) -> torch.Tensor:
+        longest = int(settings["cu_seqlens_q"].diff().max())
+        assert (settings["max_seqlen_q"], settings["max_seqlen_k"]) == (longest, longest)
+        seen.append(longest)
+        return attend(self, *tensors, **settings)
+
+    monkeypatch.setattr(Reference, "packed", recording)
+    trainer.compute_logprobs(make_samples([(3, 4), (9, 2)]))
+    assert max(seen) == 10
 
 
 def test_the_order_of_arrival_changes_no_bit_of_anything() -> None:
