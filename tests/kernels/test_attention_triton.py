@@ -93,6 +93,39 @@ def test_only_the_gradients_that_are_needed():
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][2], grads[2][2])
 
 
+@pytest.mark.parametrize("expanded", [(0,), (1,), (0, 1)])
+def test_the_gradient_of_a_sum_over_rows_or_heads(expanded, monkeypatch):
+    """It comes expanded: strides of 0, which no kernel gets to see."""
+    from rlalign_kernels.attention import triton_backend  # imports triton
+
+    seen, rows_of = [], triton_backend._rows
+
+    def recording(x):
+        rows = rows_of(x)
+        seen.append((0 in x.stride(), rows.stride()))
+        return rows
+
+    monkeypatch.setattr(triton_backend, "_rows", recording)
+    inputs = [x.requires_grad_() for x in make([9, 20], [9, 20])]
+    cu = offsets([9, 20])
+    weights = normal(16, seed=5, dtype=torch.float32)
+    out = attention_packed(*inputs, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=0.3, backend="triton")
+    exact, _ = truth(*inputs, [9, 20], [9, 20])
+    grads = torch.autograd.grad((out.sum(expanded) * weights).sum(), inputs)
+    exact_grads = torch.autograd.grad((exact.sum(expanded) * weights.double()).sum(), inputs)
+    assert any(was for was, _ in seen) and not any(0 in strides for _, strides in seen)
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert error(grad, exact_grad) < 2e-6
+
+
+def test_boxes_have_their_rows_apart():
+    hopper_backend = pytest.importorskip("rlalign_kernels.attention.hopper_backend")
+    rows = normal(4, 2, 16, seed=1)
+    assert hopper_backend.in_boxes(rows, rows.repeat(1, 2, 1)[:, :2])
+    assert not hopper_backend.in_boxes(rows, rows[:1].expand(4, 2, 16))
+    assert not hopper_backend.in_boxes(torch.as_strided(rows, (4, 2, 16), (16, 16, 1)))
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].get("causal", True)])
 @pytest.mark.parametrize("bounds", [False, True])
 def test_pages(name, bounds):

@@ -44,11 +44,12 @@ def _box_layout(num_rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLa
 
 
 def in_boxes(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can read each [T, heads, D]: heads side by side, rows on 16-byte boundaries."""
+    """Whether the copy engine can read each [T, heads, D]: heads side by side, rows apart and on 16-byte boundaries."""
     return all(
         x.numel() > 0
         and x.stride(2) == 1
         and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+        and x.stride(0) >= x.shape[1] * x.shape[2]
         and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
         for x in tensors

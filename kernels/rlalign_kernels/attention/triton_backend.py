@@ -391,8 +391,8 @@ def _launch(tile: Tile) -> dict[str, int]:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """With a contiguous last dimension, as the kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """With a contiguous last dimension, as the kernels read it, and no expanded one (a sum's gradient has them)."""
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
 @cache
