@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig
 
 from rlalign.actors.process import policy_settings, set_up
 from rlalign.cli.launch import finish, launch
@@ -127,6 +128,18 @@ def check_files(config: Config) -> None:
             raise FileNotFoundError(f"task.{name}={file}: no such file")
     if config.task.reward is not None:
         load_reward(config.task.reward)
+    limit, positions = config.engine.max_model_len, _max_positions(config)
+    if limit is not None and positions is not None and limit > positions:
+        raise ValueError(f"engine.max_model_len={limit}: the model has {positions} positions")
+
+
+def _max_positions(config: Config) -> int | None:
+    """Of the model that the settings name; None if its config.json doesn't say."""
+    if config.model.path is None:
+        return config.model.max_position_embeddings
+    return getattr(
+        AutoConfig.from_pretrained(config.model.path, local_files_only=True), "max_position_embeddings", None
+    )
 
 
 def _fresh_policy(config: Config, path: Path) -> tuple[Policy, PreTrainedTokenizerBase, Task]:

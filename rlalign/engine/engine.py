@@ -274,7 +274,7 @@ def _max_length(config: EngineConfig, max_positions: int) -> int:
     if limit is None:
         return min(max_positions, capacity)
     if limit > max_positions:
-        raise ValueError(f"max_model_len={limit}: the model has {max_positions} positions")
+        raise ValueError(f"engine.max_model_len={limit}: the model has {max_positions} positions")
     if limit > capacity:
         needed = -(-limit // config.page_size)
         raise ValueError(

@@ -17,9 +17,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from rlalign.config import Config, config_from_dict, config_to_dict
-from rlalign.modeling import make_inner_attention
+from rlalign.config import Config, ModelConfig, config_from_dict, config_to_dict
+from rlalign.modeling import make_inner_attention, make_tiny_model
 from rlalign.run import resumed_config
+from rlalign.tasks.sort import make_sort_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF, RECIPES = ROOT / "conf", ROOT / "recipes"
@@ -164,6 +165,7 @@ def test_cfg_job_prints_the_settings(recipe):
         (["task=gsm8k", "task.path=no.jsonl", "model.path=x"], "model.path=x"),
         (["task=gsm8k", "task.path=no.jsonl"], "no.jsonl"),
         (["model=checkpoint"], "model.path"),
+        (["engine.max_model_len=1024"], "engine.max_model_len=1024: the model has 512 positions"),
         ([f"task.reward={REWARDS}:no_such"], "has no function 'no_such'; needed is def no_such(*, data_source: str"),
         ([f"task.reward={REWARDS.with_name('runs.py')}:summary"], "can't be called"),
         (["run.resume=no/such/run"], "no/such/run"),
@@ -188,6 +190,17 @@ def test_bad_settings_are_one_line_and_exit_2(recipe, arguments, named, tmp_path
     assert named in err
     assert len(err.strip().splitlines()) == 1 and "Traceback" not in err
     assert not list(tmp_path.iterdir()), "a run that can't start leaves no folder behind"
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_a_limit_beyond_a_checkpoints_positions_is_named_before_anything_starts(name, recipe, tmp_path, monkeypatch):
+    made, cwd = tmp_path / "model", tmp_path / "cwd"
+    make_tiny_model(ModelConfig(max_position_embeddings=64), make_sort_tokenizer(max_value=9), made, seed=0)
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    code, _, err = recipe(name, f"model.path={made}", "++engine.max_model_len=65")
+    assert code == 2 and "engine.max_model_len=65: the model has 64 positions" in err
+    assert not list(cwd.iterdir())
 
 
 def test_a_reward_is_looked_at_before_a_supervised_run_has_a_folder(recipe, tmp_path, monkeypatch):
