@@ -120,8 +120,8 @@ def _refuse(module: nn.Module, dropout: float, others: dict[str, Any], *, packed
         raise ValueError(f"dropout={dropout}: attention dropout is not supported, set attention_dropout=0 in the model")
     harmless = _HARMLESS | {"seq_idx"} if packed_by_caller else _HARMLESS
     for name, value in sorted(others.items()):
-        # a tensor has no truth value
-        if name not in harmless and (isinstance(value, Tensor) or value not in (None, False)):
+        # by identity: 0 equals False but may mean something, and a tensor has no truth value
+        if name not in harmless and value is not None and value is not False:
             hint = " (align() makes a model take one)" if name == "attention_context" else ""
             raise ValueError(
                 f"{type(module).__name__} passes {name}=… to attention: attn_implementation='rlalign' does not support "

@@ -301,6 +301,8 @@ def test_backends_are_named_and_never_substituted() -> None:
         ({"output_attentions": True}, "output_attentions"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
         ({"cache": object()}, "cache"),
+        ({"first_layer": 0}, "first_layer"),
+        ({"alibi_slope": 0.0}, "alibi_slope"),
         ({"attention_context": object()}, r"align\(\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "belong together"),
         ({"attention_mask": torch.ones(1, 1, 6, 6)}, "two dimensions"),
