@@ -76,7 +76,7 @@ class Report:
         """Rich table of the worst tokens, two lines each; readable from 80 columns on."""
         title = f"Worst {len(self.worst)} of {self.mismatch_count:,} differing tokens"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("sample", "pos"):
+        for name in ("step/prompt\n/sample", "pos"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("token in context", overflow="fold", ratio=1)
         for name in ("rollout\ntrain", "Δ\nULP"):

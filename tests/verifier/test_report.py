@@ -75,6 +75,12 @@ def test_table_shows_neighbouring_floats_apart_and_survives_markup() -> None:
     assert "[/nope]" in text
 
 
+def test_table_says_what_the_numbers_of_a_key_are() -> None:
+    text = text_of(report_of([sample(0, [-1.0])], [[-2.0]]))
+    head, key = text.index("step/prompt"), text.index("2/7/0")
+    assert head < text.index("/sample") < key
+
+
 def test_verdict_is_one_line_and_names_the_token() -> None:
     equal = report_of([sample(0, [-1.0, -2.0])], [[-1.0, -2.0]])
     assert equal.verdict == "rollout and trainer agree bit for bit on 2 tokens of 1 samples"
