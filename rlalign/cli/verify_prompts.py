@@ -20,17 +20,22 @@ from rlalign.tasks.rows import Row, read_rows, read_text, render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_FIELDS = ("prompt", "prompt_token_ids", "question")
 _ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 _MAX_ID = 2**31 - 1
 
 
 def read_prompt_rows(path: Path, *, limit: int | None = None) -> list[Row]:
-    """The file's rows, the first ``limit`` of them. Raises FileNotFoundError or ValueError."""
+    """The file's rows, the first ``limit`` of them. Raises FileNotFoundError, or ValueError naming the line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    rows = read_rows(path) if path.suffix in _ROW_SUFFIXES else _text_lines(path)
-    return rows[:limit]
+    rows = (read_rows(path) if path.suffix in _ROW_SUFFIXES else _text_lines(path))[:limit]
+    for row in rows:
+        if all(row.values.get(name) is None for name in _FIELDS):
+            fields = ", ".join(_FIELDS)
+            raise row.error(f"no prompt: a row has one of the fields {fields}; this one has {[*row.values]}")
+    return rows
 
 
 def needs_tokenizer(rows: Sequence[Row]) -> bool:

@@ -194,7 +194,9 @@ def test_limit_changes_no_sample(model: Path, prompts: Path, tmp_path: Path, bro
     ('{"prompt": "sort 1 ->"}\n{"prompt": \n', "line 2: not valid JSON"),
     ('{"prompt_token_ids": [1, -3]}\n', "line 1: field 'prompt_token_ids' must be"),
     ('{"prompt_token_ids": [1, true]}\n', "line 1: field 'prompt_token_ids' must be"),
-    ('{"text": "x"}\n', "line 1: field 'prompt' is missing"),
+    ('{"text": "x"}\n', "line 1: no prompt: a row has one of the fields prompt, prompt_token_ids, question; "
+                       "this one has ['text']"),
+    ('{"prompt": null}\n', "line 1: no prompt"),
 ])  # fmt: skip
 def test_unusable_prompts_exit_2(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
