@@ -10,7 +10,7 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -215,6 +215,9 @@ def _engine_config(settings: Sequence[str]) -> EngineConfig:
     pairs = [setting.partition("=") for setting in settings]
     if bad := [setting for setting, (_, equals, _) in zip(settings, pairs, strict=True) if not equals]:
         raise ValueError(f"--engine {bad[0]!r} is not of the form KEY=VALUE")
+    known = [field.name for field in fields(EngineConfig)]
+    if unknown := [key for key, _, _ in pairs if key not in known]:
+        raise ValueError(f"--engine {unknown[0]}: no such setting; there are {', '.join(known)}")
     return EngineConfig(**{key: value for key, _, value in pairs})
 
 

@@ -211,7 +211,7 @@ def test_unusable_prompts_exit_2(
     (("--temperature", "-1"), "temperature=-1.0: Input should be greater than or equal to 0"),
     (("--top-p", "0"), "top_p=0.0"),
     (("--engine", "page_size"), "is not of the form KEY=VALUE"),
-    (("--engine", "pagesize=3"), "pagesize: no such setting"),
+    (("--engine", "pagesize=3"), "pagesize: no such setting; there are page_size, num_pages, "),
     (("--engine", "page_size=0"), "page_size='0': Input should be greater than or equal to 1"),
     (("--limit", "0"), "argument --limit: 0 is less than 1"),
     (("--limit", "x"), "argument --limit: invalid"),
