@@ -45,9 +45,10 @@ class Outcome:
 
 
 def show(outcome: Outcome, console: Console) -> None:
-    """Print table, worst tokens, failed requests and, last, the verdict."""
+    """Print table, worst tokens, failed requests and, last, the verdict; of nothing compared there is no table."""
     report = outcome.report
-    console.print(_summary(outcome))
+    if report.num_tokens:
+        console.print(_summary(outcome))
     if report.worst:
         console.print(report.table())
     for completion in outcome.failed:

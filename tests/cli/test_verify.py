@@ -252,7 +252,10 @@ def test_nothing_compared_exits_2(model: Path, tmp_path: Path, capsys: pytest.Ca
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt_token_ids": [999999]}\n')
     assert verify(model, path) == 2
-    assert "nothing was compared" in capsys.readouterr().out
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2, "why, and the verdict: no table of nan"
+    assert shown[0].startswith("line 1: not compared: prompt token id 999999")
+    assert shown[1].startswith("nothing was compared")
 
 
 def test_an_internal_error_exits_3_without_a_traceback(
