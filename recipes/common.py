@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from sft import check_files, held_out, warm_start
+from omegaconf import DictConfig
+from sft import check_files, held_out, validated, warm_start
 
 from rlalign.actors import Controller
 from rlalign.actors.controller import Rollout
 from rlalign.actors.process import attention_of, set_up
-from rlalign.config import Config, config_from_dict
+from rlalign.config import Config
 from rlalign.generators import Generators
 from rlalign.modeling import load_tokenizer
 from rlalign.records import Sample, derive_seed
@@ -42,7 +42,7 @@ class Job:
 
 def read_config(settings: DictConfig) -> Config:
     """Validated settings; with ``run.resume`` those of that run, and this command line's on top."""
-    config = config_from_dict(OmegaConf.to_container(settings, resolve=True, throw_on_missing=True))
+    config = validated(settings)
     if config.run.resume is not None:
         config = resumed_config(config.run.resume, HydraConfig.get().overrides.task)
     check_files(config)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
 
@@ -118,6 +119,18 @@ def held_out(task: Task, config: Config) -> list[Prompt]:
     return prompts[: config.eval.num_prompts]
 
 
+def validated(settings: DictConfig) -> Config:
+    """The command line's settings. Raises ValueError for one that is bad or missing, naming what asks for it."""
+    if missing := sorted(OmegaConf.missing_keys(settings)):
+        choices = HydraConfig.get().runtime.choices
+        groups = [name.partition(".")[0] for name in missing]
+        needs = [
+            f"{name} is required with {group}={choices[group]}" for name, group in zip(missing, groups, strict=True)
+        ]
+        raise ValueError("; ".join(needs))
+    return config_from_dict(OmegaConf.to_container(settings, resolve=True))
+
+
 def check_files(config: Config) -> None:
     """Say what is missing or unusable before anything is started. Raises FileNotFoundError or ValueError."""
     if config.model.path is not None and not (config.model.path / "config.json").is_file():
@@ -157,7 +170,7 @@ def _load(config: Config, path: Path) -> Policy:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="sft")
 def main(settings: DictConfig) -> None:
-    finish(lambda: train(config_from_dict(OmegaConf.to_container(settings, resolve=True, throw_on_missing=True))))
+    finish(lambda: train(validated(settings)))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,17 @@ A traceback is printed only with ``--traceback`` or ``RLALIGN_TRACEBACK=1``.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 import traceback as traceback_module
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 
+from rlalign.config import Config, config_to_dict
 from rlalign.verifier.decide import MismatchHalt
 
 EXIT_EQUAL = 0
@@ -92,13 +96,15 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"no such file or folder: {error.filename}"
     text = " ".join(str(error).split()) or type(error).__name__
+    if _package(error) == "hydra" and (unknown := re.match(r"Could not override '([^']+)'", text)):
+        return _unknown_setting(unknown[1]) or text
     return f"a weights file can't be read: {text}" if _package(error) == "safetensors" else text
 
 
 def _field_error(item: dict[str, object]) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "config"  # type: ignore[attr-defined]
     if item["type"] == "unexpected_keyword_argument":
-        return f"{where}: no such setting"
+        return _unknown_setting(where) or f"{where}: no such setting"
     reason = str(item["msg"]).removeprefix("Value error, ")
     if reason.startswith(where):
         return reason
@@ -106,6 +112,23 @@ def _field_error(item: dict[str, object]) -> str:
     if item["type"] == "value_error" or isinstance(item["input"], dict):
         return f"{where}: {reason}"
     return f"{where}={item['input']!r}: {reason}"
+
+
+def _unknown_setting(name: str) -> str | None:
+    """What to say of a setting that isn't there; None if its recipe merely lacks it, or its group is open to any."""
+    settings = {*_names(config_to_dict(Config())), "experiment"}
+    if name in settings or name.startswith("attention."):
+        return None
+    same_field = sorted(one for one in settings if one.rpartition(".")[2] == name.rpartition(".")[2])
+    close = same_field or difflib.get_close_matches(name, sorted(settings), n=1, cutoff=0.75)
+    return f"{name}: no such setting" + (f"; did you mean {' or '.join(close)}?" if close else "")
+
+
+def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{name}.")
 
 
 def _report(error: BaseException) -> int:

@@ -47,7 +47,7 @@ def test_return_values_pass_through() -> None:
 
 
 @pytest.mark.parametrize(("values", "expected"), [
-    ({"run": {"stepz": 3}}, "error: run.stepz: no such setting"),
+    ({"run": {"stepz": 3}}, "error: run.stepz: no such setting; did you mean run.steps?"),
     ({"sampling": {"temperature": -1}}, "error: sampling.temperature=-1: Input should be greater than or equal to 0"),
     ({"algorithm": {"group_size": 1}}, "error: algorithm.group_size=1 leaves no group"),
 ])  # fmt: skip
@@ -77,9 +77,9 @@ def test_a_wrapped_actor_error_is_unwrapped(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_hydra_errors_are_unusable_input(capsys: pytest.CaptureFixture[str]) -> None:
-    error = type("ConfigCompositionException", (Exception,), {"__module__": "hydra.errors"})("Could not override 'x'")
+    error = type("ConfigCompositionException", (Exception,), {"__module__": "hydra.errors"})("Could not find 'x'")
     assert run(error) == 2
-    assert capsys.readouterr().err == "error: Could not override 'x'\n"
+    assert capsys.readouterr().err == "error: Could not find 'x'\n"
 
 
 def test_traceback_only_when_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

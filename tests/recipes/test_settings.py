@@ -155,16 +155,20 @@ def test_cfg_job_prints_the_settings(recipe):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["engine.no_such=1"], "no_such"),
-        (["+engine.no_such=1"], "engine.no_such"),
+        (["engine.no_such=1"], "engine.no_such: no such setting"),
+        (["+engine.no_such=1"], "engine.no_such: no such setting"),
+        (["engine.pagesize=8"], "engine.pagesize: no such setting; did you mean engine.page_size?"),
+        (["lr=0.1"], "lr: no such setting; did you mean trainer.lr?"),
+        (["modle=checkpoint"], "modle: no such setting; did you mean model?"),
         (["sampling.temperature=-1"], "sampling.temperature"),
         (["algorithm.group_size=1"], "group_size=1"),
         (["algorithm.minibatches=257"], "minibatches=257"),
         (["+sampling.n=4"], "algorithm.group_size"),
-        (["task=gsm8k"], "task.path"),
+        (["task=gsm8k"], "error: task.path is required with task=gsm8k"),
         (["task=gsm8k", "task.path=no.jsonl", "model.path=x"], "model.path=x"),
         (["task=gsm8k", "task.path=no.jsonl"], "no.jsonl"),
-        (["model=checkpoint"], "model.path"),
+        (["model=checkpoint"], "error: model.path is required with model=checkpoint"),
+        (["experiment=gsm8k"], "model.path is required with model=checkpoint; task.path is required with task=gsm8k"),
         (["engine.max_model_len=1024"], "engine.max_model_len=1024: the model has 512 positions"),
         ([f"task.reward={REWARDS}:no_such"], "has no function 'no_such'; needed is def no_such(*, data_source: str"),
         ([f"task.reward={REWARDS.with_name('runs.py')}:summary"], "can't be called"),
@@ -201,6 +205,11 @@ def test_a_limit_beyond_a_checkpoints_positions_is_named_before_anything_starts(
     code, _, err = recipe(name, f"model.path={made}", "++engine.max_model_len=65")
     assert code == 2 and "engine.max_model_len=65: the model has 64 positions" in err
     assert not list(cwd.iterdir())
+
+
+def test_a_setting_that_only_this_recipe_lacks_keeps_hydras_hint(recipe):
+    code, _, err = recipe("sft", "sampling.max_tokens=8")
+    assert code == 2 and "+sampling.max_tokens=8" in err and "no such setting" not in err
 
 
 def test_a_reward_is_looked_at_before_a_supervised_run_has_a_folder(recipe, tmp_path, monkeypatch):
