@@ -33,7 +33,9 @@ def train(config: Config) -> None:
 
             with run.phase("reward"), run.generators:
                 samples = score_samples(job.task, rollout.samples)
-                advantages = estimate_grpo(samples, algorithm).advantages
+                estimate = estimate_grpo(samples, algorithm)
+                advantages = estimate.advantages
+                run.note_signal(estimate.no_signal_frac)
 
             # The trainer sees token ids only; its log-probs are its own. With one update per batch, the forward that
             # is trained on is the one that is verified.

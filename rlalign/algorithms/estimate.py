@@ -16,10 +16,14 @@ from rlalign.records import Sample
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """advantages: float32 [L] per sample, in the caller's order; returns: the critic's targets, None for GRPO."""
+    """advantages: float32 [L] per sample, in the caller's order; returns: the critic's targets, None for GRPO.
+
+    no_signal_frac: share of GRPO's groups whose samples all have one reward, and so 0 as their advantage.
+    """
 
     advantages: list[np.ndarray]
     returns: list[np.ndarray] | None = None
+    no_signal_frac: float | None = None
 
 
 def estimate_grpo(samples: Sequence[Sample], algorithm: AlgorithmConfig) -> Estimate:
@@ -28,7 +32,11 @@ def estimate_grpo(samples: Sequence[Sample], algorithm: AlgorithmConfig) -> Esti
     ids = [groups.setdefault(sample.key[:2], len(groups)) for sample in samples]
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
     advantages = group_normalized(rewards, ids, normalize_std=algorithm.normalize_std).numpy()
-    return Estimate([np.full(_length(s), a, dtype=np.float32) for s, a in zip(samples, advantages, strict=True)])
+    told_apart = {group for group, advantage in zip(ids, advantages, strict=True) if advantage != 0.0}
+    return Estimate(
+        [np.full(_length(s), a, dtype=np.float32) for s, a in zip(samples, advantages, strict=True)],
+        no_signal_frac=(len(groups) - len(told_apart)) / len(groups),
+    )
 
 
 def estimate_gae(

@@ -78,6 +78,7 @@ class Run:
         self._pictures: PictureData | None = None
         self.sink: Sink = NullSink()
         self._begun = False
+        self._said_no_signal = False
         self._exit = ExitStack()
         self.generators = Generators(derive_seed(config.run.seed, _GENERATORS))
         """Python's, NumPy's, torch's: entered around the rewards of a step, as a user's own may draw from them."""
@@ -156,6 +157,16 @@ class Run:
         for line in failed:
             self.progress.say(f"left out: {line}")
         self.metrics["rollout/failed"] = float(len(failed))
+
+    def note_signal(self, no_signal_frac: float) -> None:
+        """Log the share of groups whose rewards tell nothing; a step of only such is said, the first time."""
+        self.metrics["reward/no_signal_frac"] = no_signal_frac
+        if no_signal_frac == 1.0 and not self._said_no_signal:
+            self._said_no_signal = True
+            self.progress.say(
+                "all samples of every prompt got the same reward: nothing to learn from in this step (said once; "
+                "reward/no_signal_frac is logged)"
+            )
 
     def verify(
         self,

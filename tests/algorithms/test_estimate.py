@@ -38,8 +38,15 @@ def test_grpo_repeats_the_group_advantage_over_tokens() -> None:
     ]
     estimate = estimate_grpo(samples, AlgorithmConfig(normalize_std=False))
     assert [a.tolist() for a in estimate.advantages] == [[0.5] * 3, [0.0], [-0.5] * 2, []]
+    assert estimate.no_signal_frac == 0.5
     assert estimate.returns is None
     assert all(a.dtype == np.float32 for a in estimate.advantages)
+
+
+@pytest.mark.parametrize(("rewards", "share"), [((0.1, 0.1, 0.1), 1.0), ((0.0, 1.0, 2.0), 0.0), ((0.1, 0.1, 0.3), 0.0)])
+def test_a_group_has_a_signal_once_one_reward_differs(rewards, share) -> None:
+    samples = [make_sample(7, index, 2, reward) for index, reward in enumerate(rewards)]
+    assert estimate_grpo(samples, AlgorithmConfig()).no_signal_frac == share
 
 
 def test_the_same_prompt_in_two_steps_is_two_groups() -> None:

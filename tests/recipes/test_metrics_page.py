@@ -39,6 +39,7 @@ def test_every_key_of_a_grpo_run(plain_run: Path) -> None:
     logged = logged_names(plain_run)
     assert logged - names_on_the_page() == set()
     assert {"perf/engine/cache_use_peak", "align/mismatch_count", "reward/mean", "eval/accuracy"} <= logged
+    assert "reward/no_signal_frac" in logged
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,15 @@ def test_tokens_of_an_unfinished_step_are_not_counted(tmp_path):
     assert trainer.resume(tmp_path / "checkpoints" / "last")["totals"]["tokens"] == 10
 
 
+def test_a_run_that_learns_nothing_says_so_once(tmp_path, capsys):
+    with make_run(tiny_run(tmp_path)) as run:
+        run.restore(FakeTrainer())
+        for share, lines in ((0.5, 0), (1.0, 1), (1.0, 0)):
+            run.note_signal(share)
+            assert run.metrics["reward/no_signal_frac"] == share
+            assert capsys.readouterr().out.count("nothing to learn from in this step") == lines
+
+
 def test_the_step_that_halts_a_run_is_counted(tmp_path):
     with pytest.raises(MismatchHalt), make_run(tiny_run(tmp_path)) as run:
         run.restore(FakeTrainer())
