@@ -96,16 +96,16 @@ def test_only_the_gradients_that_are_needed():
 @pytest.mark.parametrize("expanded", [(0,), (1,), (0, 1)])
 def test_the_gradient_of_a_sum_over_rows_or_heads(expanded, monkeypatch):
     """It comes expanded: strides of 0, which no kernel gets to see."""
-    from rlalign_kernels.attention import triton_backend  # imports triton
+    from rlalign_kernels.attention import triton_gradient  # imports triton
 
-    seen, rows_of = [], triton_backend._rows
+    seen, rows_of = [], triton_gradient.rows
 
     def recording(x):
         rows = rows_of(x)
         seen.append((0 in x.stride(), rows.stride()))
         return rows
 
-    monkeypatch.setattr(triton_backend, "_rows", recording)
+    monkeypatch.setattr(triton_gradient, "rows", recording)
     inputs = [x.requires_grad_() for x in make([9, 20], [9, 20])]
     cu = offsets([9, 20])
     weights = normal(16, seed=5, dtype=torch.float32)

@@ -1,12 +1,12 @@
-"""Attention's "triton" backend: launches, workspaces and the autograd function. Imported only when it is used.
+"""Attention's forward on the "triton" backend: which kernel, which grid. Imported only when it is used.
 
 No tensor is read on the host: grids follow from shapes, and from ``max_seqlen_k`` where the caller knows it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,61 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlalign_kernels.attention import schedules
 from rlalign_kernels.attention.schedules import Shape, Tile
 from rlalign_kernels.attention.tile_plan import TilePlan, padded, tile_plan
-from rlalign_kernels.attention.triton_backward import (
-    attention_delta_kernel,
-    attention_dkv_kernel,
-    attention_dq_kernel,
-    attention_sink_kernel,
-)
 from rlalign_kernels.attention.triton_decode import attention_decode_kernel
 from rlalign_kernels.attention.triton_forward import attention_forward_kernel
-
-_LOG2E = 1.4426950408889634
-_INTERPRETER_ARCHITECTURE = (9, 0)
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Which keys a query at position i sees: i - left <= j <= i + right, None being no bound; and the soft cap."""
-
-    scale: float
-    left: int | None = None
-    right: int | None = None
-    softcap: float | None = None
-
-    @property
-    def multiplier(self) -> float:
-        """c: from scores, or from their tanh, to exponents of 2."""
-        return (self.scale if self.softcap is None else self.softcap) * _LOG2E
-
-    @property
-    def cap_scale(self) -> float:
-        """From scores to the argument of tanh."""
-        return 0.0 if self.softcap is None else self.scale / self.softcap
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Where the keys are: packed by ``cu_seqlens``, or on pages by ``block_tables`` and ``kv_lens``."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    cu_seqlens: torch.Tensor | None = None
-    block_tables: torch.Tensor | None = None
-    kv_lens: torch.Tensor | None = None
-    max_seqlen: int | None = None
-
-    @property
-    def page_size(self) -> int:
-        """0 where keys are packed."""
-        return 0 if self.block_tables is None else self.k.shape[1]
-
-    @property
-    def longest(self) -> int:
-        """No sequence has more keys; as close as shapes tell where the caller does not."""
-        if self.max_seqlen is not None:
-            return self.max_seqlen
-        return self.k.shape[0] if self.block_tables is None else self.block_tables.shape[1] * self.page_size
+from rlalign_kernels.attention.triton_problem import Keys, Masking, num_processors, rows, shape_of, workspace
 
 
 def forward(
@@ -87,16 +35,16 @@ def forward(
 
     Tokens from cu_seqlens_q[-1] on are not written.
     """
-    q = _rows(q)
+    q = rows(q)
     if keys.k.stride(-1) != 1 or keys.v.stride(-1) != 1:
-        keys = replace(keys, k=_rows(keys.k), v=_rows(keys.v))
+        keys = replace(keys, k=rows(keys.k), v=rows(keys.v))
     out = torch.empty(q.shape[0], q.shape[1], keys.v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
     num_sequences = cu_seqlens_q.shape[0] - 1
     if out.numel() == 0 or num_sequences == 0:
         return out, lse
     launch = _Forward(q, keys, cu_seqlens_q, masking, sinks, out, lse)
-    shape, plan, processors = launch.shape, launch.plan, _num_processors(q.device)
+    shape, plan, processors = launch.shape, launch.plan, num_processors(q.device)
     num_splits = triton.cdiv(max(1, keys.longest), plan.split)
     apart = keys.page_size > 0 and schedules.splits_apart(num_sequences, launch.kv_heads, num_splits, processors)
     num_programs = num_sequences * launch.kv_heads * (num_splits if apart else 1)
@@ -159,10 +107,10 @@ class _Forward:
         k, v = self.keys.k, self.keys.v
         if not hopper_backend.in_boxes(self.q, k, v):
             return False
-        _, counter = _workspace(self.q.device, 0, 1)
+        _, counter = workspace(self.q.device, 0, 1)
         hopper_backend.forward(
             self.q, k, v, self.out, self.lse, self.sinks, self.cu_q, self.keys.cu_seqlens, counter, self.plan, tile,
-            _num_processors(self.q.device), multiplier=self.masking.multiplier, left=self.masking.left,
+            num_processors(self.q.device), multiplier=self.masking.multiplier, left=self.masking.left,
             right=self.masking.right, one_split=num_splits == 1,
         )  # fmt: skip
         return True
@@ -172,7 +120,7 @@ class _Forward:
         places = self.num_sequences * self.kv_heads
         slots = places * num_splits * tile.block_m
         width = self.plan.sum_width
-        floats, arrived = _workspace(self.q.device, slots * (1 + width + padded(self.shape.value_dim)), places)
+        floats, arrived = workspace(self.q.device, slots * (1 + width + padded(self.shape.value_dim)), places)
         keys = self.keys
         tma, *boxes = self._boxes(tile)
         attention_decode_kernel[(num_splits, self.kv_heads, self.num_sequences)](
@@ -243,183 +191,3 @@ def _box(x: torch.Tensor, page: int, block_n: int) -> TensorDescriptor | None:
         return None
     rows = x.shape[0] * max(1, page)
     return TensorDescriptor(x, [rows, heads * dim], [row, 1], [block_n, dim])
-
-
-class PackedAttention(torch.autograd.Function):
-    """out and lse; lse carries no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sinks: torch.Tensor | None,
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor,
-        masking: Masking,
-        max_seqlen_q: int | None,
-        max_seqlen_k: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = Keys(k, v, cu_seqlens=cu_seqlens_k, max_seqlen=max_seqlen_k)
-        out, lse = forward(q, keys, cu_seqlens_q, masking, sinks=sinks, max_seqlen_q=max_seqlen_q, return_lse=True)
-        ctx.save_for_backward(q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k)
-        ctx.masking = masking
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor, _grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        need_q, need_k, need_v, need_sinks = ctx.needs_input_grad[:4]
-        grads = backward(
-            *ctx.saved_tensors, grad, ctx.masking, need_q=need_q, need_kv=need_k or need_v, need_sinks=need_sinks
-        )
-        return *grads, None, None, None, None, None
-
-
-def backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    grad: torch.Tensor,
-    masking: Masking,
-    *,
-    need_q: bool = True,
-    need_kv: bool = True,
-    need_sinks: bool = False,
-    tiles: tuple[Tile, Tile] | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of q, k, v and sinks, None for what is not needed. ``tiles``: for dQ and for dK, dV."""
-    q, k, v, grad = (_rows(x) for x in (q, k, v, grad))
-    shape = shape_of(q, k, v)
-    kv_heads, num_sequences = k.shape[1], cu_seqlens_q.shape[0] - 1
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else None
-    dk = torch.zeros(k.shape, dtype=k.dtype, device=k.device) if need_kv else None
-    dv = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if need_kv else None
-    dsinks = None if sinks is None or not need_sinks else torch.zeros(sinks.shape, device=q.device)
-    if num_sequences == 0 or q.numel() == 0:
-        return dq, dk, dv, dsinks if dsinks is None else dsinks.to(sinks.dtype)
-    on_hopper = tiles is None and _backward_on_hopper(
-        q, k, v, out, lse, grad, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, masking, shape
-    )
-    if on_hopper and dsinks is None:
-        return dq, dk, dv, None
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-    block_d, block_dv = padded(shape.head_dim), padded(shape.value_dim)
-    num_rows = lse.numel()
-    attention_delta_kernel[(triton.cdiv(num_rows, 32),)](
-        out, grad, delta, num_rows, out.stride(0), out.stride(1), grad.stride(0), grad.stride(1),
-        HEADS=q.shape[1], VALUE_DIM=shape.value_dim, BLOCK_M=32, BLOCK_DV=block_dv,
-    )  # fmt: skip
-    if dsinks is not None:
-        attention_sink_kernel[(q.shape[1],)](sinks, lse, delta, dsinks, q.shape[0], HEADS=q.shape[1], BLOCK_T=1024)
-        dsinks = dsinks.to(sinks.dtype)
-    if on_hopper:
-        return dq, dk, dv, dsinks
-    dq_tile, dkv_tile = tiles or (schedules.dq_tile(shape), schedules.dkv_tile(shape))
-    constants = dict(
-        GROUP=shape.group, KV_HEADS=kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim, BLOCK_D=block_d,
-        BLOCK_DV=block_dv, HAS_LEFT=masking.left is not None, HAS_RIGHT=masking.right is not None,
-        HAS_CAP=masking.softcap is not None, PRECISION="ieee",
-    )  # fmt: skip
-    numbers = (
-        masking.scale, masking.multiplier, masking.cap_scale, masking.left or 0, masking.right or 0, num_sequences
-    )  # fmt: skip
-    strides = (
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), grad.stride(0), grad.stride(1)
-    )  # fmt: skip
-    if dq is not None:
-        grid = ((q.shape[0] * shape.group // dq_tile.block_m + num_sequences) * kv_heads,)
-        attention_dq_kernel[grid](
-            q, k, v, grad, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, *numbers, *strides, dq.stride(0), dq.stride(1),
-            **constants, **_launch(dq_tile),
-        )  # fmt: skip
-    if dk is not None and k.numel():
-        grid = ((k.shape[0] // dkv_tile.block_n + num_sequences) * kv_heads,)
-        attention_dkv_kernel[grid](
-            q, k, v, grad, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, *numbers, *strides,
-            **constants, **_launch(dkv_tile),
-        )  # fmt: skip
-    return dq, dk, dv, dsinks
-
-
-def _backward_on_hopper(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-    dq: torch.Tensor | None,
-    dk: torch.Tensor | None,
-    dv: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    masking: Masking,
-    shape: Shape,
-) -> bool:
-    """Whether Hopper's kernels took the call, and filled dq, dk and dv."""
-    tiles = schedules.hopper_backward_tiles(shape, masking.softcap is not None)
-    if tiles is None:
-        return False
-    from rlalign_kernels.attention import hopper_backend
-
-    if not hopper_backend.in_boxes(q, k, v, grad):
-        return False
-    _, counter = _workspace(q.device, 0, 1)
-    hopper_backend.backward(
-        q, k, v, out, lse, grad, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, counter, tiles, _num_processors(q.device),
-        scale=masking.scale, left=masking.left, right=masking.right,
-    )  # fmt: skip
-    return True
-
-
-def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:
-    """Of one layer: q [T, Hq, D], k [..., Hkv, D], v [..., Hkv, Dv]."""
-    return Shape(q.shape[-1], v.shape[-1], q.shape[1] // k.shape[-2], q.dtype, _architecture(q.device))
-
-
-def _launch(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages, "num_warps": tile.num_warps,
-    }  # fmt: skip
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """With a contiguous last dimension, as the kernels read it, and no expanded one (a sum's gradient has them)."""
-    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
-
-
-@cache
-def _architecture(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _INTERPRETER_ARCHITECTURE
-
-
-@cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-_SPACES: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-def _workspace(device: torch.device, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Floats for the splits' states, and counters that are 0 between launches: one pair per stream, growing.
-
-    While a graph is captured it gets its own, for its replays may run beside anything.
-    """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    floats, counters = (None, None) if capturing else _SPACES.get(key, (None, None))
-    if floats is None or floats.numel() < num_floats:
-        floats = torch.empty(num_floats, dtype=torch.float32, device=device)
-    if counters is None or counters.numel() < num_counters:
-        counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
-    if not capturing:
-        _SPACES[key] = (floats, counters)
-    return floats, counters

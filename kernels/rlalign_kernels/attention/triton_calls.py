@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from triton import knobs
 
-from rlalign_kernels.attention.triton_backend import Keys, Masking, PackedAttention, forward
+from rlalign_kernels.attention.triton_backend import forward
+from rlalign_kernels.attention.triton_gradient import PackedAttention
+from rlalign_kernels.attention.triton_problem import Keys, Masking
 from rlalign_kernels.reference.attention_backward import Settings
 
 _SMALLEST_PAGE = 16

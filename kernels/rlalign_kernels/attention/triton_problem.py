@@ -1,0 +1,97 @@
+"""What a launch of attention's "triton" backend starts from: the problem, tensors as kernels read them, work space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from rlalign_kernels.attention.schedules import Shape
+
+_LOG2E = 1.4426950408889634
+_INTERPRETER_ARCHITECTURE = (9, 0)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which keys a query at position i sees: i - left <= j <= i + right, None being no bound; and the soft cap."""
+
+    scale: float
+    left: int | None = None
+    right: int | None = None
+    softcap: float | None = None
+
+    @property
+    def multiplier(self) -> float:
+        """c: from scores, or from their tanh, to exponents of 2."""
+        return (self.scale if self.softcap is None else self.softcap) * _LOG2E
+
+    @property
+    def cap_scale(self) -> float:
+        """From scores to the argument of tanh."""
+        return 0.0 if self.softcap is None else self.scale / self.softcap
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where the keys are: packed by ``cu_seqlens``, or on pages by ``block_tables`` and ``kv_lens``."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    block_tables: torch.Tensor | None = None
+    kv_lens: torch.Tensor | None = None
+    max_seqlen: int | None = None
+
+    @property
+    def page_size(self) -> int:
+        """0 where keys are packed."""
+        return 0 if self.block_tables is None else self.k.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """No sequence has more keys; as close as shapes tell where the caller does not."""
+        if self.max_seqlen is not None:
+            return self.max_seqlen
+        return self.k.shape[0] if self.block_tables is None else self.block_tables.shape[1] * self.page_size
+
+
+def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:
+    """Of one layer: q [T, Hq, D], k [..., Hkv, D], v [..., Hkv, Dv]."""
+    return Shape(q.shape[-1], v.shape[-1], q.shape[1] // k.shape[-2], q.dtype, architecture(q.device))
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """With a contiguous last dimension, as the kernels read it, and no expanded one (a sum's gradient has them)."""
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+
+
+@cache
+def architecture(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _INTERPRETER_ARCHITECTURE
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+_SPACES: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def workspace(device: torch.device, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Floats for the splits' states, and counters that are 0 between launches: one pair per stream, growing.
+
+    While a graph is captured it gets its own, for its replays may run beside anything.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    floats, counters = (None, None) if capturing else _SPACES.get(key, (None, None))
+    if floats is None or floats.numel() < num_floats:
+        floats = torch.empty(num_floats, dtype=torch.float32, device=device)
+    if counters is None or counters.numel() < num_counters:
+        counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
+    if not capturing:
+        _SPACES[key] = (floats, counters)
+    return floats, counters
