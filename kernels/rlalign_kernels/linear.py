@@ -1,8 +1,10 @@
 """Linear layer: ``y = x @ weight.T + bias``.
 
-Shapes: x [..., K], weight [N, K], bias [N] or None -> y [..., N]. dtypes: float32 or bfloat16, the same for all.
-Accumulation: float32, in the order of the plan in ``reference/gemm.py``; the bias is one separate float32 addition;
-bfloat16 is widened on entry and rounded once at the end.
+Shapes: x [..., K], weight [N, K], bias [N] or None -> y [..., N]. dtypes: float32 or bfloat16, the same for all; the
+triton backend takes float16 too.
+Accumulation: float32, in the order of the plan in ``reference/gemm.py`` or, on a GPU, ``gemm/chain_plan.py``;
+``leaves`` > 1: K in so many equal parts whose sums meet in a binary tree, another plan. The bias is one separate
+float32 addition; bfloat16 and float16 are rounded once at the end.
 Promised: forward, a row's bits depend on that row, weight and bias only. Backward is deterministic run to run.
 """
 
@@ -13,12 +15,24 @@ import torch.nn.functional as F
 
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.gemm.chain_plan import chain_plan
 from rlalign_kernels.reference.gemm import product_nt
 
 
-def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _tree(x: torch.Tensor, weight: torch.Tensor, leaves: int) -> torch.Tensor:
+    """float32 [M, N]: the parts of K one by one, added as (l0 + l1) + (l2 + l3)."""
+    if leaves == 1:
+        return product_nt(x, weight)
+    half = x.shape[1] // 2
+    low, high = _tree(x[:, :half], weight[:, :half], leaves // 2), _tree(x[:, half:], weight[:, half:], leaves // 2)
+    return low + high
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    out = product_nt(rows, weight) if x.dtype == torch.float32 else product_nt(rows.float(), weight.float())
+    if x.dtype != torch.float32:
+        rows, weight = rows.float(), weight.float()
+    out = product_nt(rows, weight) if leaves == 1 else _tree(rows, weight, leaves)
     if bias is not None:
         out += bias
     out = out if x.dtype == torch.float32 else out.to(x.dtype)
@@ -27,10 +41,10 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _forward(x, weight, bias)
+        return _forward(x, weight, bias, leaves)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -43,31 +57,52 @@ class _Linear(torch.autograd.Function):
             grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None
 
 
-def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
+    check_dtype("linear", x=x)
+    if leaves != 1:
+        chain_plan("linear", leaves, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Linear.apply(x, weight, bias)
-    return _forward(x, weight, bias)
+        return _Linear.apply(x, weight, bias, leaves)
+    return _forward(x, weight, bias, leaves)
 
 
-_IMPLEMENTATIONS = Implementations("linear", reference=_reference, native=F.linear)
+def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
+    check_dtype("linear", x=x)
+    if leaves != 1:
+        raise NotImplementedError(f"linear: leaves={leaves} is not there with backend='native'; use 1")
+    return F.linear(x, weight, bias)
+
+
+def _triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
+    from rlalign_kernels.gemm import calls  # triton may be missing where nobody asks for it
+
+    return calls.linear(x, weight, bias, leaves)
+
+
+_IMPLEMENTATIONS = Implementations("linear", reference=_reference, native=_native, triton=_triton)
 
 
 @operator
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: Backend
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    leaves: int = 1,
+    backend: Backend,
 ) -> torch.Tensor:
     """``x @ weight.T + bias``; see the module docstring for shapes, dtypes and what is promised.
 
-    Raises ValueError for shapes or dtypes that do not fit, NotImplementedError for a backend that is not there.
+    ``leaves``: 1, 2, 4 or 8 equal parts of K, each summed on its own, then in a binary tree; not with "native".
+    Raises ValueError for shapes, dtypes or leaves that do not fit, NotImplementedError for a backend that is not there.
     """
     run = _IMPLEMENTATIONS[backend]
-    check_dtype("linear", x=x)
     check_same("linear", x, weight=weight, bias=bias)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit [..., K] and [N, K]")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
-    return run(x, weight, bias)
+    return run(x, weight, bias, leaves)

@@ -103,5 +103,15 @@ def test_empty_batch_and_refusals():
         linear(x, weight, x[0], backend="native")
     with pytest.raises(ValueError, match=r"x.dtype=torch.float16"):
         linear(x.half(), weight.half(), backend="reference")
-    with pytest.raises(NotImplementedError, match="triton"):
-        linear(x, weight, backend="triton")
+    with pytest.raises(NotImplementedError, match=r"leaves=2.*native"):
+        linear(x, weight, leaves=2, backend="native")
+    with pytest.raises(ValueError, match="leaves=3 is not supported"):
+        linear(x, weight, leaves=3, backend="reference")
+
+
+def test_leaves_are_products_of_their_own_that_meet_in_a_tree():
+    x, weight, bias = heavy(40, 800, seed=16), heavy(33, 800, seed=17), normal(33, seed=18)
+    leaf = [linear(x[:, i : i + 200], weight[:, i : i + 200], backend="reference") for i in range(0, 800, 200)]
+    expected = ((leaf[0] + leaf[1]) + (leaf[2] + leaf[3])) + bias
+    assert same_bits(linear(x, weight, bias, leaves=4, backend="reference"), expected)
+    assert not same_bits(linear(x, weight, bias, backend="reference"), expected)

@@ -1,0 +1,95 @@
+"""``linear`` on the "triton" backend: which kernel, which grid. Imported only when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rlalign_kernels.attention.triton_problem import BOX_ALIGNMENT, architecture
+from rlalign_kernels.gemm import schedules
+from rlalign_kernels.gemm.schedules import Layer, Tile
+from rlalign_kernels.gemm.triton_chain import linear_kernel
+from rlalign_kernels.launch import Launch
+
+# x, weight, bias, out
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], None]
+_REMEMBERED = 4096
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    leaves: int = 1,
+    *,
+    out_dtype: torch.dtype | None = None,
+    schedule: Tile | None = None,
+) -> torch.Tensor:
+    """[M, N] of x [M, K] and weight [N, K], of any strides, rounded to ``out_dtype``, x's unless told.
+
+    ``schedule``: another one than the chosen. Not differentiable; arguments are taken as checked.
+    """
+    dtype = out_dtype or x.dtype
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    call = _call(
+        x.shape, x.stride(), weight.shape, weight.stride(), x.dtype, dtype, x.device, bias is not None, leaves,
+        (x.data_ptr() | weight.data_ptr()) % BOX_ALIGNMENT == 0, schedule,
+    )  # fmt: skip
+    call(x, weight, bias, out)
+    return out
+
+
+@lru_cache(_REMEMBERED)
+def _call(
+    x_shape: tuple[int, int],
+    x_stride: tuple[int, int],
+    w_shape: tuple[int, int],
+    w_stride: tuple[int, int],
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool,
+    leaves: int,
+    aligned: bool,
+    schedule: Tile | None,
+) -> Call:
+    """What to launch for tensors of this layout."""
+    num_rows, depth = x_shape
+    width = w_shape[0]
+    boxes = aligned and _in_boxes(x_stride, depth, dtype) and _in_boxes(w_stride, depth, dtype)
+    layer = Layer(width, depth, dtype, leaves, architecture(device), boxes)
+    found = schedule or schedules.tile(layer, num_rows)
+    launch = Launch(
+        linear_kernel,
+        (triton.cdiv(num_rows, found.block_m) * triton.cdiv(width, found.block_n),),
+        (num_rows, width, depth // leaves, *x_stride, *w_stride),
+        boxes={2: _box(found.block_m, found.block_k), 3: _box(found.block_n, found.block_k)} if found.tma else None,
+        LEAVES=leaves, BLOCK_M=found.block_m, BLOCK_N=found.block_n, BLOCK_K=found.block_k, GROUP=found.group,
+        SWAP=found.swap, TMA=found.tma, HAS_BIAS=has_bias, STAGES=found.num_stages, num_warps=found.num_warps,
+    )  # fmt: skip
+    return partial(_run, launch, found.tma)
+
+
+def _run(
+    launch: Launch, tma: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    if tma:
+        launch(x, weight, x, weight, bias, out)
+    else:
+        launch(x, weight, None, None, bias, out)
+
+
+def _in_boxes(stride: tuple[int, int], depth: int, dtype: torch.dtype) -> bool:
+    """Whether the copy engine can read rows of ``depth`` numbers: in one piece, apart, on 16-byte boundaries."""
+    return stride[1] == 1 and stride[0] >= depth > 0 and stride[0] * dtype.itemsize % BOX_ALIGNMENT == 0
+
+
+def _box(num_rows: int, depth: int) -> Callable[[torch.Tensor], TensorDescriptor]:
+    """What makes a descriptor for boxes [num_rows, depth] of a matrix."""
+    return lambda x: TensorDescriptor(x, list(x.shape), list(x.stride()), [num_rows, depth])
