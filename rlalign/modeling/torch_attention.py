@@ -95,7 +95,7 @@ class Flex(GatheredPages):
         )
         out = _flex(self.compile)(
             *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value)),
-            score_mod=None if softcap is None else _capped(softcap),
+            score_mod=None if softcap is None else _capped(softcap, query.device),
             block_mask=mask,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -200,9 +200,13 @@ def _places(cu_seqlens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return sequence, row - cu_seqlens[sequence]
 
 
-def _capped(softcap: float) -> Callable[..., Tensor]:
+@cache
+def _capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    # a tensor: compiled for any size, a float counts as a size too, and torch 2.11 fails on that one
+    cap = torch.tensor(softcap, device=device)
+
     def score_mod(score: Tensor, *_place: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return score_mod
 
