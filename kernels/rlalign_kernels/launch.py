@@ -7,13 +7,36 @@ and alignment of its tensors that it meets, and the second kind from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache, reduce
+from operator import or_
+from typing import Any, Generic, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 # Triton compiles for pointers that lie on a multiple of so many bytes.
 _ALIGNMENT = 16
+# More than the layouts that a run alternates between; a training batch of new lengths makes a new one.
+_REMEMBERED = 1024
+
+
+class Remembered(Generic[T]):
+    """What was decided for the layouts that were seen last: a dict that forgets the oldest."""
+
+    def __init__(self, size: int = _REMEMBERED) -> None:
+        self._size = size
+        self._found: dict[Hashable, T] = {}
+        self.get = self._found.get
+
+    def __setitem__(self, key: Hashable, value: T) -> None:
+        if len(self._found) >= self._size:
+            del self._found[next(iter(self._found))]
+        self._found[key] = value
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 class Launch:
@@ -41,37 +64,47 @@ class Launch:
         self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._boxes = dict(boxes or {})
         self._templates: dict[int, Any] = {}
-        self._runs: dict[tuple[int, int], Callable[..., None]] = {}
+        self._runs: dict[Hashable, Callable[..., None]] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         device = tensors[0].get_device()
-        if device >= 0 and device != torch.cuda.current_device():
+        if device >= 0 and _several_devices() and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(*tensors)
-        arguments: list[Any] = []
-        alignment = 0
-        for x in tensors:
-            pointer = None
-            if x is not None:
-                pointer = x.data_ptr()
-                alignment = 2 * alignment + (pointer % _ALIGNMENT == 0)
-            arguments.append(pointer)
-        run = self._runs.get((device, alignment))
+        pointers: list[Any] = [0 if x is None else x.data_ptr() for x in tensors]
+        aligned = reduce(or_, pointers) % _ALIGNMENT == 0
+        key = device if aligned else (device, *(pointer % _ALIGNMENT == 0 for pointer in pointers))
+        run = self._runs.get(key)
         if run is None:
-            return self._compile(tensors, (device, alignment))
+            return self._launch_first(tensors, key)
         for index, template in self._templates.items():
-            arguments[index] = _with_base(template, tensors[index])
-        run(*arguments, *self._rest)
+            pointers[index] = _with_base(template, tensors[index])
+        run(*pointers, *self._rest)
 
-    def _compile(self, tensors: Sequence[torch.Tensor | None], key: tuple[int, int]) -> None:
+    def compile(self, *tensors: torch.Tensor | None) -> None:
+        """For tensors like these, without a launch, so that none waits for a compiler later. Not in the interpreter."""
+        if tensors[0].is_cuda:
+            with torch.cuda.device(tensors[0].device):
+                self._kernel.warmup(*self._arguments(tensors), *self._numbers, grid=self._grid, **self._constants)
+
+    def _arguments(self, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
         arguments: list[Any] = list(tensors)
         for index, make in self._boxes.items():
             arguments[index] = make(tensors[index])
+        return arguments
+
+    def _launch_first(self, tensors: Sequence[torch.Tensor | None], key: Hashable) -> None:
+        arguments = self._arguments(tensors)
         compiled = self._kernel[self._grid](*arguments, *self._numbers, **self._constants)
         if compiled is None:  # Triton's interpreter ran it
             return
         self._templates = {index: _with_base(arguments[index], None) for index in self._boxes}
         self._runs[key] = compiled[self._grid]
+
+
+@cache
+def _several_devices() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def _with_base(descriptor: Any, base: torch.Tensor | None) -> Any:

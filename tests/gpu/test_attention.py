@@ -232,25 +232,46 @@ def test_gradients_are_the_same_in_200_runs_beside_noise():
         assert same_bits(torch.autograd.grad(out, inputs, cotangent, retain_graph=True), first)
 
 
-def test_no_kernel_is_compiled_while_decoding():
+@pytest.mark.parametrize("known", [False, True], ids=["bounds unknown", "bounds known"])
+def test_no_kernel_is_compiled_while_decoding(known):
+    """1,000 steps of growing lengths, over the end of a split, as sequences come and go."""
     from rlalign_kernels.attention.triton_decode import attention_decode_kernel
     from rlalign_kernels.attention.triton_forward import attention_forward_kernel
 
-    p = Problem([1100, 1100, 1100], heads=(4, 2))
+    p = Problem([1500] * 40, heads=(4, 2))
     cache = p.cache(16)
 
     def compiled() -> int:
         kernels = (attention_decode_kernel, attention_forward_kernel)
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
-    def step(n: int) -> None:
-        lens = torch.tensor([n, n // 2 + 1, 1], dtype=torch.int32, device=DEVICE)
-        q = p.q[:3]
-        attention_paged(q, **{**cache, "kv_lens": lens}, cu_seqlens_q=offsets([1] * 3), max_seqlen_q=1, **p.keywords)
+    def step(n: int, many: int) -> None:
+        lens = torch.tensor([n, *[n // 2 + 1] * (many - 2), 1], dtype=torch.int32, device=DEVICE)
+        part = {"block_tables": cache["block_tables"][:many], "kv_lens": lens}
+        bounds = {"max_seqlen_k": n} if known else {}
+        attention_paged(p.q[:many], **{**cache, **part}, cu_seqlens_q=offsets([1] * many), max_seqlen_q=1, **bounds, **p.keywords)  # fmt: skip  # noqa: E501
 
-    step(1)
+    step(400, 3)
     before = compiled()
     assert before > 0
-    for n in range(1, 1001):
-        step(n)
+    for n in range(400, 1401):
+        step(n, 3 if n % 5 else 2 + n % 39)
     assert compiled() == before
+
+
+def test_unaligned_tensors_and_other_launches_between_give_the_same_bits():
+    """A launch is remembered by its layout: pointers off a 16-byte boundary are another kernel, not another result."""
+    p = Problem([300, 5, 77], heads=(4, 2))
+    whole = packed(p)
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        room = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype, device=DEVICE)
+        room[1:] = x.flatten()
+        return room[1:].view(x.shape)
+
+    wide = torch.cat([p.cu[:1], p.cu])[1:]  # offsets that begin 4 bytes after a boundary
+    assert wide.data_ptr() % 16
+    for q, k, v, cu in ((shifted(p.q), p.k, p.v, p.cu), (p.q, shifted(p.k), shifted(p.v), p.cu), (p.q, p.k, p.v, wide)):
+        for _ in range(3):
+            assert same_bits(packed(p, q, k, v, cu, cu), whole)
+        assert same_bits(packed(p), whole)

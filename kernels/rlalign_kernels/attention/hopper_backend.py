@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -12,12 +13,13 @@ from rlalign_kernels.attention.hopper_backward import hopper_dq_kernel, row_term
 from rlalign_kernels.attention.hopper_backward_keys import hopper_dkv_kernel
 from rlalign_kernels.attention.hopper_forward import hopper_forward_kernel
 from rlalign_kernels.attention.hopper_tiles import ADDRESS_WRAP, ROWS_BOUND, WARPGROUP_ROWS
-from rlalign_kernels.attention.schedules import HopperTile
+from rlalign_kernels.attention.schedules import HopperTile, Shape
 from rlalign_kernels.attention.tile_plan import TilePlan
+from rlalign_kernels.attention.triton_problem import Masking
+from rlalign_kernels.launch import Launch
 
 _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _TERMS_LAYOUT = gl.NVMMASharedLayout(0, 32, 1)
-_LOG2E = 1.4426950408889634
 # Larger than any coordinate.
 _UNBOUNDED = 0x7FFF0000
 
@@ -57,93 +59,109 @@ def in_boxes(*tensors: torch.Tensor) -> bool:
 
 
 def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    counter: torch.Tensor,
+    shape: Shape,
     plan: TilePlan,
     tile: HopperTile,
-    num_programs: int,
+    masking: Masking,
     *,
-    multiplier: float,
-    left: int | None,
-    right: int | None,
+    num_tokens: int,
+    num_sequences: int,
+    num_heads: int,
+    num_programs: int,
+    has_sinks: bool,
+    has_lse: bool,
     one_split: bool,
-) -> None:
-    """Fills out [T, Hq, D] and lse [T, Hq]. ``counter``: int32, 0 between launches. left and right as in Masking."""
-    heads, num_sequences = q.shape[1], cu_seqlens_q.shape[0] - 1
-    num_tiles = (q.shape[0] // tile.block_m + num_sequences) * heads
-    rows = WARPGROUP_ROWS.value
-    hopper_forward_kernel[(min(num_programs, num_tiles),)](
-        box_descriptor(q, rows), box_descriptor(k, tile.block_n), box_descriptor(v, tile.block_n),
-        box_descriptor(out, rows), q if lse is None else lse, q if sinks is None else sinks,
-        cu_seqlens_q, cu_seqlens_k, counter, multiplier, left or 0, right or 0, num_sequences, num_tiles,
-        HEADS=heads, GROUP=heads // k.shape[1], HEAD_DIM=q.shape[2], SPLIT=plan.split,
-        WIDTH=plan.sum_width, HAS_LEFT=left is not None, HAS_RIGHT=right is not None, HAS_SINK=sinks is not None,
-        HAS_LSE=lse is not None, ONE_SPLIT=one_split, num_warps=4, **_launch(tile),
+) -> Launch:
+    """Of q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k and a counter: int32, 0 between launches."""
+    num_tiles = (num_tokens // tile.block_m + num_sequences) * num_heads
+    rows, keys = (_boxes_of(n) for n in (WARPGROUP_ROWS.value, tile.block_n))
+    return Launch(
+        hopper_forward_kernel, (min(num_programs, num_tiles),),
+        (masking.multiplier, masking.left or 0, masking.right or 0, num_sequences, num_tiles),
+        boxes={0: rows, 1: keys, 2: keys, 3: rows}, HEADS=num_heads, GROUP=shape.group, HEAD_DIM=shape.head_dim,
+        SPLIT=plan.split, WIDTH=plan.sum_width, HAS_LEFT=masking.left is not None,
+        HAS_RIGHT=masking.right is not None, HAS_SINK=has_sinks, HAS_LSE=has_lse, ONE_SPLIT=one_split, **_launch(tile),
     )  # fmt: skip
 
 
-def backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-    dq: torch.Tensor | None,
-    dk: torch.Tensor | None,
-    dv: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    counter: torch.Tensor,
-    tiles: tuple[HopperTile, HopperTile],
-    num_programs: int,
-    *,
-    scale: float,
-    left: int | None,
-    right: int | None,
-) -> None:
-    """Fills dq, and dk and dv, which come as zeros, where they are wanted. ``tiles``: for dq and for dk, dv."""
-    heads, kv_heads, dim, num_sequences = q.shape[1], k.shape[1], q.shape[2], cu_seqlens_q.shape[0] - 1
-    rows = WARPGROUP_ROWS.value
-    num_row_tiles = q.shape[0] // rows + num_sequences
-    terms = torch.empty(2 * heads * num_row_tiles * rows, dtype=torch.float32, device=q.device)
-    row_terms_kernel[(num_row_tiles, heads)](
-        out, grad, lse, terms, cu_seqlens_q, num_sequences, out.stride(0), out.stride(1), grad.stride(0),
-        grad.stride(1), HEADS=heads, VALUE_DIM=dim, BLOCK_M=rows, num_warps=4,
-    )  # fmt: skip
-    terms_desc = TensorDescriptor(terms, [terms.numel()], [1], [rows], _TERMS_LAYOUT)
-    q_desc, do_desc = box_descriptor(q, rows), box_descriptor(grad, rows)
-    numbers = (scale, scale * _LOG2E, left or 0, right or 0, num_sequences)
-    constants = dict(
-        GROUP=heads // kv_heads, HEAD_DIM=dim, HAS_LEFT=left is not None, HAS_RIGHT=right is not None, num_warps=4
-    )
-    if dq is not None:
-        tile = tiles[0]
-        num_tiles = (q.shape[0] // tile.block_m + num_sequences) * heads
-        hopper_dq_kernel[(min(num_programs, num_tiles),)](
-            q_desc, do_desc, box_descriptor(k, tile.block_n), box_descriptor(v, tile.block_n), terms_desc,
-            box_descriptor(dq, rows), cu_seqlens_q, cu_seqlens_k, counter, *numbers, num_tiles, num_row_tiles,
-            HEADS=heads, **constants, **_launch(tile),
+class Backward:
+    """Launches of dQ's, and of dK's and dV's kernel, and of what both need first: terms of every row."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        tiles: tuple[HopperTile, HopperTile],
+        masking: Masking,
+        strides: tuple[int, int, int, int],
+        *,
+        num_tokens: int,
+        num_keys: int,
+        num_sequences: int,
+        kv_heads: int,
+        num_programs: int,
+    ) -> None:
+        """strides: of the output's and its gradient's tokens and heads."""
+        rows, heads = WARPGROUP_ROWS.value, kv_heads * shape.group
+        num_row_tiles = num_tokens // rows + num_sequences
+        self.num_terms = 2 * heads * num_row_tiles * rows
+        self.terms = Launch(
+            row_terms_kernel, (num_row_tiles, heads), (num_sequences, *strides), HEADS=heads,
+            VALUE_DIM=shape.value_dim, BLOCK_M=rows, num_warps=4,
         )  # fmt: skip
-    if dk is not None:
-        tile = tiles[1]
-        num_tiles = (k.shape[0] // tile.block_n + num_sequences) * kv_heads
-        hopper_dkv_kernel[(min(num_programs, num_tiles),)](
-            q_desc, do_desc, box_descriptor(k, rows), box_descriptor(v, rows), terms_desc, box_descriptor(dk, rows),
-            box_descriptor(dv, rows), cu_seqlens_q, cu_seqlens_k, counter, *numbers, num_tiles, num_row_tiles,
-            KV_HEADS=kv_heads, **constants, **_launch(tile),
+        box, terms = _boxes_of(rows), partial(_terms_descriptor, num_terms=self.num_terms)
+        numbers = (masking.scale, masking.multiplier, masking.left or 0, masking.right or 0, num_sequences)
+        constants = dict(
+            GROUP=shape.group, HEAD_DIM=shape.head_dim, HAS_LEFT=masking.left is not None,
+            HAS_RIGHT=masking.right is not None,
         )  # fmt: skip
+        of_q, of_keys = tiles
+        num_tiles = (num_tokens // of_q.block_m + num_sequences) * heads
+        keys = _boxes_of(of_q.block_n)
+        self.dq = Launch(
+            hopper_dq_kernel, (min(num_programs, num_tiles),), (*numbers, num_tiles, num_row_tiles),
+            boxes={0: box, 1: box, 2: keys, 3: keys, 4: terms, 5: box}, HEADS=heads, **constants, **_launch(of_q),
+        )  # fmt: skip
+        num_tiles = (num_keys // of_keys.block_n + num_sequences) * kv_heads
+        self.dkv = Launch(
+            hopper_dkv_kernel, (min(num_programs, num_tiles),), (*numbers, num_tiles, num_row_tiles),
+            boxes={0: box, 1: box, 2: box, 3: box, 4: terms, 5: box, 6: box}, KV_HEADS=kv_heads, **constants,
+            **_launch(of_keys),
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad: torch.Tensor,
+        dq: torch.Tensor | None,
+        dk: torch.Tensor | None,
+        dv: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        counter: torch.Tensor,
+    ) -> None:
+        """Fills dq, and dk and dv, which come as zeros, where they are wanted. ``counter``: as in forward."""
+        terms = lse.new_empty(self.num_terms)
+        self.terms(out, grad, lse, terms, cu_seqlens_q)
+        if dq is not None:
+            self.dq(q, grad, k, v, terms, dq, cu_seqlens_q, cu_seqlens_k, counter)
+        if dk is not None:
+            self.dkv(q, grad, k, v, terms, dk, dv, cu_seqlens_q, cu_seqlens_k, counter)
+
+
+def _boxes_of(num_rows: int) -> Callable[[torch.Tensor], TensorDescriptor]:
+    return partial(box_descriptor, num_rows=num_rows)
+
+
+def _terms_descriptor(terms: torch.Tensor, num_terms: int) -> TensorDescriptor:
+    return TensorDescriptor(terms, [num_terms], [1], [WARPGROUP_ROWS.value], _TERMS_LAYOUT)
 
 
 def _launch(tile: HopperTile) -> dict[str, int]:
     return {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages,
-        "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers,
+        "CONSUMER_REGISTERS": tile.consumer_registers, "PRODUCER_REGISTERS": tile.producer_registers, "num_warps": 4,
     }  # fmt: skip

@@ -45,7 +45,7 @@ from rlalign_kernels.attention.triton_tiles import LOG2E
 from rlalign_kernels.attention.triton_tiles import find_sequence as triton_find_sequence
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def row_terms_kernel(
     out_ptr, grad_ptr, lse_ptr, terms_ptr, cu_q_ptr, num_sequences,
     stride_ot, stride_oh, stride_gt, stride_gh,
@@ -214,7 +214,7 @@ def _dq_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_sequences", "num_tiles", "num_row_tiles"])
 def hopper_dq_kernel(
     q_desc, do_desc, k_desc, v_desc, terms_desc, dq_desc, cu_q_ptr, cu_k_ptr, counter_ptr,
     scale, c, left, right, num_sequences, num_tiles, num_row_tiles,

@@ -179,7 +179,7 @@ def _dkv_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_sequences", "num_tiles", "num_row_tiles"])
 def hopper_dkv_kernel(
     q_desc, do_desc, k_desc, v_desc, terms_desc, dk_desc, dv_desc, cu_q_ptr, cu_k_ptr, counter_ptr,
     scale, c, left, right, num_sequences, num_tiles, num_row_tiles,

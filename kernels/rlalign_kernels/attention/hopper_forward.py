@@ -331,7 +331,7 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_sequences", "num_tiles"])
 def hopper_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, sink_ptr, cu_q_ptr, cu_k_ptr, counter_ptr,
     c, left, right, num_sequences, num_tiles,

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import (
-    check_heads,
-    check_offsets,
-    check_settings,
-    check_sinks,
-    host_offsets,
-    layout_of,
-)
+from rlalign_kernels.attention.shared import check_packed, host_offsets, layout_of
 from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, operator
 from rlalign_kernels.native import attention as native
@@ -79,8 +72,7 @@ class _Packed(torch.autograd.Function):
         return *(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None, None
 
 
-@dataclass(frozen=True)
-class _Offsets:
+class Offsets(NamedTuple):
     """Cumulative lengths [B + 1] as given, and on the host for the backends that lay out batches there."""
 
     cu_seqlens_q: torch.Tensor
@@ -97,8 +89,9 @@ class _Offsets:
 
 
 def _reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: _Offsets, settings: Settings, return_lse: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    check_packed(q, k, v, settings, "reference")
     cu_q, cu_k = offsets.host()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Packed.apply(q, k, v, cu_q, cu_k, settings)
@@ -107,8 +100,9 @@ def _reference(
 
 
 def _native(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: _Offsets, settings: Settings, return_lse: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    check_packed(q, k, v, settings, "native")
     cu_q, cu_k = offsets.host()
 
     def batch() -> native.Batch:
@@ -119,23 +113,11 @@ def _native(
 
 
 def _triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: _Offsets, settings: Settings, return_lse: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from rlalign_kernels.attention import triton_calls  # triton may be missing where nobody asks for it
 
-    check_offsets("attention_packed", "cu_seqlens_q", offsets.cu_seqlens_q)
-    check_offsets("attention_packed", "cu_seqlens_k", offsets.cu_seqlens_k)
-    return triton_calls.packed(
-        q,
-        k,
-        v,
-        offsets.cu_seqlens_q,
-        offsets.cu_seqlens_k,
-        settings,
-        max_seqlen_q=offsets.max_seqlen_q,
-        max_seqlen_k=offsets.max_seqlen_k,
-        return_lse=return_lse,
-    )
+    return triton_calls.packed(q, k, v, offsets, settings, return_lse)
 
 
 _IMPLEMENTATIONS = Implementations("attention_packed", reference=_reference, native=_native, triton=_triton)
@@ -170,14 +152,7 @@ def attention_packed(
     Raises ValueError or NotImplementedError naming what does not fit.
     """
     run = _IMPLEMENTATIONS[backend]
-    check_heads("attention_packed", q, k, v, backend)
-    check_settings("attention_packed", scale, window, softcap)
-    check_sinks("attention_packed", sinks, q, backend)
-    if k.dim() != 3:
-        raise ValueError(f"attention_packed: k has shape {tuple(k.shape)}, expected [S, Hkv, D]")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:1]):
-        raise ValueError(f"attention_packed: key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; expected bool [S]")
-    offsets = _Offsets(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
+    offsets = Offsets(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
     out, lse = run(q, k, v, offsets, Settings(scale, causal, window, softcap, key_mask, sinks), return_lse)
     return (out, lse) if return_lse else out
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import (
-    check_heads,
-    check_offsets,
-    check_settings,
-    check_sinks,
-    host_offsets,
-    layout_of,
-)
+from rlalign_kernels.attention.shared import check_paged, host_offsets, layout_of
 from rlalign_kernels.checks import check_integer
 from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, operator
@@ -41,8 +34,7 @@ class _Host:
         self.key = key
 
 
-@dataclass(frozen=True)
-class _Batch:
+class Batch(NamedTuple):
     """Offsets [B + 1], lengths [B] and page tables [B, max_pages] as given."""
 
     block_tables: torch.Tensor
@@ -62,10 +54,11 @@ def _reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    batch: _Batch,
+    batch: Batch,
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    check_paged(q, k_cache, v_cache, settings, "reference")
     page_size, host = k_cache.shape[1], batch.host(q, k_cache)
     layout = layout_of(
         ("layout", *host.key),
@@ -87,10 +80,11 @@ def _native(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    batch: _Batch,
+    batch: Batch,
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    check_paged(q, k_cache, v_cache, settings, "native")
     page_size, host = k_cache.shape[1], batch.host(q, k_cache)
 
     def padded() -> native.Batch:
@@ -103,28 +97,11 @@ def _native(
 
 
 def _triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    batch: _Batch,
-    settings: Settings,
-    return_lse: bool,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from rlalign_kernels.attention import triton_calls  # triton may be missing where nobody asks for it
 
-    check_offsets("attention_paged", "cu_seqlens_q", batch.cu_seqlens_q)
-    return triton_calls.paged(
-        q,
-        k_cache,
-        v_cache,
-        batch.block_tables,
-        batch.cu_seqlens_q,
-        batch.kv_lens,
-        settings,
-        max_seqlen_q=batch.max_seqlen_q,
-        max_seqlen_k=batch.max_seqlen_k,
-        return_lse=return_lse,
-    )
+    return triton_calls.paged(q, k_cache, v_cache, batch, settings, return_lse)
 
 
 _IMPLEMENTATIONS = Implementations("attention_paged", reference=_reference, native=_native, triton=_triton)
@@ -158,14 +135,9 @@ def attention_paged(
     Raises ValueError or NotImplementedError naming what does not fit.
     """
     run = _IMPLEMENTATIONS[backend]
-    check_heads("attention_paged", q, k_cache, v_cache, backend)
-    check_settings("attention_paged", scale, window, softcap)
-    check_sinks("attention_paged", sinks, q, backend)
-    if k_cache.dim() != 4:
-        raise ValueError(f"attention_paged: k_cache has shape {tuple(k_cache.shape)}, expected [pages, page, Hkv, D]")
-    batch = _Batch(block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise NotImplementedError("attention_paged: has no gradient; use attention_packed, or torch.no_grad()")
+    batch = Batch(block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k)
     out, lse = run(q, k_cache, v_cache, batch, Settings(scale, causal, window, softcap, sinks=sinks), return_lse)
     return (out, lse) if return_lse else out
 

@@ -146,10 +146,10 @@ def dkv_tile(shape: Shape) -> Tile:
     return Tile(64, 64, 4, 2 if shape.architecture < (9, 0) else 3)
 
 
-def splits_apart(num_sequences: int, num_kv_heads: int, num_splits: int, num_processors: int) -> bool:
-    """Whether each split of a decoded sequence gets a program of its own.
+def splits_apart(num_places: int, num_splits: int, num_processors: int) -> bool:
+    """Whether each split of a decoded sequence gets a program of its own; a place is a sequence's key head.
 
-    Not when there is one split, nor when sequences x heads fill the GPU and none is much longer than a program can
-    read while the others are read.
+    Not when there is one split, nor when the places fill the GPU and none is much longer than a program can read while
+    the others are read.
     """
-    return num_splits > 1 and (num_sequences * num_kv_heads < num_processors * 3 // 4 or num_splits > 8)
+    return num_splits > 1 and (num_places < num_processors * 3 // 4 or num_splits > 8)

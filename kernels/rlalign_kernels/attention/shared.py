@@ -10,12 +10,13 @@ import torch
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.content import cached
 from rlalign_kernels.reference.attention import MAX_HEAD_DIM, MAX_ITEMS, MAX_SCORES, products
+from rlalign_kernels.reference.attention_backward import Settings
 from rlalign_kernels.reference.attention_layout import Layout, Problem, build_layout
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> None:
+def _check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> None:
     """q [T, Hq, D], k [..., Hkv, D], v [..., Hkv, Dv] of one dtype and device, Hq a multiple of Hkv, D <= 256."""
     if backend != "triton":
         check_dtype(operator, q=q)
@@ -31,7 +32,7 @@ def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
             raise NotImplementedError(f"{operator}: {name}={size} is not supported; 1 to {MAX_HEAD_DIM} are")
 
 
-def check_settings(operator: str, scale: float, window: int | None, softcap: float | None) -> None:
+def _check_settings(operator: str, scale: float, window: int | None, softcap: float | None) -> None:
     """Raises ValueError naming the setting that is out of bounds."""
     if not np.isfinite(scale):
         raise ValueError(f"{operator}: scale={scale} is not supported; it must be finite")
@@ -41,7 +42,7 @@ def check_settings(operator: str, scale: float, window: int | None, softcap: flo
         raise ValueError(f"{operator}: softcap={softcap} is not supported; use None or a value > 0")
 
 
-def check_sinks(operator: str, sinks: torch.Tensor | None, q: torch.Tensor, backend: str) -> None:
+def _check_sinks(operator: str, sinks: torch.Tensor | None, q: torch.Tensor, backend: str) -> None:
     """Attention sinks [Hq], a logit per head, are the triton backend's alone so far."""
     if sinks is None:
         return
@@ -49,6 +50,33 @@ def check_sinks(operator: str, sinks: torch.Tensor | None, q: torch.Tensor, back
         raise NotImplementedError(f"{operator}: sinks are not there with backend={backend!r}; use 'triton'")
     if sinks.shape != q.shape[1:2] or sinks.device != q.device:
         raise ValueError(f"{operator}: sinks {tuple(sinks.shape)} on {sinks.device}; expected [{q.shape[1]}] on q's")
+
+
+def check_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, backend: str) -> None:
+    """What every backend of attention_packed refuses."""
+    _check_problem("attention_packed", q, k, v, settings, backend)
+    if k.dim() != 3:
+        raise ValueError(f"attention_packed: k has shape {tuple(k.shape)}, expected [S, Hkv, D]")
+    mask = settings.key_mask
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:1]):
+        raise ValueError(f"attention_packed: key_mask is {mask.dtype} {tuple(mask.shape)}; expected bool [S]")
+
+
+def check_paged(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, settings: Settings, backend: str
+) -> None:
+    """What every backend of attention_paged refuses."""
+    _check_problem("attention_paged", q, k_cache, v_cache, settings, backend)
+    if k_cache.dim() != 4:
+        raise ValueError(f"attention_paged: k_cache has shape {tuple(k_cache.shape)}, expected [pages, page, Hkv, D]")
+
+
+def _check_problem(
+    operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, backend: str
+) -> None:
+    _check_heads(operator, q, k, v, backend)
+    _check_settings(operator, settings.scale, settings.window, settings.softcap)
+    _check_sinks(operator, settings.sinks, q, backend)
 
 
 def check_offsets(operator: str, name: str, offsets: torch.Tensor) -> None:

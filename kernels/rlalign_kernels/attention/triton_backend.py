@@ -1,23 +1,42 @@
-"""Attention's forward on the "triton" backend: which kernel, which grid. Imported only when it is used.
+"""Attention's forward on the "triton" backend: which kernels, which grids. Imported only when it is used.
 
-No tensor is read on the host: grids follow from shapes, and from ``max_seqlen_k`` where the caller knows it.
+No tensor is read on the host: grids follow from shapes, and from ``max_seqlen`` where the caller knows it. What follows
+from a call's shapes is decided once (``_Forward``); after that a call allocates and launches.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlalign_kernels.attention import schedules
-from rlalign_kernels.attention.schedules import Shape, Tile
+from rlalign_kernels.attention.schedules import Tile
 from rlalign_kernels.attention.tile_plan import TilePlan, padded, tile_plan
 from rlalign_kernels.attention.triton_decode import attention_decode_kernel
 from rlalign_kernels.attention.triton_forward import attention_forward_kernel
-from rlalign_kernels.attention.triton_problem import Keys, Masking, num_processors, rows, shape_of, workspace
+from rlalign_kernels.attention.triton_problem import (
+    BOX_ALIGNMENT,
+    Keys,
+    Masking,
+    integers,
+    layout,
+    num_processors,
+    rows,
+    shape_of,
+    workspace,
+)
+from rlalign_kernels.launch import Launch, Remembered
+from rlalign_kernels.reference.attention_backward import Settings
+
+# Of both stock kernels: k_desc and v_desc.
+_BOX_PARAMETERS = (3, 4)
+# More than any GPU runs at once.
+_MANY_PROGRAMS = 1 << 30
 
 
 def forward(
@@ -25,46 +44,37 @@ def forward(
     keys: Keys,
     cu_seqlens_q: torch.Tensor,
     masking: Masking,
-    *,
     sinks: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
+    check: Callable[[torch.Tensor, Keys, torch.Tensor, Settings | None], None] | None = None,
+    settings: Settings | None = None,
+    *,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """out [T, Hq, Dv] and lse float32 [T, Hq] of q [T, Hq, D]. ``tiles``: a schedule other than the chosen one.
 
-    Tokens from cu_seqlens_q[-1] on are not written.
+    ``check`` raises for what can't be; it is called once for every layout of the arguments, with ``settings``. Tokens
+    from cu_seqlens_q[-1] on are not written.
     """
-    q = rows(q)
-    if keys.k.stride(-1) != 1 or keys.v.stride(-1) != 1:
-        keys = replace(keys, k=rows(keys.k), v=rows(keys.v))
-    out = torch.empty(q.shape[0], q.shape[1], keys.v.shape[-1], dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    num_sequences = cu_seqlens_q.shape[0] - 1
-    if out.numel() == 0 or num_sequences == 0:
-        return out, lse
-    launch = _Forward(q, keys, cu_seqlens_q, masking, sinks, out, lse)
-    shape, plan, processors = launch.shape, launch.plan, num_processors(q.device)
-    num_splits = triton.cdiv(max(1, keys.longest), plan.split)
-    apart = keys.page_size > 0 and schedules.splits_apart(num_sequences, launch.kv_heads, num_splits, processors)
-    num_programs = num_sequences * launch.kv_heads * (num_splits if apart else 1)
-    prefill, decode = tiles or (
-        schedules.prefill_tile(shape, plan),
-        schedules.decode_tile(shape, plan, num_programs, processors, keys.page_size > 0),
-    )
-    most_rows = (q.shape[0] if max_seqlen_q is None else max_seqlen_q) * shape.group
-    all_few = most_rows <= decode.block_m
-    if apart:
-        launch.decode(decode, num_splits, most_rows)
-        if not all_few:
-            launch.prefill(prefill, num_splits, few_rows=decode.block_m)
-    elif all_few or tiles or not launch.hopper(num_splits):
-        launch.prefill(decode if all_few else prefill, num_splits, few_rows=0)
-    return out, lse
+    k, v, cu_seqlens_k, block_tables, kv_lens, max_seqlen_k = keys
+    # a launch follows from the number of splits: lengths that grow within one need no other
+    num_splits = None if max_seqlen_k is None else -(-max_seqlen_k // TilePlan.split)
+    key = (
+        layout(q), layout(k), layout(v), integers(cu_seqlens_q),
+        integers(cu_seqlens_k) if block_tables is None else (integers(block_tables), integers(kv_lens)),
+        sinks if sinks is None else layout(sinks), masking, num_splits, max_seqlen_q, return_lse, tiles,
+    )  # fmt: skip
+    call = _CALLS.get(key)
+    if call is None:
+        if check is not None:
+            check(q, keys, cu_seqlens_q, settings)
+        call = _CALLS[key] = _Forward(q, keys, cu_seqlens_q, masking, sinks, return_lse, max_seqlen_q, tiles)
+    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_tables, kv_lens, sinks)
 
 
 class _Forward:
-    """One call's arguments, ready for either launch."""
+    """What is launched for calls of one layout. Holds no tensor."""
 
     def __init__(
         self,
@@ -73,121 +83,177 @@ class _Forward:
         cu_seqlens_q: torch.Tensor,
         masking: Masking,
         sinks: torch.Tensor | None,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
+        return_lse: bool,
+        max_seqlen_q: int | None,
+        tiles: tuple[Tile, Tile] | None,
     ) -> None:
-        k, v = keys.k, keys.v
-        self.q, self.keys, self.cu_q, self.masking, self.sinks, self.out, self.lse = (
-            q, keys, cu_seqlens_q, masking, sinks, out, lse,
+        self.as_rows = any(rows(x) is not x for x in (q, keys.k, keys.v))
+        q, keys = rows(q), keys._replace(k=rows(keys.k), v=rows(keys.v))
+        self.return_lse, self.masking, self.has_sinks, self.page_size = (
+            return_lse, masking, sinks is not None, keys.page_size,
         )  # fmt: skip
-        self.kv_heads = k.shape[-2]
-        self.shape = shape_of(q, k, v)
+        self.num_tokens, self.num_heads = q.shape[:2]
+        self.num_sequences, self.kv_heads = cu_seqlens_q.shape[0] - 1, keys.k.shape[-2]
+        self.shape = shape_of(q, keys.k, keys.v)
         self.plan = tile_plan(self.shape.head_dim, self.shape.value_dim, q.dtype, self.shape.architecture)
-        self.num_sequences = cu_seqlens_q.shape[0] - 1
+        self.strides = (
+            q.stride(0), q.stride(1), *_three_strides(keys.k, self.page_size), *_three_strides(keys.v, self.page_size),
+            self.num_heads * self.shape.value_dim, self.shape.value_dim, self.num_heads,
+            keys.block_tables.stride(0) if self.page_size else 0,
+        )  # fmt: skip
+        self.boxes = _boxes(keys.k, keys.v, self.page_size, self.plan.kv_tile)
+        self.hopper: Launch | None = None
+        self.prefill: Launch | None = None
+        self.decode: tuple[Launch, int, int] | None = None
+        # schedules that a decode comes to as it goes on: compiled by the first call
+        self.later_decodes: list[Launch] = []
+        self.later_prefills: list[Launch] = []
+        if self.num_tokens and self.num_heads and self.num_sequences:
+            self._choose(q, keys, max_seqlen_q, tiles)
 
-    def prefill(self, tile: Tile, num_splits: int, few_rows: int) -> None:
+    def _choose(self, q: torch.Tensor, keys: Keys, max_seqlen_q: int | None, tiles: tuple[Tile, Tile] | None) -> None:
+        """The kernels: one for all rows, or one for sequences of few rows beside one for the others."""
+        shape, processors, paged = self.shape, num_processors(q.device), self.page_size > 0
+        num_splits = triton.cdiv(max(1, keys.longest), self.plan.split)
+        most_rows = (self.num_tokens if max_seqlen_q is None else max_seqlen_q) * shape.group
+        places = self.num_sequences * self.kv_heads
+        apart = paged and schedules.splits_apart(places, num_splits, processors)
+        prefill, decode = tiles or (
+            schedules.prefill_tile(shape, self.plan),
+            schedules.decode_tile(shape, self.plan, places * (num_splits if apart else 1), processors, paged),
+        )
+        few = decode.block_m
+        if apart:
+            self.decode = self._decode(decode, num_splits, min(few, most_rows))
+        if most_rows > few:
+            self.hopper = None if tiles or paged else self._hopper(q, keys, processors, num_splits)
+            if self.hopper is None:
+                self.prefill = self._prefill(prefill, few_rows=few if apart else 0, one_split=num_splits == 1)
+        elif not apart:
+            self.prefill = self._prefill(decode)
+        if paged and most_rows <= few and tiles is None:
+            for tile in {schedules.decode_tile(shape, self.plan, n, processors, paged) for n in (1, _MANY_PROGRAMS)}:
+                self.later_decodes.append(self._decode(tile, num_splits, most_rows)[0])
+                self.later_prefills.append(self._prefill(tile))
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor | None,
+        block_tables: torch.Tensor | None,
+        kv_lens: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.as_rows:
+            q, k, v = rows(q), rows(k), rows(v)
+        out = q.new_empty((self.num_tokens, self.num_heads, self.shape.value_dim))
+        lse = q.new_empty((self.num_tokens, self.num_heads), dtype=torch.float32) if self.return_lse else None
+        # something in place of what is absent; it is not read
+        results = (out, q if lse is None else lse, q if sinks is None else sinks)
+        if self.hopper is not None:
+            _, counter = workspace(q.device, 0, 1)
+            self.hopper(q, k, v, *results, cu_seqlens_q, cu_seqlens_k, counter)
+        tensors = (q, k, v, k, v, *results)
+        if self.decode is not None:
+            launch, *sizes = self.decode
+            launch(*tensors, cu_seqlens_q, kv_lens, block_tables, *workspace(q.device, *sizes))
+        if self.prefill is not None:
+            self.prefill(*tensors, cu_seqlens_q, cu_seqlens_k, kv_lens, block_tables)
+        if self.later_decodes:
+            for launch in self.later_decodes:
+                launch.compile(*tensors, cu_seqlens_q, kv_lens, block_tables, *workspace(q.device, 1, 1))
+            for launch in self.later_prefills:
+                launch.compile(*tensors, cu_seqlens_q, cu_seqlens_k, kv_lens, block_tables)
+            self.later_decodes = []
+        return out, lse
+
+    def _prefill(self, tile: Tile, few_rows: int = 0, one_split: bool = False) -> Launch:
         """A program per row tile, through all of its keys. few_rows: sequences of no more rows are not its own."""
-        num_tiles = self.q.shape[0] * self.shape.group // tile.block_m + self.num_sequences
-        keys, paged = self.keys, self.keys.page_size > 0
-        tma, *boxes = self._boxes(tile)
-        attention_forward_kernel[(num_tiles * self.kv_heads,)](
-            self.q, keys.k, keys.v, *boxes, self.out, *self._optional(), self.cu_q, keys.cu_seqlens, keys.kv_lens,
-            keys.block_tables, *self._numbers(), self.num_sequences, *self._strides(),
-            keys.block_tables.stride(0) if paged else 0,
-            **self._constants(tile), FEW_ROWS=few_rows, ONE_SPLIT=num_splits == 1, TMA=tma,
+        num_tiles = self.num_tokens * self.shape.group // tile.block_m + self.num_sequences
+        return Launch(
+            attention_forward_kernel, (num_tiles * self.kv_heads,),
+            (*self._numbers(), self.num_sequences, *self.strides),
+            **self._constants(tile), FEW_ROWS=few_rows, ONE_SPLIT=one_split,
         )  # fmt: skip
 
-    def hopper(self, num_splits: int) -> bool:
+    def _hopper(self, q: torch.Tensor, keys: Keys, processors: int, num_splits: int) -> Launch | None:
         """Warp-specialised, where that kernel takes the call; the same bits."""
         tile = schedules.hopper_forward_tile(self.shape, self.masking.softcap is not None)
-        if tile is None or self.keys.page_size > 0:
-            return False
+        if tile is None:
+            return None
         from rlalign_kernels.attention import hopper_backend
 
-        k, v = self.keys.k, self.keys.v
-        if not hopper_backend.in_boxes(self.q, k, v):
-            return False
-        _, counter = workspace(self.q.device, 0, 1)
-        hopper_backend.forward(
-            self.q, k, v, self.out, self.lse, self.sinks, self.cu_q, self.keys.cu_seqlens, counter, self.plan, tile,
-            num_processors(self.q.device), multiplier=self.masking.multiplier, left=self.masking.left,
-            right=self.masking.right, one_split=num_splits == 1,
+        if not hopper_backend.in_boxes(q, keys.k, keys.v):
+            return None
+        return hopper_backend.forward(
+            self.shape, self.plan, tile, self.masking, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
+            num_heads=self.num_heads, num_programs=processors, has_sinks=self.has_sinks, has_lse=self.return_lse,
+            one_split=num_splits == 1,
         )  # fmt: skip
-        return True
 
-    def decode(self, tile: Tile, num_splits: int, most_rows: int) -> None:
-        """A program per split, for sequences of at most ``tile.block_m`` rows; no sequence has more than most_rows."""
+    def _decode(self, tile: Tile, num_splits: int, most_rows: int) -> tuple[Launch, int, int]:
+        """A program per split, for sequences of at most ``tile.block_m`` rows; no sequence has more than most_rows.
+
+        With it, the floats and counters of its workspace.
+        """
         places = self.num_sequences * self.kv_heads
         slots = places * num_splits * tile.block_m
-        width = self.plan.sum_width
-        floats, arrived = workspace(self.q.device, slots * (1 + width + padded(self.shape.value_dim)), places)
-        keys = self.keys
-        tma, *boxes = self._boxes(tile)
-        attention_decode_kernel[(num_splits, self.kv_heads, self.num_sequences)](
-            self.q, keys.k, keys.v, *boxes, self.out, *self._optional(), self.cu_q, keys.kv_lens, keys.block_tables,
-            floats, floats[slots:], floats[slots * (1 + width) :], arrived, *self._numbers(), num_splits,
-            *self._strides(), keys.block_tables.stride(0),
-            **self._constants(tile), MERGE_ROWS=min(tile.block_m, triton.next_power_of_2(most_rows)), TMA=tma,
+        num_floats = slots * (1 + self.plan.sum_width + padded(self.shape.value_dim))
+        launch = Launch(
+            attention_decode_kernel, (num_splits, self.kv_heads, self.num_sequences),
+            (*self._numbers(), num_splits, slots, *self.strides),
+            **self._constants(tile), MERGE_ROWS=triton.next_power_of_2(max(1, most_rows)),
         )  # fmt: skip
-
-    def _optional(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-sum-exp and sinks, or something in their place that is not read."""
-        return self.q if self.lse is None else self.lse, self.q if self.sinks is None else self.sinks
+        return launch, num_floats, places
 
     def _numbers(self) -> tuple[float, float, int, int]:
         masking = self.masking
         return masking.multiplier, masking.cap_scale, masking.left or 0, masking.right or 0
 
-    def _strides(self) -> tuple[int, ...]:
-        q, k, v, out = self.q, self.keys.k, self.keys.v, self.out
-        paged = self.keys.page_size > 0
-        return (
-            q.stride(0), q.stride(1), k.stride(0) if paged else 0, k.stride(-3), k.stride(-2),
-            v.stride(0) if paged else 0, v.stride(-3), v.stride(-2), out.stride(0), out.stride(1), out.shape[1],
-        )  # fmt: skip
-
-    def _constants(self, tile: Tile) -> dict[str, object]:
+    def _constants(self, tile: Tile) -> dict[str, Any]:
+        """What both stock kernels are compiled for, and the boxes of keys and values where whole tiles may be read."""
         if tile.block_n != self.plan.kv_tile:
             raise ValueError(f"attention: a tile of {tile.block_n} keys is another plan than {self.plan.kv_tile}")
-        return _constants(
-            self.shape, self.plan, self.masking, self.kv_heads, self.keys.page_size, self.sinks is not None,
-            self.lse is not None, tile,
+        shape, plan, masking = self.shape, self.plan, self.masking
+        boxes = self.boxes if tile.tma else {}
+        return dict(
+            GROUP=shape.group, KV_HEADS=self.kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=padded(shape.head_dim),
+            BLOCK_DV=padded(shape.value_dim), SPLIT=plan.split, WIDTH=plan.sum_width, PAGE=self.page_size,
+            HAS_LEFT=masking.left is not None, HAS_RIGHT=masking.right is not None,
+            HAS_CAP=masking.softcap is not None, HAS_SINK=self.has_sinks, HAS_LSE=self.return_lse, PRECISION="ieee",
+            STAGES=tile.num_stages, num_warps=tile.num_warps, TMA=bool(boxes), boxes=boxes,
         )  # fmt: skip
 
-    def _boxes(self, tile: Tile) -> tuple[bool, object, object]:
-        """(True, descriptors of keys and values) where whole tiles may be read by them."""
-        found = [_box(x, self.keys.page_size, tile.block_n) for x in (self.keys.k, self.keys.v)] if tile.tma else []
-        return (True, *found) if found and None not in found else (False, None, None)
+
+def _three_strides(x: torch.Tensor, page_size: int) -> tuple[int, int, int]:
+    """Of pages, tokens and heads."""
+    return x.stride(0) if page_size else 0, x.stride(-3), x.stride(-2)
 
 
-@lru_cache(256)
-def _constants(
-    shape: Shape,
-    plan: TilePlan,
-    masking: Masking,
-    kv_heads: int,
-    page_size: int,
-    has_sink: bool,
-    has_lse: bool,
-    tile: Tile,
-) -> dict[str, object]:
-    """What both forward kernels are compiled for; made once, since a launch has no time for it."""
-    return dict(
-        GROUP=shape.group, KV_HEADS=kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=padded(shape.head_dim), BLOCK_DV=padded(shape.value_dim),
-        SPLIT=plan.split, WIDTH=plan.sum_width, PAGE=page_size, HAS_LEFT=masking.left is not None,
-        HAS_RIGHT=masking.right is not None, HAS_CAP=masking.softcap is not None, HAS_SINK=has_sink,
-        HAS_LSE=has_lse, PRECISION="ieee", STAGES=tile.num_stages, num_warps=tile.num_warps,
-    )  # fmt: skip
+def _boxes(k: torch.Tensor, v: torch.Tensor, page: int, block_n: int) -> dict[int, Callable[[torch.Tensor], Any]]:
+    """Makers of descriptors for the kernels' parameters k_desc and v_desc, or none where one can't be read by them.
+
+    A box is rows [block_n, D] of one head: in one piece, at an address that the hardware takes.
+    """
+    made: dict[int, Callable[[torch.Tensor], Any]] = {}
+    for index, x in zip(_BOX_PARAMETERS, (k, v), strict=True):
+        heads, dim = x.shape[-2:]
+        row = x.stride(-3)
+        if page and (page < block_n or x.stride(0) != page * row):
+            return {}
+        if padded(dim) != dim or x.stride(-2) != dim or row * x.element_size() % BOX_ALIGNMENT:
+            return {}
+        if x.data_ptr() % BOX_ALIGNMENT or x.numel() == 0:
+            return {}
+        num_rows = x.shape[0] * max(1, page)
+        made[index] = partial(
+            TensorDescriptor, shape=[num_rows, heads * dim], strides=[row, 1], block_shape=[block_n, dim]
+        )
+    return made
 
 
-def _box(x: torch.Tensor, page: int, block_n: int) -> TensorDescriptor | None:
-    """Of rows [block_n, D] of one head, if such boxes lie in one piece and at addresses that the hardware takes."""
-    heads, dim = x.shape[-2:]
-    row = x.stride(-3)
-    if page and (page < block_n or x.stride(0) != page * row):
-        return None
-    if padded(dim) != dim or x.stride(-2) != dim or row * x.element_size() % 16 or x.data_ptr() % 16:
-        return None
-    rows = x.shape[0] * max(1, page)
-    return TensorDescriptor(x, [rows, heads * dim], [row, 1], [block_n, dim])
+_CALLS: Remembered[_Forward] = Remembered()

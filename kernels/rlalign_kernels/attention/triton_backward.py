@@ -17,7 +17,7 @@ from rlalign_kernels.attention.triton_forward import key_range
 from rlalign_kernels.attention.triton_tiles import LOG2E, find_sequence, load_rows, scores, visible
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def attention_delta_kernel(
     out_ptr, grad_ptr, delta_ptr, num_rows, stride_ot, stride_oh, stride_gt, stride_gh,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -33,7 +33,7 @@ def attention_delta_kernel(
     tl.store(delta_ptr + rows, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def attention_sink_kernel(
     sink_ptr, lse_ptr, delta_ptr, grad_ptr, num_tokens, HEADS: tl.constexpr, BLOCK_T: tl.constexpr
 ):
@@ -82,7 +82,7 @@ def _dq_tiles(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr,
     scale, c, cap_scale, left, right, num_sequences,
@@ -202,7 +202,7 @@ def _dkv_tiles(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
     scale, c, cap_scale, left, right, num_sequences,

@@ -60,11 +60,10 @@ def _place(
     return mine, sink, out_ptrs, lse_ptr + token * stride_lt + head, mine[:, None] & (offs_dv < VALUE_DIM)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "stride_table"])
 def attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, sink_ptr, cu_q_ptr, kv_lens_ptr, table_ptr,
-    part_m_ptr, part_den_ptr, part_acc_ptr, arrived_ptr,
-    c, cap_scale, left, right, num_splits,
+    part_m_ptr, arrived_ptr, c, cap_scale, left, right, num_splits, num_slots,
     stride_qt, stride_qh, stride_kp, stride_kn, stride_kh, stride_vp, stride_vn, stride_vh,
     stride_ot, stride_oh, stride_lt, stride_table,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -75,8 +74,9 @@ def attention_decode_kernel(
 ):  # fmt: skip
     """Grid: (splits, key heads, sequences). Sequences of more than BLOCK_M rows are triton_forward's.
 
-    MERGE_ROWS: no sequence here has more rows. States: [B, key heads, num_splits, BLOCK_M, ...] float32; arrived: int32
-    [B, key heads], 0 before and after.
+    MERGE_ROWS: no sequence here has more rows. part_m: float32, the num_slots = B x key heads x num_splits x BLOCK_M
+    maxima of states, then their sums [WIDTH], then their outputs [BLOCK_DV]; arrived: int32 [B, key heads], 0 before
+    and after.
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -99,6 +99,8 @@ def attention_decode_kernel(
     table_ptr += b.to(tl.int64) * stride_table
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
+    part_den_ptr = part_m_ptr + num_slots
+    part_acc_ptr = part_den_ptr + num_slots.to(tl.int64) * WIDTH
 
     rows = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)

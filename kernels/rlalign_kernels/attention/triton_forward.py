@@ -104,7 +104,7 @@ def store_rows(
         tl.store(lse_ptrs, lse, mask=mine)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "stride_table"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, sink_ptr, cu_q_ptr, cu_k_ptr, kv_lens_ptr, table_ptr,
     c, cap_scale, left, right, num_sequences,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 
@@ -15,7 +17,18 @@ from rlalign_kernels.attention.triton_backward import (
     attention_dq_kernel,
     attention_sink_kernel,
 )
-from rlalign_kernels.attention.triton_problem import Keys, Masking, num_processors, rows, shape_of, workspace
+from rlalign_kernels.attention.triton_problem import (
+    Keys,
+    Masking,
+    integers,
+    layout,
+    num_processors,
+    rows,
+    shape_of,
+    workspace,
+)
+from rlalign_kernels.launch import Launch, Remembered
+from rlalign_kernels.reference.attention_backward import Settings
 
 
 class PackedAttention(torch.autograd.Function):
@@ -33,9 +46,11 @@ class PackedAttention(torch.autograd.Function):
         masking: Masking,
         max_seqlen_q: int | None,
         max_seqlen_k: int | None,
+        check: Callable[..., None],
+        settings: Settings,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = Keys(k, v, cu_seqlens=cu_seqlens_k, max_seqlen=max_seqlen_k)
-        out, lse = forward(q, keys, cu_seqlens_q, masking, sinks=sinks, max_seqlen_q=max_seqlen_q, return_lse=True)
+        keys = Keys(k, v, cu_seqlens_k, None, None, max_seqlen_k)
+        out, lse = forward(q, keys, cu_seqlens_q, masking, sinks, max_seqlen_q, True, check, settings)
         ctx.save_for_backward(q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k)
         ctx.masking = masking
         ctx.mark_non_differentiable(lse)
@@ -47,7 +62,7 @@ class PackedAttention(torch.autograd.Function):
         grads = backward(
             *ctx.saved_tensors, grad, ctx.masking, need_q=need_q, need_kv=need_k or need_v, need_sinks=need_sinks
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def backward(
@@ -69,90 +84,145 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of q, k, v and sinks, None for what is not needed. ``tiles``: for dQ and for dK, dV."""
     q, k, v, grad = (rows(x) for x in (q, k, v, grad))
-    shape = shape_of(q, k, v)
-    kv_heads, num_sequences = k.shape[1], cu_seqlens_q.shape[0] - 1
+    key = (
+        layout(q), layout(k), layout(v), layout(out), layout(grad), integers(cu_seqlens_q), integers(cu_seqlens_k),
+        sinks if sinks is None else layout(sinks), masking, tiles,
+    )  # fmt: skip
+    call = _CALLS.get(key)
+    if call is None:
+        call = _CALLS[key] = _Backward(q, k, v, sinks, out, grad, cu_seqlens_q.shape[0] - 1, masking, tiles)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else None
     dk = torch.zeros(k.shape, dtype=k.dtype, device=k.device) if need_kv else None
     dv = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if need_kv else None
     dsinks = None if sinks is None or not need_sinks else torch.zeros(sinks.shape, device=q.device)
-    if num_sequences == 0 or q.numel() == 0:
-        return dq, dk, dv, dsinks if dsinks is None else dsinks.to(sinks.dtype)
-    on_hopper = tiles is None and _backward_on_hopper(
-        q, k, v, out, lse, grad, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, masking, shape
-    )
-    if on_hopper and dsinks is None:
-        return dq, dk, dv, None
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-    block_d, block_dv = padded(shape.head_dim), padded(shape.value_dim)
-    num_rows = lse.numel()
-    attention_delta_kernel[(triton.cdiv(num_rows, 32),)](
-        out, grad, delta, num_rows, out.stride(0), out.stride(1), grad.stride(0), grad.stride(1),
-        HEADS=q.shape[1], VALUE_DIM=shape.value_dim, BLOCK_M=32, BLOCK_DV=block_dv,
-    )  # fmt: skip
-    if dsinks is not None:
-        attention_sink_kernel[(q.shape[1],)](sinks, lse, delta, dsinks, q.shape[0], HEADS=q.shape[1], BLOCK_T=1024)
-        dsinks = dsinks.to(sinks.dtype)
-    if on_hopper:
-        return dq, dk, dv, dsinks
-    dq_tile, dkv_tile = tiles or (schedules.dq_tile(shape), schedules.dkv_tile(shape))
-    constants = dict(
-        GROUP=shape.group, KV_HEADS=kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim, BLOCK_D=block_d,
-        BLOCK_DV=block_dv, HAS_LEFT=masking.left is not None, HAS_RIGHT=masking.right is not None,
-        HAS_CAP=masking.softcap is not None, PRECISION="ieee",
-    )  # fmt: skip
-    numbers = (
-        masking.scale, masking.multiplier, masking.cap_scale, masking.left or 0, masking.right or 0, num_sequences
-    )  # fmt: skip
-    strides = (
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), grad.stride(0), grad.stride(1)
-    )  # fmt: skip
-    if dq is not None:
-        grid = ((q.shape[0] * shape.group // dq_tile.block_m + num_sequences) * kv_heads,)
-        attention_dq_kernel[grid](
-            q, k, v, grad, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, *numbers, *strides, dq.stride(0), dq.stride(1),
-            **constants, **_launch(dq_tile),
-        )  # fmt: skip
-    if dk is not None and k.numel():
-        grid = ((k.shape[0] // dkv_tile.block_n + num_sequences) * kv_heads,)
-        attention_dkv_kernel[grid](
-            q, k, v, grad, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, *numbers, *strides,
-            **constants, **_launch(dkv_tile),
-        )  # fmt: skip
-    return dq, dk, dv, dsinks
+    if call.has_rows:
+        call(q, k, v, sinks, out, lse, grad, dq, dk, dv, dsinks, cu_seqlens_q, cu_seqlens_k)
+    return dq, dk, dv, None if dsinks is None else dsinks.to(sinks.dtype)
 
 
-def _backward_on_hopper(
+class _Backward:
+    """What is launched for gradients of one layout. Holds no tensor."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        grad: torch.Tensor,
+        num_sequences: int,
+        masking: Masking,
+        tiles: tuple[Tile, Tile] | None,
+    ) -> None:
+        self.has_rows = num_sequences > 0 and q.numel() > 0
+        if not self.has_rows:
+            return
+        self.has_keys = k.numel() > 0
+        shape, (num_tokens, num_heads, _) = shape_of(q, k, v), q.shape
+        strides = (out.stride(0), out.stride(1), grad.stride(0), grad.stride(1))
+        self.delta = Launch(
+            attention_delta_kernel, (triton.cdiv(num_tokens * num_heads, 32),), (num_tokens * num_heads, *strides),
+            HEADS=num_heads, VALUE_DIM=shape.value_dim, BLOCK_M=32, BLOCK_DV=padded(shape.value_dim),
+        )  # fmt: skip
+        self.sinks = Launch(attention_sink_kernel, (num_heads,), (num_tokens,), HEADS=num_heads, BLOCK_T=1024)
+        self.hopper = None if tiles else _hopper(q, k, v, grad, strides, num_sequences, masking, shape)
+        if self.hopper is None:
+            self._stock(q, k, v, grad, num_sequences, masking, shape, tiles)
+
+    def _stock(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        grad: torch.Tensor,
+        num_sequences: int,
+        masking: Masking,
+        shape: Shape,
+        tiles: tuple[Tile, Tile] | None,
+    ) -> None:
+        of_q, of_keys = tiles or (schedules.dq_tile(shape), schedules.dkv_tile(shape))
+        kv_heads = k.shape[1]
+        numbers = (
+            masking.scale, masking.multiplier, masking.cap_scale, masking.left or 0, masking.right or 0, num_sequences,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), grad.stride(0),
+            grad.stride(1),
+        )  # fmt: skip
+        constants = dict(
+            GROUP=shape.group, KV_HEADS=kv_heads, HEAD_DIM=shape.head_dim, VALUE_DIM=shape.value_dim,
+            BLOCK_D=padded(shape.head_dim), BLOCK_DV=padded(shape.value_dim), HAS_LEFT=masking.left is not None,
+            HAS_RIGHT=masking.right is not None, HAS_CAP=masking.softcap is not None, PRECISION="ieee",
+        )  # fmt: skip
+        num_tiles = q.shape[0] * shape.group // of_q.block_m + num_sequences
+        dq_strides = (q.shape[1] * shape.head_dim, shape.head_dim)
+        self.dq = Launch(
+            attention_dq_kernel, (num_tiles * kv_heads,), (*numbers, *dq_strides), **constants, **_launch(of_q)
+        )  # fmt: skip
+        num_tiles = k.shape[0] // of_keys.block_n + num_sequences
+        self.dkv = Launch(attention_dkv_kernel, (num_tiles * kv_heads,), numbers, **constants, **_launch(of_keys))
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad: torch.Tensor,
+        dq: torch.Tensor | None,
+        dk: torch.Tensor | None,
+        dv: torch.Tensor | None,
+        dsinks: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+    ) -> None:
+        """Fills dq, dk, dv and dsinks where they are wanted; all but dq come as zeros."""
+        if self.hopper is not None:
+            _, counter = workspace(q.device, 0, 1)
+            self.hopper(q, k, v, out, lse, grad, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, counter)
+            if dsinks is None:
+                return
+        delta = torch.empty_like(lse)
+        self.delta(out, grad, delta)
+        if dsinks is not None:
+            self.sinks(sinks, lse, delta, dsinks)
+        if self.hopper is not None:
+            return
+        if dq is not None:
+            self.dq(q, k, v, grad, lse, delta, dq, cu_seqlens_q, cu_seqlens_k)
+        if dk is not None and self.has_keys:
+            self.dkv(q, k, v, grad, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k)
+
+
+def _hopper(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
     grad: torch.Tensor,
-    dq: torch.Tensor | None,
-    dk: torch.Tensor | None,
-    dv: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
+    strides: tuple[int, int, int, int],
+    num_sequences: int,
     masking: Masking,
     shape: Shape,
-) -> bool:
-    """Whether Hopper's kernels took the call, and filled dq, dk and dv."""
+) -> Callable[..., None] | None:
+    """Hopper's kernels, where they take the call."""
     tiles = schedules.hopper_backward_tiles(shape, masking.softcap is not None)
     if tiles is None:
-        return False
+        return None
     from rlalign_kernels.attention import hopper_backend
 
     if not hopper_backend.in_boxes(q, k, v, grad):
-        return False
-    _, counter = workspace(q.device, 0, 1)
-    hopper_backend.backward(
-        q, k, v, out, lse, grad, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, counter, tiles, num_processors(q.device),
-        scale=masking.scale, left=masking.left, right=masking.right,
+        return None
+    return hopper_backend.Backward(
+        shape, tiles, masking, strides, num_tokens=q.shape[0], num_keys=k.shape[0], num_sequences=num_sequences,
+        kv_heads=k.shape[1], num_programs=num_processors(q.device),
     )  # fmt: skip
-    return True
 
 
 def _launch(tile: Tile) -> dict[str, int]:
     return {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.num_stages, "num_warps": tile.num_warps,
     }  # fmt: skip
+
+
+_CALLS: Remembered[_Backward] = Remembered()

@@ -8,6 +8,7 @@ dK += dS^T Q. Cuts run in ascending order and every output row is written by one
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ import torch
 MAX_SCORES = 2**20
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What attention was asked for."""
 
     scale: float

@@ -1,0 +1,108 @@
+"""Launches that remember: what is decided once, what is looked at every time, and what is kept."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from rlalign_kernels.launch import Launch, Remembered
+
+
+class Kernel:
+    """Stands for a compiled Triton kernel: records how it was called."""
+
+    arg_names = ("x_ptr", "y_desc", "n", "BLOCK", "FLAG")
+
+    def __init__(self) -> None:
+        self.first, self.again = [], []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            self.first.append((grid, arguments, constants))
+            return {grid: lambda *direct: self.again.append((grid, direct))}
+
+        return launch
+
+
+@dataclass
+class Descriptor:
+    base: torch.Tensor
+    shape: list[int]
+
+
+def describe(x: torch.Tensor) -> Descriptor:
+    return Descriptor(x, list(x.shape))
+
+
+def test_the_first_launch_is_tritons_own_and_later_ones_change_pointers_only():
+    kernel = Kernel()
+    launch = Launch(kernel, (3, 2), (7,), boxes={1: describe}, FLAG=True, num_warps=4, BLOCK=16)
+    x, y = torch.zeros(8), torch.zeros(2, 4)
+    launch(x, y)
+    ((grid, arguments, constants),) = kernel.first
+    assert grid == (3, 2, 1) and constants == {"FLAG": True, "num_warps": 4, "BLOCK": 16}
+    assert arguments[0] is x and arguments[1].base is y and arguments[2] == 7
+    other = torch.ones(8), torch.ones(2, 4)
+    launch(*other)
+    ((grid, direct),) = kernel.again
+    assert len(kernel.first) == 1 and grid == (3, 2, 1)
+    pointer, descriptor, *rest = direct
+    assert pointer == other[0].data_ptr()
+    assert descriptor.base is other[1] and descriptor.shape == [2, 4]
+    assert rest == [7, 16, True]  # in the kernel's order
+
+
+def test_another_alignment_is_another_first_launch():
+    kernel = Kernel()
+    launch = Launch(kernel, (1,), (7,), BLOCK=16, FLAG=False)
+    x = torch.zeros(64)
+    assert x.data_ptr() % 16 == 0
+    for tensors in ((x, x), (x[1:], x), (x[2:], x), (x, x[1:]), (x[1:], x), (x, None)):
+        launch(*tensors)
+    # x[1:] and x[2:] are the same kernel: Triton asks for multiples of 16 bytes only
+    assert len(kernel.first) == 3
+    assert [direct[:2] for _, direct in kernel.again] == [
+        (x[2:].data_ptr(), x.data_ptr()),
+        (x[1:].data_ptr(), x.data_ptr()),
+        (x.data_ptr(), 0),
+    ]
+
+
+def test_no_tensor_is_kept():
+    launch = Launch(Kernel(), (1,), (7,), boxes={1: describe}, BLOCK=16, FLAG=False)
+    x, y = torch.zeros(8), torch.zeros(2, 4)
+    launch(x, y)
+    launch(x, y)
+    gone = [weakref.ref(x), weakref.ref(y)]
+    launch._kernel.first.clear()
+    launch._kernel.again.clear()
+    del x, y
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_the_oldest_layouts_are_forgotten():
+    found: Remembered[int] = Remembered(size=3)
+    for i in range(5):
+        found[i] = i
+    assert len(found) == 3
+    assert [found.get(i) for i in range(5)] == [None, None, 2, 3, 4]
+
+
+def test_what_was_refused_once_is_refused_again_and_what_fitted_before_is_looked_at():
+    pytest.importorskip("triton")
+    from rlalign_kernels import attention_packed
+
+    q = torch.randn(4, 2, 16, dtype=torch.float16)
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    known = {"cu_seqlens_q": cu, "scale": 0.25, "backend": "triton"}
+    attention_packed(q, q, q, cu_seqlens_k=cu, **known)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="differ in length"):
+            attention_packed(q, q, q, cu_seqlens_k=torch.tensor([0, 2, 4], dtype=torch.int32), **known)
+        with pytest.raises(ValueError, match="window=0"):
+            attention_packed(q, q, q, cu_seqlens_k=cu, window=0, **known)
+        with pytest.raises(ValueError, match="dtype"):
+            attention_packed(q, q.float(), q, cu_seqlens_k=cu, **known)
