@@ -1,7 +1,8 @@
 """Attention's cases for ``bench_kernels.py``: prefill, backward and paged decode at head dim 128, bfloat16.
 
-Against cuDNN (dense batches of one length), FlashAttention-2 (torch's varlen) and FlexAttention. Libraries that know no
-pages get the same keys as dense or packed rows, which is less work than ours. FLOPs count the causal half.
+Against cuDNN (dense batches of one length), FlashAttention-2 (torch's varlen) and FlexAttention; and beside the chosen
+kernels our stock Triton ones, which other GPUs run, with the same bits. Libraries that know no pages get the same keys
+as dense or packed rows, which is less work than ours. FLOPs count the causal half.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rlalign_kernels import attention_packed, attention_paged
+from rlalign_kernels.attention import schedules
+from rlalign_kernels.attention.tile_plan import tile_plan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlalign.cli.bench_kernels import Case
 from rlalign.modeling.torch_attention import varlen_attention
 
+STOCK = "rlalign, stock Triton"
 _DIM = 128
 _KV_HEADS = 8
 _PAGE = 128
@@ -50,6 +56,42 @@ def make_cases(only: str) -> Iterator[Callable[[], Case]]:
             yield lambda name=name, heads=heads, lengths=lengths: _decode(name, heads, lengths)
 
 
+def make_host_cases(only: str) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:
+    """Problems so small that the host's time is all there is; beside torch's own operator, whatever it chooses."""
+    heads = _HEADS[0]
+    if only in "host time, forward 1x64":
+        qkv, cu = _packed(heads, [64])
+        dense = [x.view(1, 64, x.shape[1], _DIM).transpose(1, 2) for x in qkv]
+        known = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 64, "max_seqlen_k": 64}
+        yield (
+            "host time, forward 1x64",
+            {
+                "torch sdpa": lambda: F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=True),
+                "rlalign": lambda: attention_packed(*qkv, **known, scale=_SCALE, backend="triton"),
+            },
+        )
+    for lengths in ([1024], [2048], [1024] * 16):
+        name = f"host time, decode {len(lengths)}x{lengths[0]}"
+        if only in name:
+            calls = _decode(name, heads, lengths).calls
+            dense = [_random(len(lengths), _KV_HEADS, lengths[0], _DIM) for _ in range(2)]
+            query = _random(len(lengths), heads, 1, _DIM)
+            sdpa = partial(F.scaled_dot_product_attention, query, *dense, enable_gqa=True)
+            yield name, {"torch sdpa": sdpa, "rlalign": calls["rlalign"]}
+
+
+def _stock(qkv: Sequence[torch.Tensor], cu: torch.Tensor, longest: int) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
+    """The problem as the triton backend states it, and the schedules that it takes where there is no Hopper."""
+    from rlalign_kernels.attention.triton_problem import Keys, Masking, shape_of
+
+    q, k, v = (x.detach() for x in qkv)
+    shape = shape_of(q, k, v)
+    plan = tile_plan(_DIM, _DIM, _DTYPE, shape.architecture)
+    prefill = schedules.prefill_tile(shape, plan)
+    problem = (q, Keys(k, v, cu, max_seqlen=longest), cu, Masking(_SCALE, right=0))
+    return problem, ((prefill, prefill), (schedules.dq_tile(shape), schedules.dkv_tile(shape)))
+
+
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda").to(_DTYPE)
 
@@ -80,7 +122,7 @@ def _implementations(
     def flash() -> torch.Tensor:
         return varlen_attention(*qkv, cu, cu, longest, longest, scale=_SCALE, window_size=(-1, 0))
 
-    calls = {"rlalign": ours, "flash-attention 2": flash}
+    calls = {"rlalign": ours, STOCK: _stock_forward(qkv, cu, longest), "flash-attention 2": flash}
     if len(set(lengths)) > 1:
         return calls
     dense = [x.view(len(lengths), longest, x.shape[1], _DIM).transpose(1, 2) for x in qkv]
@@ -90,6 +132,23 @@ def _implementations(
             return F.scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=True)
 
     return {"cudnn": cudnn, **calls, "flex": _flex(dense, longest)}
+
+
+def _stock_forward(qkv: Sequence[torch.Tensor], cu: torch.Tensor, longest: int) -> Callable[[], torch.Tensor]:
+    from rlalign_kernels.attention.triton_backend import forward
+
+    problem, (tiles, _) = _stock(qkv, cu, longest)
+    return lambda: forward(*problem, max_seqlen_q=longest, tiles=tiles)[0]
+
+
+def _stock_backward(qkv: Sequence[torch.Tensor], cu: torch.Tensor, longest: int) -> Callable[[], object]:
+    from rlalign_kernels.attention.triton_backend import forward
+    from rlalign_kernels.attention.triton_gradient import backward
+
+    (q, keys, _, masking), (_, tiles) = _stock(qkv, cu, longest)
+    out, lse = forward(q, keys, cu, masking, return_lse=True)
+    grad = torch.randn_like(out)
+    return lambda: backward(q, keys.k, keys.v, None, out, lse, cu, cu, grad, masking, tiles=tiles)
 
 
 def _flex(dense: Sequence[torch.Tensor], longest: int) -> Callable[[], torch.Tensor]:
@@ -131,6 +190,7 @@ def _backward(name: str, heads: int, lengths: Sequence[int]) -> Case:
         return call
 
     calls = {impl: backward(call) for impl, call in _implementations(qkv, cu, lengths).items()}
+    calls[STOCK] = _stock_backward(qkv, cu, max(lengths))
     baseline = "cudnn" if "cudnn" in calls else "flash-attention 2"
     return Case(name, baseline, calls, flops=2.5 * _causal_flops(heads, lengths))
 

@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from rich.table import Table
 from rlalign.cli.errors import run_main
 from rlalign.run.facts import git_commit, versions
 
+# So few that the GPU's queue never fills.
+_HOST_CALLS = 50
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -64,6 +67,22 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
         for name in order:
             times[name].append(do_bench(ready[name], warmup=5, rep=25, return_mode="median"))
     return times
+
+
+def measure_host(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Microseconds until a call returns to the host, by implementation; the GPU has nothing else to do."""
+    for call in calls.values():
+        for _ in range(20):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(4 * rounds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(_HOST_CALLS):
+                call()
+            times[name].append((time.perf_counter() - start) / _HOST_CALLS * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _graph(call: Callable[[], object]) -> Callable[[], None]:
@@ -165,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("bench_kernels.py measures GPU kernels, and torch finds no GPU here")
     if args.rounds < 1:
         raise ValueError(f"--rounds={args.rounds}: at least 1")
-    from rlalign.cli.bench_attention import make_cases
+    from rlalign.cli.bench_attention import make_cases, make_host_cases
 
     console = Console()
     records: list[dict[str, Any]] = []
@@ -178,8 +197,11 @@ def run(args: argparse.Namespace) -> None:
         del case
         torch.compiler.reset()
         torch.cuda.empty_cache()
-    meta = gpu_meta(args.commit) | {"rounds": args.rounds, "refused": refused}
+    host = {name: measure_host(calls, args.rounds) for name, calls in make_host_cases(args.only)}
+    meta = gpu_meta(args.commit) | {"rounds": args.rounds, "refused": refused, "host_us": host}
     console.print(make_table(f"{args.kernel} on {meta['gpu']}", records))
+    for name, calls in host.items():
+        console.print(f"{name}: " + ", ".join(f"{impl} {us:.1f} us" for impl, us in calls.items()))
     machine = re.sub(r"[^a-z0-9]+", "-", str(meta["gpu"]).lower()).strip("-")
     path = args.output or _ROOT / "benchmarks/results" / machine / f"{args.kernel}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

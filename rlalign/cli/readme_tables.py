@@ -66,14 +66,18 @@ def _kernels(data: dict[str, Any]) -> str:
     """Every implementation's rate, case by case, and ours over the baseline's time."""
     records = data["records"]
     impls = [impl for impl in dict.fromkeys(record["impl"] for record in records) if impl != "rlalign"]
-    rows = [f"| case | {' | '.join(impls)} | rlalign | time / {impls[0]}'s |", "|---" * (len(impls) + 3) + "|"]
+    rows = [f"| case | {' | '.join(impls)} | rlalign | time, ratio |", "|---" * (len(impls) + 3) + "|"]
     for case in dict.fromkeys(record["case"] for record in records):
         mine = {record["impl"]: record for record in records if record["case"] == case}
         ours = mine["rlalign"]
-        ratio = f"{ours['ratio']:.2f}" if impls[0] in mine else "–"
-        rows.append("| " + " | ".join([case, *(_rate(mine.get(impl)) for impl in impls), _rate(ours), ratio]) + " |")
+        against = "" if ours["baseline"] == impls[0] else f" ({ours['baseline']})"
+        rates = [*(_rate(mine.get(impl)) for impl in impls), _rate(ours)]
+        rows.append("| " + " | ".join([case, *rates, f"{ours['ratio']:.2f}{against}"]) + " |")
     meta = data["meta"]
-    return "\n".join(rows) + (
+    text = "\n".join(rows) + f"\n\nRatio: our time over {impls[0]}'s, or over that of the library named beside it."
+    for case, times in meta.get("host_us", {}).items():
+        text += f" {case[0].upper()}{case[1:]}: " + ", ".join(f"{impl} {us:.0f} µs" for impl, us in times.items()) + "."
+    return text + (
         f"\n\n{meta['gpu']}, driver {meta['driver']}, torch {meta['torch']}, triton {meta['triton']}, "
         f"{meta['date'][:10]}, commit {meta['commit'][:9]}.\n"
     )
