@@ -2,13 +2,16 @@
 
 ``z = transform(hidden @ weight.T + bias)``; transform: soft cap, divide by temperature, restrict to the kept support.
 ``logprob = z[target] - logsumexp(z)``; ``entropy = -sum(p log p)``.
-Shapes: hidden [T, H], weight [V, H], targets int64 [T] -> float32 [T]. dtypes: float32 or bfloat16.
-Plan: linear's product plan in vocabulary blocks of 1,024, merged in ascending order (``reference/vocab.py``), float32.
+Shapes: hidden [T, H], weight [V, H], targets int64 [T] -> float32 [T]. dtypes: float32 or bfloat16, triton also
+float16. Plan, in float32: reference, linear's product plan in vocabulary blocks of 1,024, merged in ascending order
+(``reference/vocab.py``); triton, one chain over H in blocks of 128 (``vocab/plan.py``).
 Promised: forward, a row's bits depend on that row, its settings and the weights only. Backward recomputes the logits,
 holds the support constant, and is deterministic run to run.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -18,8 +21,15 @@ from rlalign_kernels.native import vocab as native_vocab
 from rlalign_kernels.reference import logprob as reference_logprob
 from rlalign_kernels.rows import LogprobOutput, SamplingRows
 
+
+def _triton(*args: Any) -> LogprobOutput:
+    from rlalign_kernels.vocab import triton_backend  # triton may be missing where nobody asks for it
+
+    return triton_backend.linear_logprob(*args)
+
+
 _IMPLEMENTATIONS = Implementations(
-    "linear_logprob", reference=reference_logprob.linear_logprob, native=native_vocab.linear_logprob
+    "linear_logprob", reference=reference_logprob.linear_logprob, native=native_vocab.linear_logprob, triton=_triton
 )
 
 
@@ -44,14 +54,16 @@ def linear_logprob(
     being computed from the filters; a target outside of it scores -inf. ``banned`` (bool [T, V]) removes ids before any
     transform, as in ``linear_sample``; with ``support`` it has no place and is refused. Rows with ``ignore_index`` give
     0 and no gradient. Differentiable in hidden, weight and bias through logprob, entropy and logsumexp.
-    Raises ValueError for shapes or dtypes that do not fit, settings out of bounds, or a target that is no id.
+    Raises ValueError for shapes or dtypes that do not fit, settings out of bounds, or a target that is no id. With
+    backend="triton" on a GPU no value is read on the host: a row with such a setting or target gives NaN.
     """
     run = _IMPLEMENTATIONS[backend]
-    check_head("linear_logprob", hidden, weight, bias, softcap)
+    read = reads_values(backend, hidden)
+    check_head("linear_logprob", hidden, weight, bias, softcap, backend)
     check_integer("linear_logprob", "targets", targets, (hidden.shape[0],))
-    kept = _check_targets(targets, weight.shape[0], ignore_index)
+    kept = _check_targets(targets, weight.shape[0], ignore_index) if read else targets != ignore_index
     if rows is not None:
-        rows.check("linear_logprob", hidden.shape[0])
+        rows.check("linear_logprob", hidden.shape[0], values=read)
     if support is not None and banned is not None:
         raise ValueError("linear_logprob: banned and support are both given; a support leaves banned ids out already")
     for name, mask in (("support", support), ("banned", banned)):
@@ -64,11 +76,22 @@ def _check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, int]) ->
         raise ValueError(f"linear_logprob: {name} is {mask.dtype} {tuple(mask.shape)}; expected bool {shape}")
 
 
+def reads_values(backend: Backend, hidden: torch.Tensor) -> bool:
+    """Whether values of targets and settings are checked on the host, which waits for a GPU that holds them."""
+    return backend != "triton" or hidden.device.type == "cpu"
+
+
 def check_head(
-    operator: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
+    operator: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    backend: Backend,
 ) -> None:
     """What linear_logprob and linear_sample ask of the output layer."""
-    check_dtype(operator, hidden=hidden)
+    if backend != "triton" or hidden.dtype != torch.float16:
+        check_dtype(operator, hidden=hidden)
     check_same(operator, hidden, weight=weight, bias=bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(

@@ -16,18 +16,24 @@ class SamplingRows:
 
     temperature float32 [T] (0: greedy), top_k int64 [T] (0: off), top_p float32 [T] (1: off), min_p float32 [T] (0:
     off). Make new rows rather than changing these tensors: what follows from them is remembered.
+    ``truncates``: whether any row has a filter, where who made the rows knows. Without it a GPU is asked, and waited
+    for; with False the triton backend reads nothing on the host, and gives NaN to a row that has a filter after all.
     """
 
     temperature: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
+    truncates: bool | None = None
 
     def __len__(self) -> int:
         return self.temperature.shape[0]
 
     def __getitem__(self, index: torch.Tensor | slice) -> SamplingRows:
-        return SamplingRows(self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index])
+        truncates = None if self.truncates else self.truncates
+        return SamplingRows(
+            self.temperature[index], self.top_k[index], self.top_p[index], self.min_p[index], truncates
+        )  # fmt: skip
 
     @cached_property
     def greedy(self) -> torch.Tensor:
@@ -46,7 +52,7 @@ class SamplingRows:
 
     @cached_property
     def any_truncated(self) -> bool:
-        return bool(self.truncated.any())
+        return bool(self.truncated.any()) if self.truncates is None else self.truncates
 
     @cached_property
     def divisor(self) -> torch.Tensor | None:
@@ -54,19 +60,24 @@ class SamplingRows:
         divisor = torch.where(self.greedy, 1.0, self.temperature) if self.any_greedy else self.temperature
         return None if bool((divisor == 1).all()) else divisor.unsqueeze(1)
 
-    def check(self, operator: str, num_rows: int) -> None:
-        """Raises ValueError naming the field that has another shape, or a value out of its bounds."""
+    def check(self, operator: str, num_rows: int, *, values: bool = True) -> None:
+        """Raises ValueError naming the field that has another shape or, with ``values``, one that is out of bounds."""
         for name, (dtype, valid) in _BOUNDS.items():
-            values = getattr(self, name)
-            if values.dtype != dtype or tuple(values.shape) != (num_rows,):
+            given = getattr(self, name)
+            if given.dtype != dtype or tuple(given.shape) != (num_rows,):
                 raise ValueError(
-                    f"{operator}: rows.{name} is {values.dtype} {tuple(values.shape)}; expected {dtype} ({num_rows},)"
+                    f"{operator}: rows.{name} is {given.dtype} {tuple(given.shape)}; expected {dtype} ({num_rows},)"
                 )
-            host = values.cpu().numpy()
+            if not values:
+                continue
+            host = given.cpu().numpy()
             good = valid(host)
             if not good.all():
                 row = int(good.argmin())
                 raise ValueError(f"{operator}: rows.{name}[{row}]={host[row]} is out of bounds")
+        if values and self.truncates is False and bool(self.truncated.any()):
+            row = int(self.truncated.nonzero()[0])
+            raise ValueError(f"{operator}: rows.truncates=False, but row {row} has a filter")
 
 
 _BOUNDS: dict[str, tuple[torch.dtype, Callable[[np.ndarray], np.ndarray]]] = {

@@ -265,5 +265,5 @@ def test_refusals_name_index_and_value():
         full = torch.zeros(T, 50, dtype=torch.bool)
         full[3] = True
         linear_sample(hidden, weight, rows=make_rows(), seeds=seeds, positions=seeds, banned=full, backend="reference")
-    with pytest.raises(NotImplementedError, match="triton"):
-        linear_sample(hidden, weight, rows=make_rows(), seeds=seeds, positions=seeds, backend="triton")
+    with pytest.raises(ValueError, match="'cuda' is unknown"):
+        linear_sample(hidden, weight, rows=make_rows(), seeds=seeds, positions=seeds, backend="cuda")

@@ -1,0 +1,103 @@
+"""Forward over the logits: a program per tile of rows and ids, which leaves a few numbers per row and block of ids.
+
+Fields of ``parts`` float32 [fields, blocks, rows]: scoring (m, s, w), sampling (m, s, noisy maximum, its id's bits, its
+logit) and with RAW (m, s) of temperature 1 without noise.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rlalign_kernels.vocab.triton_tiles import (
+    LOG2E,
+    ZERO_EXP,
+    block_maximum,
+    exponents,
+    halves,
+    logits_tile,
+    noise,
+    place,
+    restrict,
+    row_scale,
+    spread,
+    tree,
+    tree_dot,
+)
+
+
+@triton.jit
+def _scan_block(
+    x, block, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows, num_ids, stride_mask,
+    M: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, CLAMP: tl.constexpr,
+    SAMPLE: tl.constexpr, RAW: tl.constexpr,
+):  # fmt: skip
+    """Logits x [M, BLOCK] of one block."""
+    num_blocks = tl.cdiv(num_ids, BLOCK)
+    field = num_blocks.to(tl.int64) * num_rows
+    ptrs = parts_ptr + block.to(tl.int64) * num_rows + offs_m
+    inside = offs_m < tl.where(block < num_blocks, num_rows, 0)
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    x = restrict(x, offs_m, ids, mask_ptr, num_rows, num_ids, stride_mask, HAS_MASK, RAGGED)
+    m = block_maximum(x, c)
+    d = exponents(x, c, m, M, BLOCK)
+    p = tl.math.exp2(d)
+    tl.store(ptrs, m, mask=inside)
+    tl.store(ptrs + field, tree(p, M, BLOCK), mask=inside)
+    if not SAMPLE:
+        if CLAMP:
+            d = tl.maximum(d, ZERO_EXP)
+        tl.store(ptrs + 2 * field, tree_dot(p, d, M, BLOCK), mask=inside)
+    else:
+        seed = tl.load(seeds_ptr + offs_m, mask=offs_m < num_rows, other=0)
+        position = tl.load(positions_ptr + offs_m, mask=offs_m < num_rows, other=0)
+        added = noise(seed, position, block, M, BLOCK)
+        noisy = tl.where(greedy[:, None], x, tl.fma(x, spread(c, M, BLOCK), added))
+        best = tl.max(noisy, 1)
+        # a row of NaN has no best id
+        drawn = tl.min(tl.where(noisy == best[:, None], ids[None, :], 0x7FFFFFFF), 1)
+        logit = tl.max(tl.where(ids[None, :] == drawn[:, None], x, float("-inf")), 1)
+        tl.store(ptrs + 2 * field, best, mask=inside)
+        tl.store(ptrs + 3 * field, drawn.to(tl.float32, bitcast=True), mask=inside)
+        tl.store(ptrs + 4 * field, logit, mask=inside)
+        if RAW:
+            one = tl.full([M], LOG2E, tl.float32)
+            m = block_maximum(x, one)
+            tl.store(ptrs + 5 * field, m, mask=inside)
+            tl.store(ptrs + 6 * field, tree(tl.math.exp2(exponents(x, one, m, M, BLOCK)), M, BLOCK), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_programs"])
+def scan_kernel(
+    hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, temperature_ptr, mask_ptr, seeds_ptr, positions_ptr,
+    parts_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight, stride_mask, cap, num_programs,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr, FLATTEN: tl.constexpr, ROW_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr, HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, SAMPLE: tl.constexpr,
+    RAW: tl.constexpr,
+):  # fmt: skip
+    num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_ids, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=FLATTEN):
+        row_tile, id_tile = place(tile, num_rows, num_ids, BLOCK_M, BLOCK_N, ROW_TILES)
+        x = logits_tile(
+            hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, row_tile, id_tile, num_rows, num_ids, depth,
+            stride_hidden, stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, HAS_BIAS, HAS_CAP,
+        )  # fmt: skip
+        offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        c, greedy = row_scale(temperature_ptr, offs_m, num_rows, HAS_TEMPERATURE)
+        CLAMP: tl.constexpr = HAS_BIAS or HAS_MASK or RAGGED
+        if BLOCK_N == BLOCK:
+            _scan_block(
+                x, id_tile, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows, num_ids,
+                stride_mask, BLOCK_M, BLOCK, HAS_MASK, RAGGED, CLAMP, SAMPLE, RAW,
+            )  # fmt: skip
+        else:
+            left, right = halves(x, BLOCK_M, BLOCK_N)
+            _scan_block(
+                left, 2 * id_tile, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows,
+                num_ids, stride_mask, BLOCK_M, BLOCK, HAS_MASK, RAGGED, CLAMP, SAMPLE, RAW,
+            )  # fmt: skip
+            _scan_block(
+                right, 2 * id_tile + 1, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows,
+                num_ids, stride_mask, BLOCK_M, BLOCK, HAS_MASK, RAGGED, CLAMP, SAMPLE, RAW,
+            )  # fmt: skip
