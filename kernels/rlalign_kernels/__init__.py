@@ -6,10 +6,11 @@ Every operator takes ``backend``: "reference" (invariant PyTorch), "native" (wha
 
 from __future__ import annotations
 
-from rlalign_kernels.activation import gelu, silu, swiglu
+from rlalign_kernels.activation import geglu, gelu, silu, swiglu
 from rlalign_kernels.attention import attention_packed, attention_paged, flash_attn_varlen_func
 from rlalign_kernels.conformance import CONFORMANCE, Conformance
 from rlalign_kernels.dispatch import BACKENDS, Backend, running_operator
+from rlalign_kernels.layer_norm import layer_norm
 from rlalign_kernels.linear import linear
 from rlalign_kernels.linear_logprob import linear_logprob
 from rlalign_kernels.norm import rms_norm
@@ -34,7 +35,9 @@ __all__ = [
     "attention_paged",
     "fingerprint",
     "flash_attn_varlen_func",
+    "geglu",
     "gelu",
+    "layer_norm",
     "linear",
     "linear_logprob",
     "linear_sample",

@@ -1,20 +1,24 @@
 """RMSNorm: ``y = x / sqrt(mean(x^2) + eps) * (weight_offset + weight)`` over the last axis.
 
-Shapes: x [..., H], weight [H] -> y [..., H]. dtypes: float32 or bfloat16. Statistics are float32: the mean of
-squares is a product in the order of linear's plan (``reference/gemm.py``), for H > 32 two of them: sums of 16 segments
-of H, then their mean. Add, sqrt, divide and multiply are correctly rounded by IEEE 754. ``cast_before_weight`` rounds
-the normalised row to x's dtype before the weight is applied.
+Shapes: x [..., H], weight [H] -> y [..., H]. dtypes: float32 or bfloat16; triton: float16 too. Statistics are float32.
+On a CPU the mean of squares is a product in the order of linear's plan (``reference/gemm.py``), for H > 32 two of them:
+sums of 16 segments of H, then their mean; the triton backend adds in the order of ``elementwise/row_plan.py``. Add,
+sqrt, divide and multiply are correctly rounded by IEEE 754. ``cast_before_weight`` rounds the normalised row to x's
+dtype before the weight is applied.
 Promised: forward, a row's bits depend on that row and the weight only. Backward is deterministic run to run.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from rlalign_kernels.checks import check_dtype, check_same
+from rlalign_kernels.checks import check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.elementwise.layout import check_input
 from rlalign_kernels.reference.elementwise import scalar
 from rlalign_kernels.reference.gemm import ROW_TILE, fill_tile, gemm_schedule, product_nt
 
@@ -41,15 +45,20 @@ def probe_norm(size: int) -> None:
         gemm_schedule(*weight.shape)
 
 
-def _root(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """sqrt(mean square + eps), float32 [..., 1]."""
+def row_means(x: torch.Tensor) -> torch.Tensor:
+    """Means over the last axis, float32 [rows, 1] of float32 [..., H], which is not kept."""
     size = x.shape[-1]
-    squares = (x * x).reshape(-1, size)
+    rows = x.reshape(-1, size)
     weights = _mean_weights(size, x.device)
-    means = fill_tile(squares, weights[0])
+    means = fill_tile(rows, weights[0])
     for weight in weights:
         means = product_nt(means, weight)
-    return means[: squares.shape[0], :1].add_(scalar(eps, x.device)).sqrt_().view(*x.shape[:-1], 1)
+    return means[: rows.shape[0], :1]
+
+
+def row_roots(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """sqrt(mean square + eps), float32 [..., 1]."""
+    return row_means(x * x).add_(scalar(eps, x.device)).sqrt_().view(*x.shape[:-1], 1)
 
 
 def _scale(weight: torch.Tensor, offset: float) -> torch.Tensor:
@@ -58,7 +67,7 @@ def _scale(weight: torch.Tensor, offset: float) -> torch.Tensor:
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, cast: bool) -> torch.Tensor:
     wide = x.float()
-    normed = wide / _root(wide, eps)
+    normed = wide / row_roots(wide, eps)
     if not cast or x.dtype == torch.float32:
         return normed.mul_(_scale(weight, offset)).to(x.dtype)
     return normed.to(x.dtype) * (weight + offset if offset else weight)
@@ -86,12 +95,27 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
+def after_adding(norm: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """``norm(x + residual, ...)`` and the sum, rounded to their dtype, where there is a residual."""
+
+    @functools.wraps(norm)
+    def run(x: torch.Tensor, residual: torch.Tensor | None, *rest: Any) -> Any:
+        if residual is None:
+            return norm(x, *rest)
+        total = x + residual
+        return norm(total, *rest), total
+
+    return run
+
+
+@after_adding
 def _reference(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, cast: bool) -> torch.Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, weight, eps, offset, cast)
     return _forward(x, weight, eps, offset, cast)
 
 
+@after_adding
 def _native(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, cast: bool) -> torch.Tensor:
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -100,7 +124,16 @@ def _native(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, ca
     return (normed * _scale(weight, offset)).to(x.dtype)
 
 
-_IMPLEMENTATIONS = Implementations("rms_norm", reference=_reference, native=_native)
+def _triton(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float, cast: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    from rlalign_kernels.elementwise import triton_norm_calls  # triton may be missing where nobody asks for it
+
+    settings = triton_norm_calls.NormSettings("rms_norm", float(eps), float(offset), cast)
+    return triton_norm_calls.norm(x, residual, weight, None, settings)
+
+
+_IMPLEMENTATIONS = Implementations("rms_norm", reference=_reference, native=_native, triton=_triton)
 
 
 @operator
@@ -111,17 +144,37 @@ def rms_norm(
     eps: float,
     weight_offset: float = 0.0,
     cast_before_weight: bool = True,
+    residual: torch.Tensor | None = None,
     backend: Backend,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm over the last axis; Llama (0, True), Gemma (1, False) and OLMo-2 (0, False) forms.
 
-    x [..., H], weight [H]. Raises ValueError for shapes or dtypes that do not fit, or eps < 0.
+    x [..., H], weight [H]. With ``residual`` [..., H], the pair of the norm of x + residual, rounded to their dtype,
+    and that sum. Raises ValueError for shapes or dtypes that do not fit, or eps < 0.
     """
     run = _IMPLEMENTATIONS[backend]
-    check_dtype("rms_norm", x=x)
-    check_same("rms_norm", x, weight=weight)
-    if x.dim() < 1 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x {tuple(x.shape)}; expected weight [H]")
+    check_rows("rms_norm", backend, x, residual, eps, weight=weight)
+    return run(x, residual, weight, eps, weight_offset, cast_before_weight)
+
+
+def check_rows(
+    operator: str,
+    backend: str,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    **vectors: torch.Tensor | None,
+) -> None:
+    """Raises ValueError for dtypes, devices or shapes other than x [..., H], residual like x, vectors [H]; or eps."""
+    check_input(operator, backend, x=x)
+    check_same(operator, x, residual=residual, **vectors)
+    for name, vector in vectors.items():
+        if vector is not None and (x.dim() < 1 or vector.shape != x.shape[-1:]):
+            raise ValueError(
+                f"{operator}: {name} has shape {tuple(vector.shape)}, x {tuple(x.shape)}; expected {name} [H]"
+            )
+    if x.dim() < 1 or (residual is not None and residual.shape != x.shape):
+        shape = None if residual is None else tuple(residual.shape)
+        raise ValueError(f"{operator}: x has shape {tuple(x.shape)}, residual {shape}; expected [..., H], both alike")
     if not eps >= 0:
-        raise ValueError(f"rms_norm: eps={eps} is not supported; it must be >= 0")
-    return run(x, weight, eps, weight_offset, cast_before_weight)
+        raise ValueError(f"{operator}: eps={eps} is not supported; it must be >= 0")

@@ -2,7 +2,8 @@
 
 ``angle = position * inv_freq``; tables repeat the D/2 angles twice and are scaled by ``attention_scaling``.
 ``apply_rotary``: with x = [a, b, rest] (halves of the rotated R channels), [a cos - b sin, b cos + a sin, rest],
-each multiplication and addition rounded in x's dtype, as in the models it serves.
+each multiplication and addition rounded in x's dtype, as in the models it serves: on the same tables every backend has
+the same bits. dtypes: float32 or bfloat16; triton: float16 too.
 Promised: forward, bits depend on position and element only. Backward is the transposed rotation, deterministic.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from rlalign_kernels.checks import DTYPES, check_dtype, check_same
+from rlalign_kernels.checks import check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.elementwise.layout import check_input, dtypes
 from rlalign_kernels.reference.elementwise import elementwise
 
 
@@ -68,8 +70,22 @@ def _reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotate(x, cos, sin)
 
 
-_TABLES = Implementations("rotary_cos_sin", reference=_reference_tables, native=_native_tables)
-_APPLY = Implementations("apply_rotary", reference=_reference, native=_rotate)
+def _triton_tables(
+    position_ids: torch.Tensor, inv_freq: torch.Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from rlalign_kernels.elementwise import triton_rotary  # triton may be missing where nobody asks for it
+
+    return triton_rotary.tables(position_ids, inv_freq, scaling, dtype)
+
+
+def _triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    from rlalign_kernels.elementwise import triton_rotary
+
+    return triton_rotary.apply(x, cos, sin)
+
+
+_TABLES = Implementations("rotary_cos_sin", reference=_reference_tables, native=_native_tables, triton=_triton_tables)
+_APPLY = Implementations("apply_rotary", reference=_reference, native=_rotate, triton=_triton)
 
 
 @operator
@@ -92,8 +108,9 @@ def rotary_cos_sin(
         raise ValueError(
             f"rotary_cos_sin: inv_freq is {inv_freq.dtype} {tuple(inv_freq.shape)}; expected float32 [D/2]"
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"rotary_cos_sin: dtype={dtype} is not supported; use float32 or bfloat16")
+    if dtype not in dtypes(backend):
+        names = ", ".join(str(known).removeprefix("torch.") for known in dtypes(backend))
+        raise ValueError(f"rotary_cos_sin: dtype={dtype} is not supported; use one of {names}")
     return run(position_ids, inv_freq, float(attention_scaling), dtype)
 
 
@@ -104,7 +121,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backe
     Raises ValueError for shapes or dtypes that do not fit, or R odd or larger than D.
     """
     run = _APPLY[backend]
-    check_dtype("apply_rotary", x=x)
+    check_input("apply_rotary", backend, x=x)
     check_same("apply_rotary", x, cos=cos, sin=sin)
     if x.dim() != 3 or cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[0]:
         raise ValueError(f"apply_rotary: x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do not fit")

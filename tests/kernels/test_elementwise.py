@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rlalign_kernels import gelu, silu, swiglu
+from rlalign_kernels import geglu, gelu, silu, swiglu
 from rlalign_kernels.reference import truths
 from rlalign_kernels.reference.elementwise import FUNCTIONS, _blocked, elementwise, softmax_exp, tree_sum
 from rlalign_kernels.reference.support import prefix_sum
@@ -80,6 +80,8 @@ def test_activation_gradients_match_float64(backend):
         (lambda t: gelu(t, approximate="tanh", backend=backend), lambda t: truths.gelu(t, "tanh")),
         (lambda t: swiglu(t, up, backend=backend), lambda t: truths.silu(t) * up.double()),
         (lambda t: swiglu(up, t, backend=backend), lambda t: truths.silu(up) * t.double()),
+        (lambda t: geglu(t, up, backend=backend), lambda t: truths.gelu(t, "none") * up.double()),
+        (lambda t: geglu(up, t, approximate="tanh", backend=backend), lambda t: truths.gelu(up, "tanh") * t.double()),
     ):
         a, b = x.clone().requires_grad_(), x.double().requires_grad_()
         (grad,) = torch.autograd.grad(run(a), a, cotangent)
@@ -88,9 +90,12 @@ def test_activation_gradients_match_float64(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_is_silu_times_up(dtype):
+def test_swiglu_and_geglu_are_the_activation_times_up(dtype):
     gate, up = normal(20, 30, seed=7, dtype=dtype), normal(20, 30, seed=8, dtype=dtype)
     assert same_bits(swiglu(gate, up, backend="reference"), silu(gate, backend="reference") * up)
+    for how in ("none", "tanh"):
+        run = {"approximate": how, "backend": "reference"}
+        assert same_bits(geglu(gate, up, **run), gelu(gate, **run) * up)
 
 
 def test_refusals_name_the_argument():
@@ -101,8 +106,6 @@ def test_refusals_name_the_argument():
         gelu(x, approximate="fast", backend="reference")
     with pytest.raises(ValueError, match="differ in shape"):
         swiglu(x, x[:2], backend="reference")
-    with pytest.raises(NotImplementedError, match=r"backend='triton'.*supported"):
-        silu(x, backend="triton")
     with pytest.raises(ValueError, match="backend='cuda' is unknown"):
         silu(x, backend="cuda")
 

@@ -1,10 +1,10 @@
-"""RMSNorm and rotary embedding: invariance, accuracy, gradients, refusals."""
+"""Norms and rotary embedding: invariance, accuracy, gradients, refusals."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from rlalign_kernels import apply_rotary, rms_norm, rotary_cos_sin
+from rlalign_kernels import apply_rotary, layer_norm, rms_norm, rotary_cos_sin
 from rlalign_kernels.reference import truths
 from support_kernels import error, heavy, normal, same_bits
 
@@ -47,6 +47,38 @@ def test_norm_gradients_match_float64(offset, cast, backend):
     grads = torch.autograd.grad(out, a, cotangent)
     expected = torch.autograd.grad(truths.rms_norm(*b, 1e-5, offset), b, cotangent.double())
     assert all(error(g, e) < 2e-6 for g, e in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_row_bits_and_accuracy(dtype):
+    x, weight, bias = (normal(*shape, seed=s, dtype=dtype) for s, shape in enumerate(((90, 100), (100,), (100,))))
+    x = 3 * x + 1
+    run = {"eps": 1e-5, "backend": "reference"}
+    whole = layer_norm(x, weight, bias, **run)
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 60)):
+        assert same_bits(layer_norm(x[rows], weight, bias, **run), whole[rows])
+    truth = truths.layer_norm(x, weight, bias, 1e-5)
+    native = layer_norm(x, weight, bias, eps=1e-5, backend="native")
+    assert error(whole, truth) <= 1.2 * error(native, truth)
+    plain = layer_norm(x, None, None, **run)
+    assert same_bits(layer_norm(x, torch.ones_like(weight), torch.zeros_like(bias), **run), plain)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_norms_of_a_sum_and_their_gradients(backend):
+    x, residual, cotangent, other = (normal(40, 64, seed=s) for s in range(4))
+    weight, bias = normal(64, seed=5), normal(64, seed=6)
+    for layer in (False, True):
+        a = [t.clone().requires_grad_() for t in (x, residual, weight, bias)[: 3 + layer]]
+        b = [t.detach().double().requires_grad_() for t in a]
+        norm, truth = (layer_norm, truths.layer_norm) if layer else (rms_norm, truths.rms_norm)
+        out, total = norm(a[0], *a[2:], eps=1e-5, residual=a[1], backend=backend)
+        assert same_bits(total, x + residual)
+        assert same_bits(out, norm(total, *a[2:], eps=1e-5, backend=backend))
+        grads = torch.autograd.grad([out, total], a, [cotangent, other])
+        exact = [truth(b[0] + b[1], *b[2:], 1e-5), b[0] + b[1]]
+        expected = torch.autograd.grad(exact, b, [cotangent.double(), other.double()])
+        assert all(error(g, e) < 2e-6 for g, e in zip(grads, expected, strict=True))
 
 
 def _tables(positions, inv_freq, dtype=torch.float32, backend="reference"):

@@ -19,6 +19,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: f
     return wide * (wide.pow(2).mean(-1, keepdim=True) + eps).pow(-0.5) * (weight.double() + weight_offset)
 
 
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """float64, nothing rounded in between."""
+    wide = x.double()
+    centered = wide - wide.mean(-1, keepdim=True)
+    return centered * (centered.pow(2).mean(-1, keepdim=True) + eps).pow(-0.5) * weight.double() + bias.double()
+
+
 def rotary(x: torch.Tensor, position_ids: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     """Rotate pairs (i, i + R/2) of x [T, heads, D] as complex numbers; R = 2 len(inv_freq) <= D."""
     half = inv_freq.shape[0]

@@ -1,0 +1,87 @@
+"""What public operators refuse, and how tensors of any strides become rows of columns.
+
+Kernels see a tensor as rows [outer, inner] of columns with three strides in elements. Leading dimensions that lie
+together in memory are one; tensors that still have more than two are copied first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from rlalign_kernels.checks import DTYPES, check_dtype
+
+_TRITON_DTYPES = (*DTYPES, torch.float16)
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """What element-wise operators take on ``backend``."""
+    return _TRITON_DTYPES if backend == "triton" else DTYPES
+
+
+def check_input(operator: str, backend: str, **tensors: torch.Tensor) -> None:
+    """Raises ValueError unless every tensor's dtype is float32 or bfloat16; with triton float16 too."""
+    if backend != "triton":
+        check_dtype(operator, **tensors)
+        return
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _TRITON_DTYPES:
+            raise ValueError(
+                f"{operator}: {name}.dtype={tensor.dtype} is not supported; use float32, bfloat16 or float16"
+            )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors of one shape as ``num_rows`` rows of ``num_columns``; row r is (r // inner, r % inner).
+
+    strides: per tensor (outer, inner, column), in elements.
+    """
+
+    num_rows: int
+    inner: int
+    num_columns: int
+    strides: tuple[tuple[int, int, int], ...]
+
+
+def as_rows(*tensors: torch.Tensor, keep_last: bool) -> tuple[Rows, tuple[torch.Tensor, ...]]:
+    """Tensors of one shape as rows, and the tensors to read, copied where strides need it.
+
+    keep_last: the last dimension is the columns; otherwise as much as lies together.
+    """
+    shape = tensors[0].shape
+    found = _rows(shape, tuple(x.stride() for x in tensors), keep_last)
+    if found is None:
+        tensors = tuple(x.contiguous() for x in tensors)
+        found = _rows(shape, tuple(x.stride() for x in tensors), keep_last)
+    return found, tensors
+
+
+@lru_cache(4096)
+def _rows(shape: torch.Size, strides: tuple[tuple[int, ...], ...], keep_last: bool) -> Rows | None:
+    """None where more than two leading dimensions are left."""
+    sizes: list[int] = []
+    steps: list[tuple[int, ...]] = []
+    last = len(shape) - 1
+    for i, size in enumerate(shape):
+        step = tuple(stride[i] for stride in strides)
+        if size == 1 and not (keep_last and i == last):
+            continue
+        joins = sizes and not (keep_last and i == last) and all(a == b * size for a, b in zip(steps[-1], step))  # noqa: B905
+        if joins:
+            sizes[-1], steps[-1] = sizes[-1] * size, step
+        else:
+            sizes.append(size)
+            steps.append(step)
+    while len(sizes) < 3:
+        sizes.insert(0, 1)
+        steps.insert(0, (0,) * len(strides))
+    if len(sizes) > 3:
+        return None
+    (outer, inner, columns), (outers, inners, steps_c) = sizes, steps
+    if inner == 1 or outer == 1:  # a single leading dimension counts as the outer one: nothing to divide by
+        outers, inners = (outers if inner == 1 else inners), (0,) * len(strides)
+        outer, inner = outer * inner, 1
+    return Rows(outer * inner, inner, columns, tuple(zip(outers, inners, steps_c, strict=True)))

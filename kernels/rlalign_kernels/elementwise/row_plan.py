@@ -1,0 +1,62 @@
+"""The plan of a row sum on a GPU, and how it is executed.
+
+Plan: column c belongs to lane c mod ``lanes``; a lane adds its columns in ascending order, one after another. Lanes are
+added in neighbouring pairs until every 8 are one, then by halves: lane i and lane i + half, until one is left. Missing
+columns count as 0. ``lanes`` follows from the row's length alone; float32 throughout.
+
+Schedule: rows per program and warps. Neither can change a bit, since every addition is of two written-out operands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+LARGEST_ROW = 16384
+_MOST_LANES = 1024
+_ROWS_OF_A_BLOCK = 4096
+_MOST_PARTS = 512
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """One launch: rows per program and warps per program."""
+
+    rows: int
+    num_warps: int
+
+
+@cache
+def lanes(size: int) -> int:
+    """Of rows of ``size``: the plan.
+
+    Example:
+        >>> lanes(100), lanes(4096)
+        (128, 1024)
+    """
+    return min(_MOST_LANES, 1 << max(0, size - 1).bit_length())
+
+
+@cache
+def forward_tile(size: int, itemsize: int) -> RowTile:
+    """A short row shares its program with others; a warp takes a row of up to 2,048 columns alone."""
+    if size <= 1024:
+        return RowTile(max(1, _ROWS_OF_A_BLOCK // lanes(size)) if size <= 512 else 1, 4 if size <= 512 else 1)
+    warps = 1 if size * itemsize <= 4096 else 2 if size * itemsize <= 8192 else 4
+    return RowTile(1, warps if size <= 8192 else 8)
+
+
+@cache
+def backward_tile(size: int, itemsize: int) -> RowTile:
+    """A program holds the weight gradient of its rows besides the row itself."""
+    if size <= 512:
+        return RowTile(max(1, 2048 // lanes(size)), 4)
+    return RowTile(1, 2 if size <= 1024 else 4 if size <= 4096 else 8 if size <= 8192 else 16)
+
+
+@cache
+def rows_per_part(num_rows: int, tile_rows: int) -> int:
+    """Rows whose weight gradients one program adds up: at most 512 programs, each with a power of two of tiles."""
+    tiles = -(-num_rows // tile_rows)
+    per_part = -(-tiles // _MOST_PARTS)
+    return tile_rows * (1 << max(0, per_part - 1).bit_length())

@@ -1,0 +1,224 @@
+"""Norms, rotary and activations under Triton's interpreter: logic, masking, strides, accuracy, refusals.
+
+Nothing here is a matrix product, so a row's bits can be compared too. tests/gpu proves them on hardware.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rlalign_kernels import apply_rotary, geglu, gelu, layer_norm, rms_norm, rope, rotary_cos_sin, silu, swiglu
+from rlalign_kernels.elementwise.row_plan import RowTile, lanes, rows_per_part
+from rlalign_kernels.reference import truths
+from support_kernels import error, heavy, interpreted, normal, same_bits
+
+pytestmark = interpreted
+
+FORMS = {
+    "llama": {},
+    "gemma": {"weight_offset": 1.0, "cast_before_weight": False},
+    "olmo": {"cast_before_weight": False},
+}
+
+
+def norm_of(name, x, weight, residual=None, **changed):
+    if name == "layer":
+        return layer_norm(x, weight, weight + 1, eps=1e-5, residual=residual, backend="triton")
+    return rms_norm(x, weight, eps=1e-5, residual=residual, backend="triton", **{**FORMS[name], **changed})
+
+
+def truth_of(name, x, weight):
+    if name == "layer":
+        return truths.layer_norm(x, weight, weight + 1, 1e-5)
+    return truths.rms_norm(x, weight, 1e-5, FORMS[name].get("weight_offset", 0.0))
+
+
+@pytest.mark.parametrize("name", [*FORMS, "layer"])
+@pytest.mark.parametrize("shape", [(3, 1), (5, 5), (2, 3, 40), (3, 1100)])
+def test_norms_and_their_gradients(name, shape):
+    x, residual, weight = normal(*shape, seed=0), normal(*shape, seed=1), normal(shape[-1], seed=2) + 1
+    inputs = [t.requires_grad_() for t in (x, residual, weight)]
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    cotangents = [normal(*shape, seed=3), normal(*shape, seed=4)]
+    out, total = norm_of(name, x, weight, residual)
+    exact_total = exact_inputs[0] + exact_inputs[1]
+    exact = truth_of(name, exact_total, exact_inputs[2])
+    assert torch.equal(total, x + residual)
+    assert error(out, exact) < 2e-7
+    grads = torch.autograd.grad([out, total], inputs, cotangents)
+    exact_grads = torch.autograd.grad([exact, exact_total], exact_inputs, [c.double() for c in cotangents])
+    assert torch.equal(grads[0], grads[1])
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert float((grad - exact_grad).norm()) < 5e-7 * float(exact_grad.norm()) + 1e-6
+
+
+def test_only_the_gradients_that_are_needed():
+    x, weight, bias, cotangent = normal(9, 40, seed=0), normal(40, seed=1), normal(40, seed=2), normal(9, 40, seed=3)
+    found = []
+    for wanted in ((0, 1, 2), (0,), (1,), (2,)):
+        inputs = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((x, weight, bias))]
+        layer_norm(*inputs, eps=1e-5, backend="triton").backward(cotangent)
+        assert [t.grad is not None for t in inputs] == [i in wanted for i in range(3)]
+        found.append([t.grad for t in inputs])
+    assert all(torch.equal(found[0][i], found[i + 1][i]) for i in range(3))
+    inputs = [t.clone().requires_grad_() for t in (x, x, weight)]
+    _, total = rms_norm(inputs[0], inputs[2], eps=1e-5, residual=inputs[1], backend="triton")
+    total.backward(cotangent)  # nothing comes back through the norm itself
+    assert torch.equal(inputs[0].grad, cotangent) and inputs[2].grad is None
+
+
+def test_a_row_of_any_batch_tile_and_stride_has_the_same_bits():
+    from rlalign_kernels.elementwise import triton_norm_calls as calls
+
+    x, weight = heavy(37, 200, seed=0), normal(200, seed=1)
+    whole = norm_of("llama", x, weight)
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 20)):
+        assert same_bits(norm_of("llama", x[rows], weight), whole[rows])
+    poisoned = x.clone()
+    poisoned[1::2] = torch.nan
+    assert same_bits(norm_of("llama", poisoned, weight)[::2], whole[::2])
+    for rows in (1, 2, 8):
+        settings = calls.NormSettings("rms_norm", 1e-5, cast=True)
+        assert same_bits(calls.forward(x, None, weight, None, settings, tile=RowTile(rows, 4))[0], whole)
+    wide = torch.full((37, 500), torch.nan)
+    wide[:, 100:300] = x
+    assert same_bits(norm_of("llama", wide[:, 100:300], weight), whole)
+    assert same_bits(norm_of("llama", x.t().contiguous().t(), weight), whole)
+    heads = x[:36].view(2, 6, 3, 200)
+    for dims in ((0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)):
+        assert same_bits(norm_of("llama", heads.permute(dims), weight), whole[:36].view(2, 6, 3, 200).permute(dims))
+    assert same_bits(norm_of("llama", x[5].expand(4, 200), weight), whole[5].expand(4, 200))
+
+
+def test_the_row_sum_is_the_written_one():
+    """Lanes ascending, neighbours three times, then halves."""
+    x = heavy(1, 2500, seed=5).abs()
+    padded = torch.zeros(3 * lanes(2500))
+    padded[:2500] = x * x
+    total = torch.zeros(lanes(2500))
+    for part in padded.view(3, -1):
+        total = total + part
+    for _ in range(3):
+        total = total[0::2] + total[1::2]
+    while len(total) > 1:
+        total = total[: len(total) // 2] + total[len(total) // 2 :]
+    expected = x * (1 / (total / 2500 + 1e-5).sqrt())
+    assert same_bits(norm_of("olmo", x, torch.ones(2500)), expected)
+
+
+def test_weight_gradients_of_more_rows_than_programs():
+    assert rows_per_part(100_000, 1) == 256 and rows_per_part(100_000, 16) == 256 and rows_per_part(5, 16) == 16
+    x, weight, cotangent = normal(700, 3, seed=0), normal(3, seed=1), normal(700, 3, seed=2)
+    a, b = weight.clone().requires_grad_(), weight.double().requires_grad_()
+    rms_norm(x, a, eps=1e-5, backend="triton").backward(cotangent)
+    truths.rms_norm(x, b, 1e-5).backward(cotangent.double())
+    assert error(a.grad, b.grad) < 5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("heads", "dim", "rotated"), [(3, 32, 32), (3, 24, 16), (1, 6, 2), (5, 40, 24)])
+def test_rotary_has_the_bits_of_its_formula(heads, dim, rotated, dtype):
+    wide = normal(9, heads + 2, dim, seed=0, dtype=dtype)
+    x = wide[:, 1:-1]
+    cos, sin = normal(9, rotated, seed=1, dtype=dtype), normal(rotated, 9, seed=2, dtype=dtype).t()
+    assert torch.equal(apply_rotary(x, cos, sin, backend="triton"), rope._rotate(x, cos, sin))
+    leaf, cotangent = x.clone().requires_grad_(), normal(9, dim, heads, seed=3, dtype=dtype).transpose(1, 2)
+    (grad,) = torch.autograd.grad(apply_rotary(leaf, cos, sin, backend="triton"), leaf, cotangent)
+    assert torch.equal(grad, rope._rotate_back(cotangent, cos, sin))
+    poisoned = x.clone()
+    poisoned[1::2] = torch.nan
+    assert torch.equal(apply_rotary(poisoned, cos, sin, backend="triton")[::2], rope._rotate(x, cos, sin)[::2])
+
+
+@pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
+def test_tables(position_dtype):
+    positions = torch.tensor([[0, 1, 7], [100_000, 4095, 31]], dtype=position_dtype)
+    frequencies = 10000.0 ** (-torch.arange(0, 24, 2) / 24)
+    tables = rotary_cos_sin(
+        positions, frequencies, attention_scaling=1.5, dtype=torch.float32, backend="triton"
+    )  # fmt: skip
+    angles = (positions.float()[..., None] * frequencies).double()
+    for table, exact in zip(tables, (angles.cos(), angles.sin()), strict=True):
+        assert table.shape == (2, 3, 24)
+        assert (table - 1.5 * torch.cat((exact, exact), -1)).abs().max() < 3e-7
+
+
+ACTIVATIONS = {
+    "silu": (silu, {}, truths.silu),
+    "gelu": (gelu, {}, lambda x: truths.gelu(x, "none")),
+    "gelu tanh": (gelu, {"approximate": "tanh"}, lambda x: truths.gelu(x, "tanh")),
+}
+GATED = {"silu": swiglu, "gelu": geglu, "gelu tanh": geglu}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_and_their_gradients(name, dtype):
+    run, settings, truth = ACTIVATIONS[name]
+    bound = {torch.float32: 2e-7, torch.float16: 4e-4}[dtype]
+    both = 3 * normal(7, 2, 30, seed=0, dtype=dtype)
+    for x, up in ((both[:, 0], both[:, 1]), (both[:, 0].t(), both[:, 1].t()), (both[1], both[2])):
+        cotangent = normal(*x.shape, seed=1, dtype=dtype)
+        for gated in (False, True):
+            inputs = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, up)[: 1 + gated]]
+            exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+            out = (GATED[name] if gated else run)(*inputs, **settings, backend="triton")
+            exact = truth(exact_inputs[0]) * (exact_inputs[1] if gated else 1)
+            assert out.dtype == dtype and error(out, exact) < bound * (1 + gated)
+            grads = torch.autograd.grad(out, inputs, cotangent)
+            for grad, e in zip(grads, torch.autograd.grad(exact, exact_inputs, cotangent.double()), strict=True):
+                assert error(grad, e) < bound
+    product = GATED[name](both[:, 0], both[:, 1], **settings, backend="triton")
+    assert torch.equal(product, run(both[:, 0], **settings, backend="triton") * both[:, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_far_out(name, dtype):
+    run, settings, _ = ACTIVATIONS[name]
+    x = torch.tensor([-1e4, -120.0, 0.0, 120.0, 1e4, torch.nan], dtype=dtype, requires_grad=True)
+    out = run(x, **settings, backend="triton")
+    assert torch.equal(out[:5].detach(), x[:5].detach().clamp(min=0)) and out[5].isnan()
+    (grad,) = torch.autograd.grad(out, x, torch.ones_like(x))
+    assert grad[:5].tolist() == [0, 0, 0.5, 1, 1] and grad[5].isnan()
+
+
+def test_one_of_two_gradients():
+    gate, up = normal(4, 6, seed=0), normal(4, 6, seed=1)
+    both = [t.clone().requires_grad_() for t in (gate, up)]
+    swiglu(*both, backend="triton").square().sum().backward()
+    for i in range(2):
+        inputs = [t.clone().requires_grad_(i == j) for j, t in enumerate((gate, up))]
+        swiglu(*inputs, backend="triton").square().sum().backward()
+        assert torch.equal(inputs[i].grad, both[i].grad) and inputs[1 - i].grad is None
+
+
+def test_nothing_in_nothing_out():
+    weight = torch.ones(8, requires_grad=True)
+    out, total = rms_norm(torch.zeros(0, 8), weight, eps=1e-6, residual=torch.zeros(0, 8), backend="triton")
+    out.sum().backward()
+    assert out.shape == total.shape == (0, 8) and not weight.grad.any()
+    assert apply_rotary(torch.zeros(0, 2, 8), *torch.zeros(2, 0, 8), backend="triton").shape == (0, 2, 8)
+    assert rotary_cos_sin(torch.arange(0), torch.ones(4), dtype=torch.float32, backend="triton")[0].shape == (0, 8)
+    assert swiglu(torch.zeros(0, 8), torch.zeros(0, 8), backend="triton").shape == (0, 8)
+
+
+def test_refusals_name_the_argument():
+    x, weight = normal(4, 8, seed=11), normal(8, seed=12)
+    run = {"eps": 1e-6, "backend": "triton"}
+    with pytest.raises(NotImplementedError, match=r"rms_norm: rows of 16385"):
+        rms_norm(torch.zeros(1, 16385), torch.zeros(16385), **run)
+    with pytest.raises(NotImplementedError, match=r"x\.dtype=torch\.bfloat16.*interpreter"):
+        rms_norm(x.bfloat16(), weight.bfloat16(), **run)
+    with pytest.raises(ValueError, match=r"x\.dtype=torch\.float64.*float16"):
+        rms_norm(x.double(), weight.double(), **run)
+    with pytest.raises(ValueError, match=r"residual \(3, 8\)"):
+        rms_norm(x, weight, residual=x[:3], **run)
+    with pytest.raises(ValueError, match=r"residual\.dtype=torch\.float16"):
+        layer_norm(x, weight, weight, residual=x.half(), **run)
+    with pytest.raises(ValueError, match="a bias without a weight"):
+        layer_norm(x, None, weight, **run)
+    with pytest.raises(ValueError, match=r"float16.*float32, bfloat16$"):
+        rotary_cos_sin(torch.arange(3), weight, dtype=torch.float16, backend="reference")
+    with pytest.raises(ValueError, match=r"silu: x\.dtype=torch\.int64"):
+        silu(torch.arange(3), backend="triton")
