@@ -9,9 +9,10 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlalign_kernels.attention.triton_problem import BOX_ALIGNMENT, architecture
+from rlalign_kernels.attention.triton_problem import BOX_ALIGNMENT, architecture, num_processors
 from rlalign_kernels.gemm import schedules
-from rlalign_kernels.gemm.schedules import Layer, Tile
+from rlalign_kernels.gemm.chain_plan import FLOAT32_BLOCK
+from rlalign_kernels.gemm.schedules import HopperTile, Layer, Tile
 from rlalign_kernels.gemm.triton_chain import linear_kernel
 from rlalign_kernels.launch import Launch
 
@@ -27,7 +28,7 @@ def forward(
     leaves: int = 1,
     *,
     out_dtype: torch.dtype | None = None,
-    schedule: Tile | None = None,
+    schedule: Tile | HopperTile | None = None,
 ) -> torch.Tensor:
     """[M, N] of x [M, K] and weight [N, K], of any strides, rounded to ``out_dtype``, x's unless told.
 
@@ -57,14 +58,31 @@ def _call(
     has_bias: bool,
     leaves: int,
     aligned: bool,
-    schedule: Tile | None,
+    schedule: Tile | HopperTile | None,
 ) -> Call:
     """What to launch for tensors of this layout."""
     num_rows, depth = x_shape
     width = w_shape[0]
     boxes = aligned and _in_boxes(x_stride, depth, dtype) and _in_boxes(w_stride, depth, dtype)
     layer = Layer(width, depth, dtype, leaves, architecture(device), boxes)
-    found = schedule or schedules.tile(layer, num_rows)
+    found = schedule or schedules.hopper_tile(layer, num_rows, out_dtype) or schedules.tile(layer, num_rows)
+    if isinstance(found, HopperTile):
+        from rlalign_kernels.gemm import hopper_backend
+
+        return hopper_backend.make_call(
+            num_rows,
+            width,
+            depth // leaves,
+            leaves,
+            w_stride[0],
+            dtype,
+            out_dtype,
+            has_bias,
+            found,
+            num_processors(device),
+        )
+    if dtype == torch.float32 and found.block_k != FLOAT32_BLOCK:
+        raise ValueError(f"linear: a tile of {found.block_k} k is another plan than float32's {FLOAT32_BLOCK}")
     launch = Launch(
         linear_kernel,
         (triton.cdiv(num_rows, found.block_m) * triton.cdiv(width, found.block_n),),

@@ -7,10 +7,16 @@ counts as (9, 0).
 
 from __future__ import annotations
 
+import importlib
+import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
+
+from rlalign_kernels.gemm.chain_plan import FLOAT32_BLOCK
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,26 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class HopperTile:
+    """One warp-specialised kernel's launch: consumer warpgroups of 64 rows each, columns per tile, boxes in flight,
+    weights as the rows or not, k per box, row tiles that take turns, columns that are written at a time, boxes of
+    weights by which requests to the cache run ahead of the copies (0: none)."""
+
+    groups: int
+    cols: int
+    num_stages: int
+    swap: bool = True
+    block_k: int = 64
+    turns: int = 8
+    chunk: int = 128
+    ahead: int = 0
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.groups
+
+
+@dataclass(frozen=True)
 class Layer:
     """What a schedule may depend on besides the number of rows: weight [width, depth], the plan, the machine.
 
@@ -41,6 +67,25 @@ class Layer:
     leaves: int
     architecture: tuple[int, int]
     boxes: bool
+
+
+@cache
+def hopper_available(architecture: tuple[int, int]) -> bool:
+    """Whether Gluon's kernel can run: an sm_90 GPU, and a Triton with Gluon for it. Says so once where it lacks."""
+    if architecture != (9, 0) or not torch.cuda.is_available():
+        return False
+    try:
+        importlib.import_module("rlalign_kernels.gemm.hopper_backend")
+    except (ImportError, AttributeError) as reason:
+        _log.warning("linear: Hopper's kernel needs another Triton (%s); a slower one gives the same bits", reason)
+        return False
+    return True
+
+
+@lru_cache(4096)
+def hopper_tile(layer: Layer, num_rows: int, out_dtype: torch.dtype) -> HopperTile | None:
+    """Of the warp-specialised kernel; None where the stock one runs."""
+    return None
 
 
 @lru_cache(4096)
@@ -56,7 +101,7 @@ def tile(layer: Layer, num_rows: int) -> Tile:
 
 
 def _float32_tile(num_rows: int) -> Tile:
-    return Tile(16, 32, 32, 2, 2) if num_rows <= 16 else Tile(32, 64, 16, 4, 2)
+    return Tile(16, 32, FLOAT32_BLOCK, 2, 3) if num_rows <= 16 else Tile(64, 64, FLOAT32_BLOCK, 4, 3)
 
 
 def _pointer_tile(num_rows: int) -> Tile:

@@ -38,7 +38,9 @@ def _chain(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """float32 [BLOCK_M, BLOCK_N], or its transpose, of k_begin <= k < k_end."""
+    COMPENSATED: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    lost = acc
     for k in tl.range(k_begin, k_end, BLOCK_K, num_stages=STAGES):
         if TMA:
             x = x_desc.load([m0, k])
@@ -46,10 +48,22 @@ def _chain(
         else:
             x = _rows(x_ptr, m0, M, k, k_end, stride_xm, stride_xk, BLOCK_M, BLOCK_K)
             w = _rows(w_ptr, n0, N, k, k_end, stride_wn, stride_wk, BLOCK_N, BLOCK_K)
-        if SWAP:
-            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        if COMPENSATED:
+            if SWAP:
+                block = tl.dot(w, tl.trans(x), input_precision="ieee")
+            else:
+                block = tl.dot(x, tl.trans(w), input_precision="ieee")
+            total = acc + block
+            back = total - acc
+            lost += (acc - (total - back)) + (block - back)
+            acc = total
+        elif SWAP:
+            acc = tl.dot(w, tl.trans(x), acc)
         else:
-            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+            acc = tl.dot(x, tl.trans(w), acc)
+    if COMPENSATED:
+        # an infinite sum has lost infinitely much
+        acc = tl.where(tl.abs(acc) < float("inf"), acc + lost, acc)
     return acc + 0.0
 
 
@@ -85,7 +99,10 @@ def linear_kernel(
     LEAVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     SWAP: tl.constexpr, TMA: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per tile. TMA: ``leaf`` must be a multiple of BLOCK_K unless there is one leaf."""
+    """Grid: one program per tile. TMA: ``leaf`` must be a multiple of BLOCK_K unless there is one leaf.
+
+    float32: BLOCK_K is the plan's FLOAT32_BLOCK.
+    """
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     acc = _tree(
