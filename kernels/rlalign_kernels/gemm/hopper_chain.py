@@ -1,0 +1,265 @@
+"""The plan of ``chain_plan`` for Hopper in Gluon, warp-specialised: rows [R, K], cols [C, K] -> rows @ cols.T + bias.
+
+Rows are tokens and columns weight rows, or with SWAP the other way round and the tile is stored transposed: so a tile
+can be 192 weight rows wide, and few tokens still fill it. out [tokens, weight rows] either way.
+bfloat16 or float16 in, float32 accumulation, rounded once. A program is persistent: one producer warp copies boxes of
+64 rows and BLOCK_K numbers into a ring in shared memory, GROUPS consumer warpgroups multiply them, 64 rows of the tile
+each, and a finished tile leaves by the copy engine, which writes nothing that lies outside. Leaves of the tree wait in
+registers: LEAVES > 1 takes fewer columns.
+Promised: the bits of triton_chain, for every tile, number of stages and of programs.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from rlalign_kernels.attention.hopper_tiles import WARPGROUP_ROWS, all_warps_meet, barriers, boxes, copy_in
+from rlalign_kernels.gemm import triton_chain
+
+_tile_of = gluon.jit(triton_chain.tile_of.fn)
+# a name that moved between Triton's versions
+_copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_PRODUCER_ROWS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+# numbers of 16 bits in a cache line
+_LINE = gl.constexpr(64)
+
+
+@gluon.jit
+def _origin(
+    tile, num_rows, num_cols, GROUPS: gl.constexpr, COLS: gl.constexpr, TURNS: gl.constexpr
+):  # fmt: skip
+    """(first row, first column) of a tile."""
+    ROWS: gl.constexpr = GROUPS * WARPGROUP_ROWS
+    tile_row, tile_col = _tile_of(tile, (num_rows + ROWS - 1) // ROWS, (num_cols + COLS - 1) // COLS, TURNS)
+    return tile_row * ROWS, tile_col * COLS
+
+
+@gluon.jit
+def _fetch(ptr, stride, row, num_rows, k, depth, COUNT: gl.constexpr):
+    """Ask for the 128 bytes at column ``k`` of COUNT rows to be brought from memory to the cache."""
+    rows = gl.minimum(row + gl.arange(0, COUNT, _PRODUCER_ROWS), num_rows - 1)
+    at = ptr + rows.to(gl.int64) * stride + gl.minimum(k, depth - 1)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _fetch_weights(
+    w_ptr, stride_w, row, col, num_rows, num_cols, k, depth,
+    GROUPS: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr, SWAP: gl.constexpr,
+):  # fmt: skip
+    """The weights of one box of k, for the tile at (row, col)."""
+    for i in gl.static_range(BLOCK_K // _LINE):
+        if SWAP:
+            for g in gl.static_range(GROUPS):
+                first = row + g * WARPGROUP_ROWS
+                _fetch(w_ptr, stride_w, first, num_rows, k + i * _LINE, depth, WARPGROUP_ROWS)
+        else:
+            _fetch(w_ptr, stride_w, col, num_cols, k + i * _LINE, depth, COLS)
+
+
+@gluon.jit
+def _producer(
+    rows_desc, cols_desc, rows_s, cols_s, full, empty, w_ptr, stride_w, depth, num_rows, num_cols, k_tiles, num_tiles,
+    LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    SWAP: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """One warp: all tiles' boxes, in the order in which the consumers want them. k_tiles: of one leaf."""
+    BLOCK_K: gl.constexpr = rows_desc.block_type.shape[1]
+    NBYTES: gl.constexpr = GROUPS * rows_desc.block_type.nbytes + cols_desc.block_type.nbytes
+    loads = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        row, col = _origin(tile, num_rows, num_cols, GROUPS, COLS, TURNS)
+        for k_tile in range(LEAVES * k_tiles):
+            stage = loads % STAGES
+            k = k_tile * BLOCK_K
+            mbarrier.wait(empty.index(stage), (loads // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), NBYTES)
+            for g in gl.static_range(GROUPS):
+                copy_in(rows_desc, [row + g * WARPGROUP_ROWS, k], full.index(stage), rows_s.index(stage * GROUPS + g))
+            copy_in(cols_desc, [col, k], full.index(stage), cols_s.index(stage))
+            loads += 1
+            if AHEAD > 0:
+                # the ring alone has too few bytes under way to keep the memory busy where programs share weights
+                for ahead in range(gl.where(k_tile == 0, min(STAGES, AHEAD), AHEAD), AHEAD + 1):
+                    _fetch_weights(
+                        w_ptr, stride_w, row, col, num_rows, num_cols, k + ahead * BLOCK_K, depth,
+                        GROUPS, COLS, BLOCK_K, SWAP,
+                    )  # fmt: skip
+
+
+@gluon.jit
+def _chain(
+    loads, k_tiles, rows_s, cols_s, full, empty,
+    GROUP_INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """float32 [64, COLS] of the ring's next ``k_tiles`` boxes; two products are under way at a time."""
+    acc = gl.zeros([WARPGROUP_ROWS, COLS], gl.float32, LAYOUT)
+    for k_tile in range(k_tiles):
+        load = loads + k_tile
+        stage = load % STAGES
+        mbarrier.wait(full.index(stage), load // STAGES & 1)
+        pending = warpgroup_mma(
+            rows_s.index(stage * GROUPS + GROUP_INDEX), cols_s.index(stage).permute((1, 0)), acc, is_async=True
+        )
+        acc = warpgroup_mma_wait(1, [pending])
+        mbarrier.arrive(empty.index((load + STAGES - 1) % STAGES), pred=k_tile > 0)
+    acc = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(empty.index((loads + k_tiles - 1) % STAGES))
+    return acc + 0.0
+
+
+@gluon.jit
+def _tree(
+    loads, k_tiles, rows_s, cols_s, full, empty,
+    LEAVES: gl.constexpr, GROUP_INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The sum of the ring's next LEAVES chains."""
+    if LEAVES == 1:
+        return _chain(loads, k_tiles, rows_s, cols_s, full, empty, GROUP_INDEX, GROUPS, STAGES, COLS, LAYOUT)
+    else:
+        HALF: gl.constexpr = LEAVES // 2
+        low = _tree(
+            loads, k_tiles, rows_s, cols_s, full, empty, HALF, GROUP_INDEX, GROUPS, STAGES, COLS, LAYOUT
+        )  # fmt: skip
+        high = _tree(
+            loads + HALF * k_tiles, k_tiles, rows_s, cols_s, full, empty, HALF, GROUP_INDEX, GROUPS, STAGES, COLS,
+            LAYOUT,
+        )  # fmt: skip
+        return low + high
+
+
+@gluon.jit
+def _write(
+    acc, out_desc, out_s, row, col, COLS: gl.constexpr, CHUNK: gl.constexpr, SWAP: gl.constexpr
+):  # fmt: skip
+    """acc [64, COLS] from (row, col) on, CHUNK columns at a time."""
+    if COLS > CHUNK:
+        HALF: gl.constexpr = COLS // 2
+        low, high = acc.reshape([WARPGROUP_ROWS, 2, HALF]).permute([0, 2, 1]).split()
+        _write(low, out_desc, out_s, row, col, HALF, CHUNK, SWAP)
+        _write(high, out_desc, out_s, row, col + HALF, HALF, CHUNK, SWAP)
+    else:
+        # what was in this memory before has left it
+        tma.store_wait(0)
+        rounded = acc.to(out_desc.dtype)
+        if SWAP:
+            out_s.permute((1, 0)).store(rounded)
+            fence_async_shared()
+            _copy_out(out_desc, [col, row], out_s)
+        else:
+            out_s.store(rounded)
+            fence_async_shared()
+            _copy_out(out_desc, [row, col], out_s)
+
+
+@gluon.jit
+def _consumer(
+    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+    GROUP_INDEX: gl.constexpr, LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr, CHUNK: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: rows GROUP_INDEX * 64 .. + 63 of every tile of its program."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    loads = 0
+    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        row, col = _origin(tile, num_rows, num_cols, GROUPS, COLS, TURNS)
+        row += GROUP_INDEX * WARPGROUP_ROWS
+        acc = _tree(
+            loads, k_tiles, rows_s, cols_s, full, empty, LEAVES, GROUP_INDEX, GROUPS, STAGES, COLS, LAYOUT
+        )  # fmt: skip
+        loads += LEAVES * k_tiles
+        if HAS_BIAS:
+            if SWAP:
+                n = row + gl.arange(0, WARPGROUP_ROWS, gl.SliceLayout(1, LAYOUT))
+                acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(gl.float32), 1)
+            else:
+                n = col + gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
+                acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < num_cols, other=0.0).to(gl.float32), 0)
+        _write(acc, out_desc, out_s.index(GROUP_INDEX), row, col, COLS, CHUNK, SWAP)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_rows", "num_cols", "k_tiles", "num_tiles"])
+def hopper_linear_kernel(
+    rows_desc, cols_desc, out_desc, bias_ptr, w_ptr, stride_w, depth, num_rows, num_cols, k_tiles, num_tiles,
+    LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    CHUNK: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, AHEAD: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Grid: as many programs as fit the GPU, at most. Boxes: [64, BLOCK_K] of rows, [COLS, BLOCK_K] of columns, and of
+    out [64, CHUNK] or, with SWAP, [CHUNK, 64]. With LEAVES > 1 a leaf is a multiple of BLOCK_K."""
+    rows_s = boxes(rows_desc, STAGES * GROUPS)
+    cols_s = boxes(cols_desc, STAGES)
+    out_s = boxes(out_desc, GROUPS)
+    full = barriers(STAGES, 1)
+    empty = barriers(STAGES, GROUPS)
+    fence_async_shared()
+    all_warps_meet()
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+                    gl.constexpr(0), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                )),
+                (_producer, (
+                    rows_desc, cols_desc, rows_s, cols_s, full, empty, w_ptr, stride_w, depth, num_rows, num_cols,
+                    k_tiles, num_tiles, LEAVES, GROUPS, COLS, STAGES, TURNS, SWAP, AHEAD,
+                )),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )  # fmt: skip
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+                    gl.constexpr(0), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                )),
+                (_consumer, (
+                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+                    gl.constexpr(1), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                )),
+                (_producer, (
+                    rows_desc, cols_desc, rows_s, cols_s, full, empty, w_ptr, stride_w, depth, num_rows, num_cols,
+                    k_tiles, num_tiles, LEAVES, GROUPS, COLS, STAGES, TURNS, SWAP, AHEAD,
+                )),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+                    gl.constexpr(0), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                )),
+                (_consumer, (
+                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+                    gl.constexpr(1), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                )),
+                (_consumer, (
+                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+                    gl.constexpr(2), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                )),
+                (_producer, (
+                    rows_desc, cols_desc, rows_s, cols_s, full, empty, w_ptr, stride_w, depth, num_rows, num_cols,
+                    k_tiles, num_tiles, LEAVES, GROUPS, COLS, STAGES, TURNS, SWAP, AHEAD,
+                )),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
