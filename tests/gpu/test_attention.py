@@ -160,6 +160,31 @@ def test_schedules_of_one_plan_give_one_result(name):
         assert same_bits(out, whole), tile
 
 
+@CAUSAL
+@pytest.mark.parametrize("page", [16, 128])
+def test_schedules_of_decode_give_one_result(name, page, monkeypatch):
+    """A program per split or per sequence, pipeline depths, descriptors or pointers, larger tiles of rows."""
+    from rlalign_kernels.attention import schedules
+    from rlalign_kernels.attention import triton_backend as backend
+    from rlalign_kernels.attention.schedules import Tile
+    from rlalign_kernels.attention.tile_plan import tile_plan
+
+    p = make(name, [1, 129, 1025, 2300])
+    whole, cache, many = packed(p), p.cache(page), len(p.lengths)
+    taken, index = p.last([1] * many)
+    left = None if "window" not in p.settings else p.settings["window"] - 1
+    masking = backend.Masking(p.keywords["scale"], left, 0, p.settings.get("softcap"))
+    keys = backend.Keys(cache["k_cache"], cache["v_cache"], None, cache["block_tables"], cache["kv_lens"])
+    kv_tile = tile_plan(*p.dims, p.dtype, backend.shape_of(p.q, p.k, p.v).architecture).kv_tile
+    for apart in (False, True):
+        monkeypatch.setattr(schedules, "splits_apart", lambda *_, apart=apart: apart)
+        backend._CALLS = type(backend._CALLS)()
+        for block_m, warps, stages, tma in ((16, 4, 1, False), (16, 4, 3, True), (16, 2, 2, True), (32, 4, 2, False)):
+            tile = Tile(block_m, kv_tile, warps, stages, tma)
+            found = backend.forward(p.q[index], keys, offsets(taken), masking, p.keywords.get("sinks"), 1, True, tiles=(tile, tile))  # fmt: skip  # noqa: E501
+            assert same_bits(found, [x[index] for x in whole]), (apart, tile)
+
+
 @NAMES
 def test_accuracy_is_that_of_the_operator_it_replaces(name):
     p = make(name, SHORT)

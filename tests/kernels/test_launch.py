@@ -43,7 +43,7 @@ def test_the_first_launch_is_tritons_own_and_later_ones_change_pointers_only():
     x, y = torch.zeros(8), torch.zeros(2, 4)
     launch(x, y)
     ((grid, arguments, constants),) = kernel.first
-    assert grid == (3, 2, 1) and constants == {"FLAG": True, "num_warps": 4, "BLOCK": 16}
+    assert grid == (3, 2, 1) and constants == {"FLAG": True, "num_warps": 4, "BLOCK": 16, "enable_fp_fusion": True}
     assert arguments[0] is x and arguments[1].base is y and arguments[2] == 7
     other = torch.ones(8), torch.ones(2, 4)
     launch(*other)

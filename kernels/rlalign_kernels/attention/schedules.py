@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from rlalign_kernels.attention.tile_plan import TilePlan, padded
+from rlalign_kernels.attention.tile_plan import SMALL_ARCHITECTURES, TilePlan, padded
 
 _log = logging.getLogger(__name__)
 # Rows of one sequence and key head that one tensor-core instruction takes: below, they would be padding.
@@ -97,6 +97,11 @@ def _fits_hopper(shape: Shape) -> bool:
     )
 
 
+def _has_boxes(shape: Shape) -> bool:
+    """Whether the hardware copies boxes, and has the shared memory for several of them: Hopper and large Blackwell."""
+    return shape.architecture >= (9, 0) and shape.architecture not in SMALL_ARCHITECTURES
+
+
 def few_rows(shape: Shape) -> int:
     """Up to so many rows (queries x heads of a group) a sequence is decoded rather than prefilled."""
     return max(_FEWEST_ROWS, padded(shape.group))
@@ -109,7 +114,7 @@ def prefill_tile(shape: Shape, plan: TilePlan) -> Tile:
         return Tile(16 if shape.widest > 128 else 32, plan.kv_tile, 4, 2)
     if shape.widest > 128:
         return Tile(64, plan.kv_tile, 4, 2)
-    return Tile(64, plan.kv_tile, 4, 2) if shape.architecture < (9, 0) else Tile(128, plan.kv_tile, 8, 3, tma=True)
+    return Tile(128, plan.kv_tile, 8, 3, tma=True) if _has_boxes(shape) else Tile(64, plan.kv_tile, 4, 2)
 
 
 @lru_cache(1024)
@@ -119,7 +124,7 @@ def decode_tile(shape: Shape, plan: TilePlan, num_programs: int, num_processors:
     A program that has a processor to itself reads far ahead; programs that share one leave each other the memory.
     Behind a page table five stages are three buffers, the first two being the table's; without one they would not fit.
     """
-    if shape.architecture < (9, 0):
+    if not _has_boxes(shape):
         return Tile(few_rows(shape), plan.kv_tile, 4, 3 if shape.architecture == (8, 0) else 2)
     wide = shape.widest * shape.dtype.itemsize > 256
     stages = 5 if paged and num_programs <= num_processors and not wide else 3
@@ -133,7 +138,7 @@ def dq_tile(shape: Shape) -> Tile:
         return Tile(16, 16, 4, 1)
     if shape.widest > 128:
         return Tile(64, 32, 8, 1)
-    return Tile(64, 64, 4, 2) if shape.architecture < (9, 0) else Tile(128, 64, 8, 3)
+    return Tile(128, 64, 8, 3) if _has_boxes(shape) else Tile(64, 64, 4, 2)
 
 
 @lru_cache(1024)
@@ -142,8 +147,8 @@ def dkv_tile(shape: Shape) -> Tile:
     if shape.dtype == torch.float32:
         return Tile(16, 16, 4, 1)
     if shape.widest > 128:
-        return Tile(32, 64, 8, 1)
-    return Tile(64, 64, 4, 2 if shape.architecture < (9, 0) else 3)
+        return Tile(32, 64 if shape.architecture not in SMALL_ARCHITECTURES else 32, 8, 1)
+    return Tile(64, 64, 4, 3 if _has_boxes(shape) else 2)
 
 
 def splits_apart(num_places: int, num_splits: int, num_processors: int) -> bool:
