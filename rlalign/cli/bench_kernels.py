@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import re
 import statistics
@@ -25,6 +26,8 @@ from rich.table import Table
 from rlalign.cli.errors import run_main
 from rlalign.run.facts import git_commit, versions
 
+# Each has its cases in bench_<kernel>.py.
+_KERNELS = ("attention", "linear", "logprob", "norm")
 # So few that the GPU's queue never fills.
 _HOST_CALLS = 50
 _ROOT = Path(__file__).resolve().parents[2]
@@ -179,17 +182,23 @@ def _driver() -> str | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print the table, write JSON and plot."""
+    """Measure one kernel after the other; for each print the table, write JSON and plot."""
     if not torch.cuda.is_available():
         raise ValueError("bench_kernels.py measures GPU kernels, and torch finds no GPU here")
     if args.rounds < 1:
         raise ValueError(f"--rounds={args.rounds}: at least 1")
-    from rlalign.cli.bench_attention import make_cases, make_host_cases
+    if args.output and len(args.kernels) > 1:
+        raise ValueError(f"--output={args.output} names one file, and {len(args.kernels)} kernels are measured")
+    for kernel in args.kernels:
+        run_one(kernel, args)
 
+
+def run_one(kernel: str, args: argparse.Namespace) -> None:
+    cases = importlib.import_module(f"rlalign.cli.bench_{kernel}")
     console = Console()
     records: list[dict[str, Any]] = []
     refused: dict[str, dict[str, str]] = {}
-    for make_case in make_cases(args.only):
+    for make_case in cases.make_cases(args.only):
         case = make_case()
         records += make_records(case, measure(case, args.rounds))
         if case.refused:
@@ -197,22 +206,26 @@ def run(args: argparse.Namespace) -> None:
         del case
         torch.compiler.reset()
         torch.cuda.empty_cache()
-    host = {name: measure_host(calls, args.rounds) for name, calls in make_host_cases(args.only)}
+    host_cases = cases.make_host_cases(args.only) if hasattr(cases, "make_host_cases") else ()
+    host = {name: measure_host(calls, args.rounds) for name, calls in host_cases}
+    if not records and not host:
+        raise ValueError(f"--only={args.only!r} is in no case's name")
     meta = gpu_meta(args.commit) | {"rounds": args.rounds, "refused": refused, "host_us": host}
-    console.print(make_table(f"{args.kernel} on {meta['gpu']}", records))
+    console.print(make_table(f"{kernel} on {meta['gpu']}", records))
     for name, calls in host.items():
         console.print(f"{name}: " + ", ".join(f"{impl} {us:.1f} us" for impl, us in calls.items()))
     machine = re.sub(r"[^a-z0-9]+", "-", str(meta["gpu"]).lower()).strip("-")
-    path = args.output or _ROOT / "benchmarks/results" / machine / f"{args.kernel}.json"
+    path = args.output or _ROOT / "benchmarks/results" / machine / f"{kernel}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"meta": meta, "records": records}, indent=2) + "\n")
-    save_plot(records, f"{args.kernel}, {meta['gpu']}", path.with_suffix(".png"))
-    console.print(f"written to {path} and {path.with_suffix('.png').name}", soft_wrap=True)
+    if records:
+        save_plot(records, f"{kernel}, {meta['gpu']}", path.with_suffix(".png"))
+    console.print(f"written to {path}", soft_wrap=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_kernels.py", description="Invariant GPU kernels against libraries.")
-    parser.add_argument("kernel", choices=("attention",))
+    parser.add_argument("kernels", nargs="+", choices=_KERNELS, metavar="kernel", help=", ".join(_KERNELS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/<gpu>/<kernel>.json)")
