@@ -67,7 +67,7 @@ def _triton(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     from rlalign_kernels.elementwise import triton_norm_calls  # triton may be missing where nobody asks for it
 
-    settings = triton_norm_calls.NormSettings("layer_norm", float(eps), centered=True)
+    settings = triton_norm_calls.norm_settings("layer_norm", float(eps), centered=True)
     return triton_norm_calls.norm(x, residual, weight, bias, settings)
 
 

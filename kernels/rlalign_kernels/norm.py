@@ -129,7 +129,7 @@ def _triton(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     from rlalign_kernels.elementwise import triton_norm_calls  # triton may be missing where nobody asks for it
 
-    settings = triton_norm_calls.NormSettings("rms_norm", float(eps), float(offset), cast)
+    settings = triton_norm_calls.norm_settings("rms_norm", float(eps), float(offset), cast)
     return triton_norm_calls.norm(x, residual, weight, None, settings)
 
 

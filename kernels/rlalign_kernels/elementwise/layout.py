@@ -7,7 +7,6 @@ together in memory are one; tensors that still have more than two are copied fir
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -46,20 +45,30 @@ class Rows:
     strides: tuple[tuple[int, int, int], ...]
 
 
-def as_rows(*tensors: torch.Tensor, keep_last: bool) -> tuple[Rows, tuple[torch.Tensor, ...]]:
-    """Tensors of one shape as rows, and the tensors to read, copied where strides need it.
+def as_rows(shape: torch.Size, *strides: tuple[int, ...] | None, keep_last: bool) -> tuple[Rows, bool]:
+    """Tensors of one shape as rows, and whether they must be made contiguous first. Strides None: no such tensor.
 
     keep_last: the last dimension is the columns; otherwise as much as lies together.
     """
-    shape = tensors[0].shape
-    found = _rows(shape, tuple(x.stride() for x in tensors), keep_last)
-    if found is None:
-        tensors = tuple(x.contiguous() for x in tensors)
-        found = _rows(shape, tuple(x.stride() for x in tensors), keep_last)
-    return found, tensors
+    given = tuple(stride for stride in strides if stride is not None)
+    found = _rows(shape, given, keep_last)
+    if found is not None:
+        return found, False
+    return _rows(shape, (_contiguous_strides(shape),) * len(given), keep_last), True
 
 
-@lru_cache(4096)
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def made_contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
+def stride_of(x: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if x is None else x.stride()
+
+
 def _rows(shape: torch.Size, strides: tuple[tuple[int, ...], ...], keep_last: bool) -> Rows | None:
     """None where more than two leading dimensions are left."""
     sizes: list[int] = []

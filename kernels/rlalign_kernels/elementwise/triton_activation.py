@@ -92,7 +92,7 @@ def _places(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr)
     return rows, columns, live, rows.to(tl.int64) * num_columns + columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def activation_forward_kernel(
     x_ptr, up_ptr, out_ptr,
     num_rows, inner, num_columns, stride_xo, stride_xi, stride_xc, stride_uo, stride_ui, stride_uc,
@@ -107,7 +107,7 @@ def activation_forward_kernel(
     tl.store(out_ptr + place, y, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def activation_backward_kernel(
     grad_ptr, x_ptr, up_ptr, dx_ptr, dup_ptr,
     num_rows, inner, num_columns, stride_go, stride_gi, stride_gc, stride_xo, stride_xi, stride_xc,

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 import triton
 
-from rlalign_kernels.elementwise.layout import Rows, as_rows
+from rlalign_kernels.elementwise.layout import Rows, as_rows, made_contiguous, stride_of
 from rlalign_kernels.elementwise.triton_activation import activation_backward_kernel, activation_forward_kernel
 from rlalign_kernels.elementwise.triton_rows import check_device
 from rlalign_kernels.launch import Launch
@@ -30,11 +30,12 @@ def forward(
     x: torch.Tensor, up: torch.Tensor | None, kind: int, *, block: int = _BLOCK, num_warps: int = 4
 ) -> torch.Tensor:
     """``block``, ``num_warps``: a schedule."""
-    rows, given = as_rows(*((x,) if up is None else (x, up)), keep_last=False)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel():
-        launch = _forward_launch(rows, x.dtype, kind, block, num_warps)
-        launch(given[0], None if up is None else given[1], out)
+    launch, copy = _forward_launch(x.shape, x.stride(), stride_of(up), x.dtype, kind, block, num_warps)
+    if copy:
+        x, up = made_contiguous(x, up)
+    out = x.new_empty(x.shape)
+    if launch is not None:
+        launch(x, up, out)
     return out
 
 
@@ -50,11 +51,14 @@ def backward(
     num_warps: int = 4,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of x and up, None for what is not needed."""
-    rows, given = as_rows(*((grad, x) if up is None else (grad, x, up)), keep_last=False)
-    dx, dup = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None for need in (need_x, need_up))
-    if x.numel():
-        launch = _backward_launch(rows, x.dtype, kind, need_x, need_up, block, num_warps)
-        launch(given[0], given[1], None if up is None else given[2], dx, dup)
+    launch, copy = _backward_launch(
+        x.shape, grad.stride(), x.stride(), stride_of(up), x.dtype, kind, need_x, need_up, block, num_warps
+    )
+    if copy:
+        grad, x, up = made_contiguous(grad, x, up)
+    dx, dup = (x.new_empty(x.shape) if need else None for need in (need_x, need_up))
+    if launch is not None:
+        launch(grad, x, up, dx, dup)
     return dx, dup
 
 
@@ -80,24 +84,50 @@ def _tile(rows: Rows, block: int) -> tuple[int, dict[str, int]]:
 
 
 @lru_cache(4096)
-def _forward_launch(rows: Rows, dtype: torch.dtype, kind: int, block: int, num_warps: int) -> Launch:
+def _forward_launch(
+    shape: torch.Size,
+    stride_x: tuple[int, ...],
+    stride_u: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    kind: int,
+    block: int,
+    num_warps: int,
+) -> tuple[Launch | None, bool]:
+    """None where there is nothing to do, and whether the inputs must be made contiguous."""
+    rows, copy = as_rows(shape, stride_x, stride_u, keep_last=False)
+    if 0 in shape:
+        return None, False
     programs, tile = _tile(rows, block)
     x, up = (*rows.strides, _NONE)[:2]
-    return Launch(
+    launch = Launch(
         activation_forward_kernel, (programs,), (rows.num_rows, rows.inner, rows.num_columns, *x, *up),
-        KIND=kind, GATED=len(rows.strides) == 2, PRECISE=dtype == torch.float32, **tile, num_warps=num_warps,
+        KIND=kind, GATED=stride_u is not None, PRECISE=dtype == torch.float32, **tile, num_warps=num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
+    return launch, copy
 
 
 @lru_cache(4096)
 def _backward_launch(
-    rows: Rows, dtype: torch.dtype, kind: int, need_x: bool, need_up: bool, block: int, num_warps: int
-) -> Launch:
+    shape: torch.Size,
+    stride_g: tuple[int, ...],
+    stride_x: tuple[int, ...],
+    stride_u: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    kind: int,
+    need_x: bool,
+    need_up: bool,
+    block: int,
+    num_warps: int,
+) -> tuple[Launch | None, bool]:
+    rows, copy = as_rows(shape, stride_g, stride_x, stride_u, keep_last=False)
+    if 0 in shape:
+        return None, False
     programs, tile = _tile(rows, block)
     grad, x, up = (*rows.strides, _NONE)[:3]
-    return Launch(
+    launch = Launch(
         activation_backward_kernel, (programs,), (rows.num_rows, rows.inner, rows.num_columns, *grad, *x, *up),
-        KIND=kind, GATED=len(rows.strides) == 3, PRECISE=dtype == torch.float32, NEED_X=need_x, NEED_UP=need_up,
+        KIND=kind, GATED=stride_u is not None, PRECISE=dtype == torch.float32, NEED_X=need_x, NEED_UP=need_up,
         **tile, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
+    return launch, copy

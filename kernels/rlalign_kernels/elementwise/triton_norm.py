@@ -20,7 +20,7 @@ from rlalign_kernels.elementwise.triton_rows import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, sum_ptr, mean_ptr, inverse_ptr,
     num_rows, inner, stride_xo, stride_xi, stride_xc, stride_ro, stride_ri, stride_rc, stride_w, stride_b, eps, offset,
@@ -87,7 +87,7 @@ def _deviation(tile, mean, i: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_per_part"])
 def norm_backward_kernel(
     grad_ptr, grad_sum_ptr, h_ptr, weight_ptr, mean_ptr, inverse_ptr, dh_ptr, dweight_ptr, dbias_ptr,
     num_rows, inner, stride_go, stride_gi, stride_gc, stride_so, stride_si, stride_sc, stride_ho, stride_hi, stride_hc,
@@ -175,7 +175,7 @@ def _scaled(
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def norm_parts_kernel(parts_ptr, out_ptr, num_parts, H, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """out [H] of float32 parts [num_parts, H]: part p belongs to lane p mod PARTS, which adds in ascending order; then
     lanes by halves."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from rlalign_kernels.elementwise.layout import Rows, as_rows
+from rlalign_kernels.elementwise.layout import as_rows, made_contiguous, stride_of
 from rlalign_kernels.elementwise.row_plan import (
     LARGEST_ROW,
     RowTile,
@@ -24,15 +24,21 @@ _PART_LANES, _PART_COLUMNS = 64, 32
 _NONE = (0, 0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NormSettings:
-    """centered: LayerNorm. cast: the normalised row is rounded to x's dtype before the weight is applied."""
+    """centered: LayerNorm. cast: the normalised row is rounded to x's dtype before the weight is applied.
+
+    Compared by identity, which costs nothing: ``norm_settings`` makes one of each.
+    """
 
     operator: str
     eps: float
     offset: float = 0.0
     cast: bool = False
     centered: bool = False
+
+
+norm_settings = lru_cache(256)(NormSettings)
 
 
 def norm(
@@ -66,45 +72,49 @@ def forward(
     tile: RowTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """y, x + residual, mean and 1 / sqrt (float32 [rows]), the latter three where asked for. ``tile``: a schedule."""
-    given = (x,) if residual is None else (x, residual)
-    rows, given = as_rows(*given, keep_last=True)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(out)
-    mean = torch.empty(rows.num_rows, dtype=torch.float32, device=x.device) if save and settings.centered else None
-    inverse = torch.empty(rows.num_rows, dtype=torch.float32, device=x.device) if save else None
-    if out.numel():
-        launch = _forward_launch(
-            rows, x.dtype, _stride(weight), _stride(bias), settings, tile or forward_tile(x.shape[-1], x.itemsize), save
-        )
-        launch(given[0], None if residual is None else given[1], weight, bias, out, total, mean, inverse)
+    launch, num_rows, copy = _forward_launch(
+        x.shape, x.stride(), stride_of(residual), stride_of(weight), stride_of(bias), x.dtype, settings, tile, save
+    )
+    if copy:
+        x, residual = made_contiguous(x, residual)
+    out = x.new_empty(x.shape)
+    total = None if residual is None else x.new_empty(x.shape)
+    mean = x.new_empty(num_rows, dtype=torch.float32) if save and settings.centered else None
+    inverse = x.new_empty(num_rows, dtype=torch.float32) if save else None
+    if launch is not None:
+        launch(x, residual, weight, bias, out, total, mean, inverse)
     return out, total, mean, inverse
-
-
-def _stride(vector: torch.Tensor | None) -> int | None:
-    return None if vector is None else vector.stride(0)
 
 
 @lru_cache(4096)
 def _forward_launch(
-    rows: Rows,
+    shape: torch.Size,
+    stride_x: tuple[int, ...],
+    stride_r: tuple[int, ...] | None,
+    stride_w: tuple[int] | None,
+    stride_b: tuple[int] | None,
     dtype: torch.dtype,
-    stride_w: int | None,
-    stride_b: int | None,
     settings: NormSettings,
-    tile: RowTile,
+    tile: RowTile | None,
     save: bool,
-) -> Launch:
-    strides = (*rows.strides, _NONE)[:2]
-    return Launch(
+) -> tuple[Launch | None, int, bool]:
+    """None where there is nothing to do, number of rows, and whether x and residual must be made contiguous."""
+    rows, copy = as_rows(shape, stride_x, stride_r, keep_last=True)
+    size, strides = rows.num_columns, (*rows.strides, _NONE)[:2]
+    if 0 in shape:
+        return None, rows.num_rows, False
+    tile = tile or forward_tile(size, dtype.itemsize)
+    launch = Launch(
         norm_forward_kernel,
         (-(-rows.num_rows // tile.rows),),
-        (rows.num_rows, rows.inner, *strides[0], *strides[1], stride_w or 0, stride_b or 0, settings.eps,
+        (rows.num_rows, rows.inner, *strides[0], *strides[1], *(stride_w or (0,)), *(stride_b or (0,)), settings.eps,
          settings.offset),
-        H=rows.num_columns, LANES=lanes(rows.num_columns), ROWS=tile.rows, CENTERED=settings.centered,
-        CAST=settings.cast and dtype != torch.float32, HAS_RESIDUAL=len(rows.strides) == 2,
+        H=size, LANES=lanes(size), ROWS=tile.rows, CENTERED=settings.centered,
+        CAST=settings.cast and dtype != torch.float32, HAS_RESIDUAL=stride_r is not None,
         HAS_WEIGHT=stride_w is not None, HAS_BIAS=stride_b is not None, HAS_OFFSET=settings.offset != 0, SAVE=save,
         num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
+    return launch, rows.num_rows, copy
 
 
 class _Norm(torch.autograd.Function):
@@ -119,8 +129,10 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, total, mean, inverse = forward(x, residual, weight, bias, settings, save=True)
         ctx.save_for_backward(x if total is None else total, weight, mean, inverse)
-        ctx.settings, ctx.bias_dtype = settings, None if bias is None else bias.dtype
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
+        if total is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            ctx.mark_non_differentiable(total)
         return out, total
 
     @staticmethod
@@ -150,58 +162,65 @@ def backward(
     need_h: bool = True,
     need_weight: bool = True,
     need_bias: bool = False,
-    num_warps: int | None = None,
+    tile: RowTile | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of h = x + residual, of weight and of bias, None for what is not needed. ``num_warps``: a schedule."""
-    size, dtype = h.shape[-1], h.dtype
-    dh = torch.empty(h.shape, dtype=dtype, device=h.device) if need_h else None
-    if h.numel() == 0:
-        empty = [torch.zeros(size, dtype=dtype, device=h.device) if need else None for need in (need_weight, need_bias)]
-        return dh, *empty
-    given = (grad, h) if grad_total is None else (grad, h, grad_total)
-    rows, given = as_rows(*given, keep_last=True)
-    launch, num_parts = _backward_launch(
-        rows, dtype, _stride(weight), settings, need_h, need_weight, need_bias, num_warps
-    )
-    parts = [
-        torch.empty(num_parts, size, dtype=torch.float32, device=h.device) if need else None
-        for need in (need_weight, need_bias)
-    ]
-    launch(given[0], None if grad_total is None else given[2], given[1], weight, mean, inverse, dh, *parts)
-    return dh, *(_add_parts(part, dtype) for part in parts)
+    """Gradients of h = x + residual, of weight and of bias, None for what is not needed.
+
+    ``tile``: a schedule; its rows per program are part of the order in which weight gradients are added.
+    """
+    size = h.shape[-1]
+    launch, num_parts, copy = _backward_launch(
+        h.shape, grad.stride(), h.stride(), stride_of(grad_total), stride_of(weight), h.dtype, settings,
+        need_h, need_weight, need_bias, tile,
+    )  # fmt: skip
+    if copy:
+        grad, h, grad_total = made_contiguous(grad, h, grad_total)
+    dh = h.new_empty(h.shape) if need_h else None
+    if launch is None:
+        return dh, *(h.new_zeros(size) if need else None for need in (need_weight, need_bias))
+    parts = [h.new_empty(num_parts, size, dtype=torch.float32) if need else None for need in (need_weight, need_bias)]
+    launch(grad, grad_total, h, weight, mean, inverse, dh, *parts)
+    return dh, *(_add_parts(part, h.dtype) for part in parts)
 
 
 @lru_cache(4096)
 def _backward_launch(
-    rows: Rows,
+    shape: torch.Size,
+    stride_g: tuple[int, ...],
+    stride_h: tuple[int, ...],
+    stride_s: tuple[int, ...] | None,
+    stride_w: tuple[int] | None,
     dtype: torch.dtype,
-    stride_w: int | None,
     settings: NormSettings,
     need_h: bool,
     need_weight: bool,
     need_bias: bool,
-    num_warps: int | None,
-) -> tuple[Launch, int]:
+    tile: RowTile | None,
+) -> tuple[Launch | None, int, bool]:
+    """None where there is nothing to do, number of programs, and whether the inputs must be made contiguous."""
+    rows, copy = as_rows(shape, stride_g, stride_h, stride_s, keep_last=True)
+    if 0 in shape:
+        return None, 0, False
     size = rows.num_columns
-    tile = backward_tile(size, dtype.itemsize)
+    tile = tile or backward_tile(size, dtype.itemsize)
     per_part = rows_per_part(rows.num_rows, tile.rows) if need_weight or need_bias else tile.rows
     num_parts = -(-rows.num_rows // per_part)
     grad, h, grad_total = (*rows.strides, _NONE)[:3]
     launch = Launch(
         norm_backward_kernel,
         (num_parts,),
-        (rows.num_rows, rows.inner, *grad, *grad_total, *h, stride_w or 0, settings.offset, per_part),
-        H=size, LANES=lanes(size), ROWS=tile.rows, CENTERED=settings.centered, HAS_SUM=len(rows.strides) == 3,
+        (rows.num_rows, rows.inner, *grad, *grad_total, *h, *(stride_w or (0,)), settings.offset, per_part),
+        H=size, LANES=lanes(size), ROWS=tile.rows, CENTERED=settings.centered, HAS_SUM=stride_s is not None,
         HAS_WEIGHT=stride_w is not None, NEED_H=need_h, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
-        num_warps=num_warps or tile.num_warps, enable_fp_fusion=False,
+        num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    return launch, num_parts
+    return launch, num_parts, copy
 
 
 def _add_parts(parts: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     if parts is None:
         return None
-    out = torch.empty(parts.shape[1], dtype=dtype, device=parts.device)
+    out = parts.new_empty(parts.shape[1], dtype=dtype)
     _parts_launch(*parts.shape, dtype)(parts, out)
     return out
 

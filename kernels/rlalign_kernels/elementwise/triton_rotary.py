@@ -18,7 +18,7 @@ from rlalign_kernels.elementwise.triton_rows import check_device
 from rlalign_kernels.launch import Launch
 
 # Pairs of channels that one program turns at most, and that one warp does.
-_PAIRS, _PAIRS_OF_A_WARP = 1024, 256
+_PAIRS, _PAIRS_OF_A_WARP = 2048, 256
 _ANGLES = 512
 
 
@@ -28,7 +28,7 @@ def _rounded(a, b):
     return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "heads"])
 def rotary_kernel(
     x_ptr, cos_ptr, sin_ptr, out_ptr,
     num_tokens, heads, stride_xt, stride_xh, stride_xd, stride_ct, stride_cd, stride_st, stride_sd, stride_ot,
@@ -70,7 +70,7 @@ def rotary_kernel(
         tl.store(outs + d, tl.load(rows + d.to(tl.int64) * stride_xd, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions"])
 def tables_kernel(
     position_ptr, frequency_ptr, cos_ptr, sin_ptr, num_positions, stride_f, scaling, HALF: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -107,7 +107,7 @@ def rotate(
     pairs: int = _PAIRS,
 ) -> torch.Tensor:
     """``back``: the transposed rotation. ``pairs``: a schedule."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(x.shape)
     if out.numel():
         launch = _rotary_launch(
             x.shape, cos.shape[1], x.dtype, x.stride(), cos.stride(), sin.stride(), back, pairs

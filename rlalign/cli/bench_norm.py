@@ -1,0 +1,171 @@
+"""Cases of norms, rotary embedding and activations for ``bench_kernels.py``: bfloat16, 16,384 rows, model shapes.
+
+Such an operator is as fast as memory allows: the baseline is a device copy of the same number of bytes, counting what
+is read and what is written. PyTorch's own operator runs beside it, one kernel where it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from rlalign_kernels import apply_rotary, geglu, gelu, layer_norm, rms_norm, silu, swiglu
+
+from rlalign.cli.bench_kernels import Case
+
+_ROWS = 16384
+_DTYPE = torch.bfloat16
+_DIM = 128
+_EPS = 1e-6
+Calls = dict[str, Callable[[], object]]
+
+
+def make_cases(only: str) -> Iterator[Callable[[], Case]]:
+    """Cases whose name contains ``only``, each made when it is called: together they would not fit a GPU."""
+    makers: dict[str, Callable[[str], Case]] = {}
+    for size in (1024, 2048, 4096, 5120, 8192):
+        makers[f"rms_norm {size}"] = partial(_norm, size)
+        makers[f"rms_norm + residual {size}"] = partial(_norm_of_sum, size)
+    makers["rms_norm of 16 heads of 128, within a fused projection"] = _head_norm
+    makers["rms_norm backward 4096"] = partial(_norm_backward, 4096)
+    makers["layer_norm 4096"] = partial(_layer_norm, 4096)
+    makers |= {f"rotary {heads} heads of 128": partial(_rotary, heads) for heads in (8, 16, 32)}
+    makers |= {f"{name} 6144": partial(_activation, name) for name in _ACTIVATIONS}
+    makers |= {f"{name} 6144, halves of one tensor": partial(_gated, name) for name in _GATED}
+    makers["swiglu backward 6144"] = _gated_backward
+    for name, make in makers.items():
+        if only in name:
+            yield partial(make, name)
+
+
+def make_host_cases(only: str) -> Iterator[tuple[str, Calls]]:
+    """One row: the host's time is all there is."""
+    x, weight, up = _random(1, 2048), _random(2048), _random(1, 2048)
+    heads, table = _random(1, 16, _DIM), _random(1, _DIM)
+    cases = {
+        "rms_norm": (partial(F.rms_norm, x, (2048,), weight, _EPS), partial(_ours, x, weight)),
+        "apply_rotary": (
+            lambda: heads * table,
+            partial(apply_rotary, heads, table, table, backend="triton"),
+        ),
+        "swiglu": (lambda: F.silu(x) * up, partial(swiglu, x, up, backend="triton")),
+    }
+    for name, (theirs, ours) in cases.items():
+        if only in f"host time, {name}":
+            yield f"host time, {name}", {"torch": theirs, "rlalign": ours}
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(_DTYPE)
+
+
+def _case(name: str, num_elements: int, calls: Calls) -> Case:
+    """num_elements: read and written, at least."""
+    source = torch.empty(num_elements // 2, dtype=_DTYPE, device="cuda").normal_()
+    target = torch.empty_like(source)
+    calls = {"device copy": partial(target.copy_, source), **calls}
+    return Case(name, "device copy", calls, num_bytes=float(num_elements * _DTYPE.itemsize))
+
+
+def _ours(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> object:
+    return rms_norm(x, weight, eps=_EPS, residual=residual, backend="triton")
+
+
+def _norm(size: int, name: str) -> Case:
+    x, weight = _random(_ROWS, size), _random(size)
+    calls = {"torch": partial(F.rms_norm, x, (size,), weight, _EPS), "rlalign": partial(_ours, x, weight)}
+    return _case(name, 2 * x.numel(), calls)
+
+
+def _norm_of_sum(size: int, name: str) -> Case:
+    x, residual, weight = _random(_ROWS, size), _random(_ROWS, size), _random(size)
+
+    def theirs() -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return F.rms_norm(total, (size,), weight, _EPS), total
+
+    return _case(name, 4 * x.numel(), {"torch": theirs, "rlalign": partial(_ours, x, weight, residual)})
+
+
+def _head_norm(name: str) -> Case:
+    """Queries of 16 heads, in rows that hold 8 key and 8 value heads too."""
+    heads = _random(_ROWS, 32, _DIM)[:, :16]
+    weight = _random(_DIM)
+    calls = {"torch": partial(F.rms_norm, heads, (_DIM,), weight, _EPS), "rlalign": partial(_ours, heads, weight)}
+    return _case(name, 2 * heads.numel(), calls)
+
+
+def _layer_norm(size: int, name: str) -> Case:
+    x, weight, bias = _random(_ROWS, size), _random(size), _random(size)
+    calls = {
+        "torch": partial(F.layer_norm, x, (size,), weight, bias, _EPS),
+        "rlalign": partial(layer_norm, x, weight, bias, eps=_EPS, backend="triton"),
+    }
+    return _case(name, 2 * x.numel(), calls)
+
+
+def _backward(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], object]:
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def call() -> object:
+        if not kept:
+            out = forward()
+            kept.append((out, torch.randn_like(out)))
+        return torch.autograd.grad(kept[0][0], inputs, kept[0][1], retain_graph=True)
+
+    return call
+
+
+def _norm_backward(size: int, name: str) -> Case:
+    x, weight = _random(_ROWS, size).requires_grad_(), _random(size).requires_grad_()
+    calls = {
+        "torch": _backward(partial(F.rms_norm, x, (size,), weight, _EPS), [x, weight]),
+        "rlalign": _backward(partial(_ours, x, weight), [x, weight]),
+    }
+    return _case(name, 3 * x.numel(), calls)
+
+
+def _rotary(heads: int, name: str) -> Case:
+    x, cos, sin = _random(_ROWS, heads, _DIM), _random(_ROWS, _DIM), _random(_ROWS, _DIM)
+
+    def theirs() -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+    calls = {"torch": theirs, "rlalign": partial(apply_rotary, x, cos, sin, backend="triton")}
+    return _case(name, 2 * x.numel() + 2 * cos.numel(), calls)
+
+
+_ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "silu": (F.silu, silu),
+    "gelu": (F.gelu, gelu),
+    "gelu tanh": (partial(F.gelu, approximate="tanh"), partial(gelu, approximate="tanh")),
+}
+_GATED: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "swiglu": (F.silu, swiglu),
+    "geglu tanh": (partial(F.gelu, approximate="tanh"), partial(geglu, approximate="tanh")),
+}
+
+
+def _activation(which: str, name: str) -> Case:
+    x = _random(_ROWS, 6144)
+    theirs, ours = _ACTIVATIONS[which]
+    return _case(name, 2 * x.numel(), {"torch": partial(theirs, x), "rlalign": partial(ours, x, backend="triton")})
+
+
+def _gated(which: str, name: str) -> Case:
+    gate, up = _random(_ROWS, 2 * 6144).chunk(2, -1)
+    theirs, ours = _GATED[which]
+    calls = {"torch": lambda: theirs(gate) * up, "rlalign": partial(ours, gate, up, backend="triton")}
+    return _case(name, 3 * gate.numel(), calls)
+
+
+def _gated_backward(name: str) -> Case:
+    inputs = [_random(_ROWS, 6144).requires_grad_() for _ in range(2)]
+    calls = {
+        "torch": _backward(lambda: F.silu(inputs[0]) * inputs[1], inputs),
+        "rlalign": _backward(partial(swiglu, *inputs, backend="triton"), inputs),
+    }
+    return _case(name, 5 * inputs[0].numel(), calls)
