@@ -64,7 +64,7 @@ def test_values_at_every_edge_of_a_block(vocab):
 
 
 def test_more_blocks_than_one_group(monkeypatch):
-    from rlalign_kernels.vocab import launches  # imports triton
+    from rlalign_kernels.vocab import triton_launches as launches  # imports triton
     from rlalign_kernels.vocab.plan import HeadPlan
 
     monkeypatch.setattr(launches, "HEAD_PLAN", HeadPlan(group=2))

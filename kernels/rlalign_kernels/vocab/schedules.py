@@ -39,26 +39,29 @@ class HeadTile:
 
 
 @lru_cache(1024)
-def head_tile(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int]) -> HeadTile:
-    """For log-probs and draws of ``num_rows`` rows."""
+def head_tile(
+    num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], sample: bool = False, masked: bool = False
+) -> HeadTile:
+    """For log-probs, or for draws with ``sample``, of ``num_rows`` rows. ``masked``: with a support to read."""
     if dtype == torch.float32:
         # such products run on ordinary units, unrolled: larger tiles spill
         return HeadTile(16 if num_rows <= 16 else 32, 128, 16, 4, 2)
     if architecture < (9, 0):
         return HeadTile(16 if num_rows <= 16 else 64, 128, 64 if architecture == (8, 0) else 32, 4, 3)
+    if num_rows <= 16:
+        return HeadTile(16, 128, 128, 4, 3, swap=True, tma=True, per_processor=2)
+    if num_rows <= 32:
+        return HeadTile(32, 128, 64, 4, 4, swap=True, tma=True, per_processor=2)
     if num_rows <= 64:
-        rows = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
-        return HeadTile(rows, 128, 64, 4, 4, swap=True, tma=True, per_processor=2)
-    if num_rows <= 128:
-        return HeadTile(128, 128, 64, 8, 4, tma=True)
-    return HeadTile(128, 256, 64, 8, 3, tma=True, flatten=True)
+        return HeadTile(64, 128, 64, 4, 4, tma=True, per_processor=2)
+    if num_rows <= 128 or sample or masked:
+        return HeadTile(128, 128, 64, 8, 3, tma=True)
+    return HeadTile(128, 256, 64, 8, 3, tma=True)
 
 
 @lru_cache(1024)
-def gradient_tile(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int]) -> HeadTile:
+def written_tile(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], masked: bool = False) -> HeadTile:
     """For logits that are written out, or their gradients."""
-    if dtype == torch.float32 or architecture < (9, 0) or num_rows <= 64:
-        return head_tile(num_rows, dtype, architecture)
-    if num_rows <= 128:
-        return HeadTile(128, 128, 64, 8, 3, tma=True)
-    return HeadTile(128, 256, 64, 8, 3, tma=True, flatten=True)
+    if dtype == torch.float32 or architecture < (9, 0) or num_rows <= 128 or masked:
+        return head_tile(num_rows, dtype, architecture, masked=masked)
+    return HeadTile(128, 256, 64, 8, 3, tma=True, flatten=True, row_tiles=16)

@@ -24,13 +24,14 @@ from rlalign_kernels.vocab.triton_tiles import (
 
 @triton.jit
 def _merge(
-    m_ptr, s_ptr, w_ptr, offs_m, num_rows, num_blocks, M: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr
+    m_ptr, s_ptr, w_ptr, offs_m, num_rows, num_blocks, M: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """(m, s, w) [M] over all blocks; the pointers lead to [blocks, rows]."""
     m = tl.full([M], FLOOR, tl.float32)
     s = tl.zeros([M], tl.float32)
     w = tl.zeros([M], tl.float32)
-    for first in range(0, num_blocks, GROUP):
+    for first in tl.range(0, num_blocks, GROUP, num_stages=STAGES):
         block = first + tl.arange(0, GROUP)
         offsets = block.to(tl.int64)[None, :] * num_rows + offs_m[:, None]
         inside = (offs_m < num_rows)[:, None] & (block < num_blocks)[None, :]
@@ -110,6 +111,7 @@ def score_kernel(
     kept_ptr, parts_ptr, out_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight, stride_mask, stride_out, cap,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr, UNTRUNCATED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """out float32 [4, rows]: log-prob, entropy, log-sum-exp, and log-sum-exp in units of log 2 for the gradient."""
     offs_m = tl.program_id(0) * M + tl.arange(0, M)
@@ -123,7 +125,7 @@ def score_kernel(
     num_blocks = tl.cdiv(num_ids, BLOCK)
     field = num_blocks.to(tl.int64) * num_rows
     m, s, w = _merge(
-        parts_ptr, parts_ptr + field, parts_ptr + 2 * field, offs_m, num_rows, num_blocks, M, GROUP, True
+        parts_ptr, parts_ptr + field, parts_ptr + 2 * field, offs_m, num_rows, num_blocks, M, GROUP, True, STAGES
     )  # fmt: skip
     c, _ = row_scale(temperature_ptr, offs_m, num_rows, HAS_ROWS)
     hold = _settings_hold(
@@ -145,6 +147,7 @@ def score_kernel(
 def draw_kernel(
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, parts_ptr, token_ptr, out_ptr, num_rows, num_ids, stride_out,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, UNTRUNCATED: tl.constexpr, RAW: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """token int64 [rows]; out float32 [2, rows]: its log-prob, and with RAW that at temperature 1."""
     offs_m = tl.program_id(0) * M + tl.arange(0, M)
@@ -154,7 +157,7 @@ def draw_kernel(
     best = tl.full([M], float("-inf"), tl.float32)
     token = tl.full([M], 0x7FFFFFFF, tl.int32)
     logit = tl.full([M], float("-inf"), tl.float32)
-    for first in range(0, num_blocks, GROUP):
+    for first in tl.range(0, num_blocks, GROUP, num_stages=STAGES):
         block = first + tl.arange(0, GROUP)
         ptrs = parts_ptr + 2 * field + block.to(tl.int64)[None, :] * num_rows + offs_m[:, None]
         read = inside[:, None] & (block < num_blocks)[None, :]
@@ -168,7 +171,7 @@ def draw_kernel(
         best = tl.where(better, top, best)
         token = tl.where(better, lowest, token)
         logit = tl.where(better, value, logit)
-    m, s, _ = _merge(parts_ptr, parts_ptr + field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False)
+    m, s, _ = _merge(parts_ptr, parts_ptr + field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False, STAGES)
     c, _ = row_scale(temperature_ptr, offs_m, num_rows, True)
     hold = _settings_hold(
         temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, offs_m, num_rows, True, UNTRUNCATED
@@ -181,7 +184,8 @@ def draw_kernel(
     tl.store(out_ptr + offs_m, logprob, mask=inside)
     if RAW:
         m, s, _ = _merge(
-            parts_ptr + 5 * field, parts_ptr + 6 * field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False
+            parts_ptr + 5 * field, parts_ptr + 6 * field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False,
+            STAGES,
         )  # fmt: skip
         one = tl.full([M], LOG2E, tl.float32)
         raw = tl.where(hold, _logprob(logit, one, m, tl.math.log2(s)), nan)

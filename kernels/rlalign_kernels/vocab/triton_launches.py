@@ -14,13 +14,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlalign_kernels.attention.triton_problem import BOX_ALIGNMENT, architecture, num_processors, rows
 from rlalign_kernels.launch import Launch
 from rlalign_kernels.vocab.plan import HEAD_PLAN
-from rlalign_kernels.vocab.schedules import HeadTile, gradient_tile, head_tile
+from rlalign_kernels.vocab.schedules import HeadTile, head_tile, written_tile
 from rlalign_kernels.vocab.triton_finish import draw_kernel, score_kernel
 from rlalign_kernels.vocab.triton_logits import gradient_kernel, logits_kernel
 from rlalign_kernels.vocab.triton_scan import scan_kernel
 
 # Rows that one program finishes: the diagonal of a product gives their targets' logits.
 _FINISH_ROWS = 16
+_FINISH_STAGES = 3
 # Fields of the scan's result.
 _SCORE_FIELDS, _DRAW_FIELDS, _RAW_FIELDS = 3, 5, 7
 
@@ -134,10 +135,12 @@ def scan(
     raw: bool = False,
     tile: HeadTile | None = None,
 ) -> torch.Tensor:
-    """float32 [fields, blocks, T], see triton_scan.py; draws where there are seeds. mask: bool [T, V], False removes an id."""
+    """float32 [fields, blocks, T], see triton_scan.py; draws where there are seeds. mask bool [T, V]: False is out."""
     product = _product(hidden, head)
-    tile = tile or head_tile(product.num_rows, product.dtype, architecture(product.device))
     sample = seeds is not None
+    tile = tile or head_tile(
+        product.num_rows, product.dtype, architecture(product.device), sample, mask is not None
+    )  # fmt: skip
     fields = (_RAW_FIELDS if raw else _DRAW_FIELDS) if sample else _SCORE_FIELDS
     parts = torch.empty(fields, head.num_blocks, product.num_rows, dtype=torch.float32, device=product.device)
     launch = _scan_launch(product, tile, settings is not None, _stride(mask), sample, raw)
@@ -159,8 +162,8 @@ def _score_launch(
     return Launch(
         score_kernel, (-(-product.num_rows // _FINISH_ROWS),), numbers, BLOCK=HEAD_PLAN.block, GROUP=HEAD_PLAN.group,
         M=_FINISH_ROWS, BLOCK_K=64 if product.dtype == torch.float32 else 128, HAS_ROWS=has_rows,
-        HAS_MASK=stride_mask is not None, UNTRUNCATED=untruncated, num_warps=4, enable_fp_fusion=False,
-        **product.constants(),
+        HAS_MASK=stride_mask is not None, UNTRUNCATED=untruncated, STAGES=_FINISH_STAGES, num_warps=4,
+        enable_fp_fusion=False, **product.constants(),
     )  # fmt: skip
 
 
@@ -187,7 +190,8 @@ def score(
 def _draw_launch(num_rows: int, num_ids: int, stride_out: int, untruncated: bool, raw: bool) -> Launch:
     return Launch(
         draw_kernel, (-(-num_rows // _FINISH_ROWS),), (num_rows, num_ids, stride_out), BLOCK=HEAD_PLAN.block,
-        GROUP=HEAD_PLAN.group, M=_FINISH_ROWS, UNTRUNCATED=untruncated, RAW=raw, num_warps=4, enable_fp_fusion=False,
+        GROUP=HEAD_PLAN.group, M=_FINISH_ROWS, UNTRUNCATED=untruncated, RAW=raw, STAGES=_FINISH_STAGES, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -208,7 +212,7 @@ def _logits_launch(product: _Product, tile: HeadTile, stride_out: int) -> Launch
 def logits(hidden: torch.Tensor, head: Head, tile: HeadTile | None = None) -> torch.Tensor:
     """float32 [T, V], before temperature: the bits that ``scan`` works on."""
     product = _product(hidden, head)
-    tile = tile or gradient_tile(product.num_rows, product.dtype, architecture(product.device))
+    tile = tile or written_tile(product.num_rows, product.dtype, architecture(product.device))
     out = torch.empty(product.num_rows, product.num_ids, dtype=torch.float32, device=product.device)
     launch = _logits_launch(product, tile, out.stride(0))
     launch(*(hidden, head.weight) * 2, head.bias, out)
@@ -247,7 +251,7 @@ def logit_gradients(
     stats float32 [4, T] as scored; upstream float32 [3, T]: gradients of log-prob, entropy and log-sum-exp.
     """
     product = _product(hidden, head)
-    tile = tile or gradient_tile(product.num_rows, product.dtype, architecture(product.device))
+    tile = tile or written_tile(product.num_rows, product.dtype, architecture(product.device), mask is not None)
     strides = (_stride(mask), stats.stride(0), upstream.stride(0), out.stride(0))
     launch = _gradient_launch(product, tile, settings is not None, has_entropy, first_id, strides)
     temperature = None if settings is None else settings.temperature
