@@ -5,12 +5,14 @@ Bits are compared in float32 output, before the one rounding could hide a differ
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from rlalign_kernels import linear
 from rlalign_kernels.gemm.backend import forward
-from rlalign_kernels.gemm.schedules import HopperTile, Tile, hopper_available
+from rlalign_kernels.gemm.schedules import HOPPER_TILES, HopperTile, Tile, fitted, hopper_available
 from rlalign_kernels.reference import truths
 
 DEVICE = "cuda"
@@ -33,13 +35,10 @@ STOCK = [
     for tma in (False, True)
 ]
 FLOAT32 = [Tile(16, 32, 16, 2, 2), Tile(64, 64, 16, 8, 2), Tile(32, 16, 16, 1, 1, swap=True), Tile(128, 32, 16, 8, 3)]
+# every tile that the chooser knows, both ways round, and rings and turns that it would not take
 HOPPER = [
-    HopperTile(groups, cols, stages, swap=swap, block_k=block_k, chunk=32, turns=turns)
-    for groups, cols, stages, block_k, turns in (
-        (1, 16, 8, 64, 1), (1, 64, 3, 128, 8), (2, 128, 4, 64, 8), (2, 256, 3, 64, 2), (3, 128, 3, 64, 8),
-    )
-    for swap in (False, True)
-]  # fmt: skip
+    fitted(replace(tile, swap=swap), torch.float32) for tile in HOPPER_TILES for swap in {tile.swap, tile.all_cols < 96}
+] + [HopperTile(1, 16, 8, turns=1), HopperTile(2, 128, 3, turns=2), HopperTile(3, 64, 2, swap=False, turns=3, more=32)]
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -157,3 +157,28 @@ def test_chosen_tiles_fit_the_machine_and_the_leaves(architecture, dtype):
                 assert held * tile.num_stages <= shared_memory
                 assert not tile.tma or (architecture == (9, 0) and layer.boxes)
                 assert not tile.tma or leaves == 1 or depth // leaves % tile.block_k == 0
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_chosen_hopper_tiles_fit_the_machine_and_the_leaves(out_dtype):
+    for width, depth in ((6144, 2048), (2048, 6144), (12288, 4096), (1000, 520), (8, 64)):
+        for leaves in (1, 2, 4, 8):
+            layer = Layer(width, depth, torch.bfloat16, leaves, (9, 0), True)
+            for rows in (1, 17, 33, 64, 65, 129, 256, 257, 300, 700, 1000, 1024, 2048, 5000, 100_000):
+                tile = schedules.hopper_tile(layer, rows, out_dtype, 132)
+                if tile is None:
+                    assert rows <= schedules.FEW_ROWS or depth // leaves % 64
+                    continue
+                stage = (tile.rows + tile.all_cols) * tile.block_k * 2
+                finished = tile.rows * min(tile.chunk, tile.cols, tile.more or tile.cols) * out_dtype.itemsize
+                assert tile.num_stages >= 3
+                assert tile.num_stages * (stage + 16) + finished <= 232_448
+                assert leaves == 1 or depth // leaves % tile.block_k == 0
+                assert tile.all_cols // 2 * leaves.bit_length() <= 192
+
+
+def test_a_full_gpu_takes_large_tiles_and_a_few_rows_small_ones():
+    layer = Layer(4096, 4096, torch.bfloat16, 1, (9, 0), True)
+    chosen = {rows: schedules.hopper_tile(layer, rows, torch.bfloat16, 132) for rows in (256, 4096)}
+    assert chosen[4096].rows * chosen[4096].all_cols == 128 * 256
+    assert chosen[256].rows * chosen[256].all_cols == 64 * 128

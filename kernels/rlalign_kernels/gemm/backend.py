@@ -65,7 +65,7 @@ def _call(
     width = w_shape[0]
     boxes = aligned and _in_boxes(x_stride, depth, dtype) and _in_boxes(w_stride, depth, dtype)
     layer = Layer(width, depth, dtype, leaves, architecture(device), boxes)
-    found = schedule or schedules.hopper_tile(layer, num_rows, out_dtype) or schedules.tile(layer, num_rows)
+    found = schedule or _hopper_tile(layer, num_rows, out_dtype, device) or schedules.tile(layer, num_rows)
     if isinstance(found, HopperTile):
         from rlalign_kernels.gemm import hopper_backend
 
@@ -74,7 +74,6 @@ def _call(
             width,
             depth // leaves,
             leaves,
-            w_stride[0],
             dtype,
             out_dtype,
             has_bias,
@@ -92,6 +91,12 @@ def _call(
         SWAP=found.swap, TMA=found.tma, HAS_BIAS=has_bias, STAGES=found.num_stages, num_warps=found.num_warps,
     )  # fmt: skip
     return partial(_run, launch, found.tma)
+
+
+def _hopper_tile(layer: Layer, num_rows: int, out_dtype: torch.dtype, device: torch.device) -> HopperTile | None:
+    if not schedules.takes_hopper_tiles(layer, out_dtype):
+        return None
+    return schedules.hopper_tile(layer, num_rows, out_dtype, num_processors(device))
 
 
 def _run(

@@ -25,7 +25,6 @@ def make_call(
     width: int,
     leaf: int,
     leaves: int,
-    w_stride: int,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     has_bias: bool,
@@ -34,20 +33,21 @@ def make_call(
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], None]:
     """What fills out [num_rows, width] from x, weight, bias, out."""
     rows, cols = (width, num_rows) if tile.swap else (num_rows, width)
-    num_tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
-    chunk = min(tile.chunk, tile.cols)
+    num_tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols + tile.more)
+    chunk = min(tile.chunk, tile.cols, tile.more or tile.cols)
     launch = Launch(
         hopper_linear_kernel,
         (min(num_programs, num_tiles),),
-        (w_stride, leaf * leaves, rows, cols, triton.cdiv(leaf, tile.block_k), num_tiles),
+        (rows, cols, triton.cdiv(leaf, tile.block_k), num_tiles),
         boxes={
             0: _box([64, tile.block_k], dtype),
             1: _box([tile.cols, tile.block_k], dtype),
-            2: _box([chunk, 64] if tile.swap else [64, chunk], out_dtype),
+            2: _box([tile.more or tile.cols, tile.block_k], dtype),
+            3: _box([chunk, 64] if tile.swap else [64, chunk], out_dtype),
         },
-        LEAVES=leaves, GROUPS=tile.groups, COLS=tile.cols, STAGES=tile.num_stages, TURNS=tile.turns, CHUNK=chunk,
-        SWAP=tile.swap, HAS_BIAS=has_bias, AHEAD=tile.ahead, CONSUMER_REGISTERS=_CONSUMER_REGISTERS[tile.groups],
-        PRODUCER_REGISTERS=_PRODUCER_REGISTERS, num_warps=4,
+        LEAVES=leaves, GROUPS=tile.groups, COLS=tile.cols, MORE=tile.more, STAGES=tile.num_stages, TURNS=tile.turns,
+        CHUNK=chunk, SWAP=tile.swap, HAS_BIAS=has_bias,
+        CONSUMER_REGISTERS=_CONSUMER_REGISTERS[tile.groups], PRODUCER_REGISTERS=_PRODUCER_REGISTERS, num_warps=4,
     )  # fmt: skip
     return partial(_run, launch, tile.swap)
 
@@ -56,9 +56,9 @@ def _run(
     launch: Launch, swap: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     if swap:
-        launch(weight, x, out, bias, weight)
+        launch(weight, x, x, out, bias)
     else:
-        launch(x, weight, out, bias, weight)
+        launch(x, weight, weight, out, bias)
 
 
 def _box(shape: list[int], dtype: torch.dtype) -> Callable[[torch.Tensor], TensorDescriptor]:

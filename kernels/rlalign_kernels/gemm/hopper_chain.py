@@ -27,15 +27,10 @@ from rlalign_kernels.gemm import triton_chain
 _tile_of = gluon.jit(triton_chain.tile_of.fn)
 # a name that moved between Triton's versions
 _copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_PRODUCER_ROWS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
-# numbers of 16 bits in a cache line
-_LINE = gl.constexpr(64)
 
 
 @gluon.jit
-def _origin(
-    tile, num_rows, num_cols, GROUPS: gl.constexpr, COLS: gl.constexpr, TURNS: gl.constexpr
-):  # fmt: skip
+def _origin(tile, num_rows, num_cols, GROUPS: gl.constexpr, COLS: gl.constexpr, TURNS: gl.constexpr):
     """(first row, first column) of a tile."""
     ROWS: gl.constexpr = GROUPS * WARPGROUP_ROWS
     tile_row, tile_col = _tile_of(tile, (num_rows + ROWS - 1) // ROWS, (num_cols + COLS - 1) // COLS, TURNS)
@@ -43,42 +38,18 @@ def _origin(
 
 
 @gluon.jit
-def _fetch(ptr, stride, row, num_rows, k, depth, COUNT: gl.constexpr):
-    """Ask for the 128 bytes at column ``k`` of COUNT rows to be brought from memory to the cache."""
-    rows = gl.minimum(row + gl.arange(0, COUNT, _PRODUCER_ROWS), num_rows - 1)
-    at = ptr + rows.to(gl.int64) * stride + gl.minimum(k, depth - 1)
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _fetch_weights(
-    w_ptr, stride_w, row, col, num_rows, num_cols, k, depth,
-    GROUPS: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr, SWAP: gl.constexpr,
-):  # fmt: skip
-    """The weights of one box of k, for the tile at (row, col)."""
-    for i in gl.static_range(BLOCK_K // _LINE):
-        if SWAP:
-            for g in gl.static_range(GROUPS):
-                first = row + g * WARPGROUP_ROWS
-                _fetch(w_ptr, stride_w, first, num_rows, k + i * _LINE, depth, WARPGROUP_ROWS)
-        else:
-            _fetch(w_ptr, stride_w, col, num_cols, k + i * _LINE, depth, COLS)
-
-
-@gluon.jit
 def _producer(
-    rows_desc, cols_desc, rows_s, cols_s, full, empty, w_ptr, stride_w, depth, num_rows, num_cols, k_tiles, num_tiles,
-    LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    SWAP: gl.constexpr, AHEAD: gl.constexpr,
+    rows_desc, cols_desc, more_desc, rows_s, cols_s, more_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+    LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """One warp: all tiles' boxes, in the order in which the consumers want them. k_tiles: of one leaf."""
     BLOCK_K: gl.constexpr = rows_desc.block_type.shape[1]
-    NBYTES: gl.constexpr = GROUPS * rows_desc.block_type.nbytes + cols_desc.block_type.nbytes
+    ROW_BYTES: gl.constexpr = cols_desc.block_type.nbytes // COLS
+    NBYTES: gl.constexpr = (GROUPS * WARPGROUP_ROWS + COLS + MORE) * ROW_BYTES
     loads = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row, col = _origin(tile, num_rows, num_cols, GROUPS, COLS, TURNS)
+        row, col = _origin(tile, num_rows, num_cols, GROUPS, COLS + MORE, TURNS)
         for k_tile in range(LEAVES * k_tiles):
             stage = loads % STAGES
             k = k_tile * BLOCK_K
@@ -87,62 +58,69 @@ def _producer(
             for g in gl.static_range(GROUPS):
                 copy_in(rows_desc, [row + g * WARPGROUP_ROWS, k], full.index(stage), rows_s.index(stage * GROUPS + g))
             copy_in(cols_desc, [col, k], full.index(stage), cols_s.index(stage))
+            if MORE > 0:
+                copy_in(more_desc, [col + COLS, k], full.index(stage), more_s.index(stage))
             loads += 1
-            if AHEAD > 0:
-                # the ring alone has too few bytes under way to keep the memory busy where programs share weights
-                for ahead in range(gl.where(k_tile == 0, min(STAGES, AHEAD), AHEAD), AHEAD + 1):
-                    _fetch_weights(
-                        w_ptr, stride_w, row, col, num_rows, num_cols, k + ahead * BLOCK_K, depth,
-                        GROUPS, COLS, BLOCK_K, SWAP,
-                    )  # fmt: skip
 
 
 @gluon.jit
 def _chain(
-    loads, k_tiles, rows_s, cols_s, full, empty,
-    GROUP_INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr,
+    loads, k_tiles, rows_s, cols_s, more_s, full, empty,
+    GROUP_INDEX: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr,
+    LAYOUT: gl.constexpr, MORE_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """float32 [64, COLS] of the ring's next ``k_tiles`` boxes; two products are under way at a time."""
+    """float32 [64, COLS] and [64, MORE] of the ring's next ``k_tiles`` boxes; two products are under way at a time."""
     acc = gl.zeros([WARPGROUP_ROWS, COLS], gl.float32, LAYOUT)
+    if MORE > 0:
+        more = gl.zeros([WARPGROUP_ROWS, MORE], gl.float32, MORE_LAYOUT)
     for k_tile in range(k_tiles):
         load = loads + k_tile
         stage = load % STAGES
         mbarrier.wait(full.index(stage), load // STAGES & 1)
-        pending = warpgroup_mma(
-            rows_s.index(stage * GROUPS + GROUP_INDEX), cols_s.index(stage).permute((1, 0)), acc, is_async=True
-        )
-        acc = warpgroup_mma_wait(1, [pending])
+        rows = rows_s.index(stage * GROUPS + GROUP_INDEX)
+        pending = warpgroup_mma(rows, cols_s.index(stage).permute((1, 0)), acc, is_async=True)
+        if MORE > 0:
+            pending_more = warpgroup_mma(rows, more_s.index(stage).permute((1, 0)), more, is_async=True)
+            acc, more = warpgroup_mma_wait(2, [pending, pending_more])
+        else:
+            acc = warpgroup_mma_wait(1, [pending])
         mbarrier.arrive(empty.index((load + STAGES - 1) % STAGES), pred=k_tile > 0)
-    acc = warpgroup_mma_wait(0, [acc])
+    if MORE > 0:
+        acc, more = warpgroup_mma_wait(0, [acc, more])
+    else:
+        acc = warpgroup_mma_wait(0, [acc])
+        more = acc
     mbarrier.arrive(empty.index((loads + k_tiles - 1) % STAGES))
-    return acc + 0.0
+    return acc + 0.0, more + 0.0
 
 
 @gluon.jit
 def _tree(
-    loads, k_tiles, rows_s, cols_s, full, empty,
-    LEAVES: gl.constexpr, GROUP_INDEX: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    loads, k_tiles, rows_s, cols_s, more_s, full, empty,
+    LEAVES: gl.constexpr, GROUP_INDEX: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, MORE: gl.constexpr,
+    STAGES: gl.constexpr, LAYOUT: gl.constexpr, MORE_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """The sum of the ring's next LEAVES chains."""
+    """The sums of the ring's next LEAVES chains."""
     if LEAVES == 1:
-        return _chain(loads, k_tiles, rows_s, cols_s, full, empty, GROUP_INDEX, GROUPS, STAGES, COLS, LAYOUT)
+        return _chain(
+            loads, k_tiles, rows_s, cols_s, more_s, full, empty,
+            GROUP_INDEX, GROUPS, COLS, MORE, STAGES, LAYOUT, MORE_LAYOUT,
+        )  # fmt: skip
     else:
         HALF: gl.constexpr = LEAVES // 2
-        low = _tree(
-            loads, k_tiles, rows_s, cols_s, full, empty, HALF, GROUP_INDEX, GROUPS, STAGES, COLS, LAYOUT
+        low, low_more = _tree(
+            loads, k_tiles, rows_s, cols_s, more_s, full, empty,
+            HALF, GROUP_INDEX, GROUPS, COLS, MORE, STAGES, LAYOUT, MORE_LAYOUT,
         )  # fmt: skip
-        high = _tree(
-            loads + HALF * k_tiles, k_tiles, rows_s, cols_s, full, empty, HALF, GROUP_INDEX, GROUPS, STAGES, COLS,
-            LAYOUT,
+        high, high_more = _tree(
+            loads + HALF * k_tiles, k_tiles, rows_s, cols_s, more_s, full, empty,
+            HALF, GROUP_INDEX, GROUPS, COLS, MORE, STAGES, LAYOUT, MORE_LAYOUT,
         )  # fmt: skip
-        return low + high
+        return low + high, low_more + high_more
 
 
 @gluon.jit
-def _write(
-    acc, out_desc, out_s, row, col, COLS: gl.constexpr, CHUNK: gl.constexpr, SWAP: gl.constexpr
-):  # fmt: skip
+def _write(acc, out_desc, out_s, row, col, COLS: gl.constexpr, CHUNK: gl.constexpr, SWAP: gl.constexpr):
     """acc [64, COLS] from (row, col) on, CHUNK columns at a time."""
     if COLS > CHUNK:
         HALF: gl.constexpr = COLS // 2
@@ -164,43 +142,66 @@ def _write(
 
 
 @gluon.jit
+def _finish(
+    acc, out_desc, bias_ptr, out_s, row, col, num_rows, num_cols,
+    COLS: gl.constexpr, CHUNK: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Add the bias, which lies along rows where those are weights, and write."""
+    if HAS_BIAS:
+        if SWAP:
+            n = row + gl.arange(0, WARPGROUP_ROWS, gl.SliceLayout(1, LAYOUT))
+            acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(gl.float32), 1)
+        else:
+            n = col + gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
+            acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < num_cols, other=0.0).to(gl.float32), 0)
+    _write(acc, out_desc, out_s, row, col, COLS, CHUNK, SWAP)
+
+
+@gluon.jit
 def _consumer(
-    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
-    GROUP_INDEX: gl.constexpr, LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, CHUNK: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr,
+    out_desc, bias_ptr, rows_s, cols_s, more_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
+    GROUP_INDEX: gl.constexpr, LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, MORE: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, CHUNK: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: rows GROUP_INDEX * 64 .. + 63 of every tile of its program."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    MORE_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MORE if MORE > 0 else COLS, 16])
     loads = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        row, col = _origin(tile, num_rows, num_cols, GROUPS, COLS, TURNS)
+        row, col = _origin(tile, num_rows, num_cols, GROUPS, COLS + MORE, TURNS)
         row += GROUP_INDEX * WARPGROUP_ROWS
-        acc = _tree(
-            loads, k_tiles, rows_s, cols_s, full, empty, LEAVES, GROUP_INDEX, GROUPS, STAGES, COLS, LAYOUT
+        acc, more = _tree(
+            loads, k_tiles, rows_s, cols_s, more_s, full, empty,
+            LEAVES, GROUP_INDEX, GROUPS, COLS, MORE, STAGES, LAYOUT, MORE_LAYOUT,
         )  # fmt: skip
         loads += LEAVES * k_tiles
-        if HAS_BIAS:
-            if SWAP:
-                n = row + gl.arange(0, WARPGROUP_ROWS, gl.SliceLayout(1, LAYOUT))
-                acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(gl.float32), 1)
-            else:
-                n = col + gl.arange(0, COLS, gl.SliceLayout(0, LAYOUT))
-                acc += gl.expand_dims(gl.load(bias_ptr + n, mask=n < num_cols, other=0.0).to(gl.float32), 0)
-        _write(acc, out_desc, out_s.index(GROUP_INDEX), row, col, COLS, CHUNK, SWAP)
+        box = out_s.index(GROUP_INDEX)
+        _finish(
+            acc, out_desc, bias_ptr, box, row, col, num_rows, num_cols, COLS, CHUNK, SWAP, HAS_BIAS, LAYOUT
+        )  # fmt: skip
+        if MORE > 0:
+            _finish(
+                more, out_desc, bias_ptr, box, row, col + COLS, num_rows, num_cols,
+                MORE, CHUNK, SWAP, HAS_BIAS, MORE_LAYOUT,
+            )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_cols", "k_tiles", "num_tiles"])
 def hopper_linear_kernel(
-    rows_desc, cols_desc, out_desc, bias_ptr, w_ptr, stride_w, depth, num_rows, num_cols, k_tiles, num_tiles,
-    LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    CHUNK: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr, AHEAD: gl.constexpr,
+    rows_desc, cols_desc, more_desc, out_desc, bias_ptr, num_rows, num_cols, k_tiles, num_tiles,
+    LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr, CHUNK: gl.constexpr, SWAP: gl.constexpr, HAS_BIAS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: as many programs as fit the GPU, at most. Boxes: [64, BLOCK_K] of rows, [COLS, BLOCK_K] of columns, and of
-    out [64, CHUNK] or, with SWAP, [CHUNK, 64]. With LEAVES > 1 a leaf is a multiple of BLOCK_K."""
+    """Grid: as many programs as fit the GPU, at most. A tile has COLS + MORE columns, powers of two or MORE = 0.
+
+    Boxes: [64, BLOCK_K] of rows, [COLS, BLOCK_K] and [MORE, BLOCK_K] of columns, and of out [64, CHUNK] or, with SWAP,
+    [CHUNK, 64]. With LEAVES > 1 a leaf is a multiple of BLOCK_K.
+    """
     rows_s = boxes(rows_desc, STAGES * GROUPS)
     cols_s = boxes(cols_desc, STAGES)
+    more_s = boxes(more_desc, STAGES) if MORE > 0 else cols_s
     out_s = boxes(out_desc, GROUPS)
     full = barriers(STAGES, 1)
     empty = barriers(STAGES, GROUPS)
@@ -210,12 +211,12 @@ def hopper_linear_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
-                    gl.constexpr(0), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                    out_desc, bias_ptr, rows_s, cols_s, more_s, out_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, gl.constexpr(0), LEAVES, GROUPS, COLS, MORE, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
                 )),
                 (_producer, (
-                    rows_desc, cols_desc, rows_s, cols_s, full, empty, w_ptr, stride_w, depth, num_rows, num_cols,
-                    k_tiles, num_tiles, LEAVES, GROUPS, COLS, STAGES, TURNS, SWAP, AHEAD,
+                    rows_desc, cols_desc, more_desc, rows_s, cols_s, more_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, LEAVES, GROUPS, COLS, MORE, STAGES, TURNS,
                 )),
             ],
             [1],
@@ -225,16 +226,16 @@ def hopper_linear_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
-                    gl.constexpr(0), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                    out_desc, bias_ptr, rows_s, cols_s, more_s, out_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, gl.constexpr(0), LEAVES, GROUPS, COLS, MORE, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
                 )),
                 (_consumer, (
-                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
-                    gl.constexpr(1), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                    out_desc, bias_ptr, rows_s, cols_s, more_s, out_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, gl.constexpr(1), LEAVES, GROUPS, COLS, MORE, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
                 )),
                 (_producer, (
-                    rows_desc, cols_desc, rows_s, cols_s, full, empty, w_ptr, stride_w, depth, num_rows, num_cols,
-                    k_tiles, num_tiles, LEAVES, GROUPS, COLS, STAGES, TURNS, SWAP, AHEAD,
+                    rows_desc, cols_desc, more_desc, rows_s, cols_s, more_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, LEAVES, GROUPS, COLS, MORE, STAGES, TURNS,
                 )),
             ],
             [4, 1],
@@ -244,20 +245,20 @@ def hopper_linear_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
-                    gl.constexpr(0), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                    out_desc, bias_ptr, rows_s, cols_s, more_s, out_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, gl.constexpr(0), LEAVES, GROUPS, COLS, MORE, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
                 )),
                 (_consumer, (
-                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
-                    gl.constexpr(1), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                    out_desc, bias_ptr, rows_s, cols_s, more_s, out_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, gl.constexpr(1), LEAVES, GROUPS, COLS, MORE, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
                 )),
                 (_consumer, (
-                    out_desc, bias_ptr, rows_s, cols_s, out_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
-                    gl.constexpr(2), LEAVES, GROUPS, COLS, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
+                    out_desc, bias_ptr, rows_s, cols_s, more_s, out_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, gl.constexpr(2), LEAVES, GROUPS, COLS, MORE, STAGES, TURNS, CHUNK, SWAP, HAS_BIAS,
                 )),
                 (_producer, (
-                    rows_desc, cols_desc, rows_s, cols_s, full, empty, w_ptr, stride_w, depth, num_rows, num_cols,
-                    k_tiles, num_tiles, LEAVES, GROUPS, COLS, STAGES, TURNS, SWAP, AHEAD,
+                    rows_desc, cols_desc, more_desc, rows_s, cols_s, more_s, full, empty, num_rows, num_cols, k_tiles,
+                    num_tiles, LEAVES, GROUPS, COLS, MORE, STAGES, TURNS,
                 )),
             ],
             [4, 4, 1],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -17,6 +17,11 @@ import torch
 from rlalign_kernels.gemm.chain_plan import FLOAT32_BLOCK
 
 _log = logging.getLogger(__name__)
+# Up to so many rows the time is that of reading the weights.
+FEW_ROWS = 64
+# Bytes: of a program on sm_90, less its barriers; where the copy engine's rows may begin.
+_SHARED_MEMORY = 232_448 - 512
+_BOX_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -37,21 +42,45 @@ class Tile:
 @dataclass(frozen=True)
 class HopperTile:
     """One warp-specialised kernel's launch: consumer warpgroups of 64 rows each, columns per tile, boxes in flight,
-    weights as the rows or not, k per box, row tiles that take turns, columns that are written at a time, boxes of
-    weights by which requests to the cache run ahead of the copies (0: none)."""
+    weights as the rows or not, k per box, row tiles that take turns, columns that are written at a time, and
+    columns beyond ``cols``, which is a power of two."""
 
     groups: int
     cols: int
-    num_stages: int
+    num_stages: int = 0
     swap: bool = True
     block_k: int = 64
     turns: int = 8
-    chunk: int = 128
-    ahead: int = 0
+    chunk: int = 32
+    more: int = 0
 
     @property
     def rows(self) -> int:
         return 64 * self.groups
+
+    @property
+    def all_cols(self) -> int:
+        return self.cols + self.more
+
+
+# What is tried for more than a few rows, the likelier first: tokens are the columns, or (swap=False) weight rows are.
+HOPPER_TILES = (
+    HopperTile(2, 256, chunk=128),
+    HopperTile(2, 128, swap=False),
+    HopperTile(2, 128),
+    HopperTile(3, 128),
+    HopperTile(2, 128, more=64),
+    HopperTile(3, 128, more=64),
+    HopperTile(3, 128, more=32),
+    HopperTile(3, 64, more=16),
+    HopperTile(2, 64, more=32, swap=False),
+    HopperTile(2, 64, more=32),
+    HopperTile(2, 64),
+    HopperTile(1, 128, swap=False),
+    HopperTile(1, 128),
+    HopperTile(1, 64, more=16),
+    HopperTile(1, 64, block_k=128, swap=False),
+)
 
 
 @dataclass(frozen=True)
@@ -82,10 +111,60 @@ def hopper_available(architecture: tuple[int, int]) -> bool:
     return True
 
 
+def takes_hopper_tiles(layer: Layer, out_dtype: torch.dtype) -> bool:
+    """Whether the warp-specialised kernel can compute this layer here."""
+    return (
+        layer.boxes
+        and layer.dtype in (torch.bfloat16, torch.float16)
+        and layer.width * out_dtype.itemsize % _BOX_ALIGNMENT == 0
+        and hopper_available(layer.architecture)
+    )
+
+
 @lru_cache(4096)
-def hopper_tile(layer: Layer, num_rows: int, out_dtype: torch.dtype) -> HopperTile | None:
-    """Of the warp-specialised kernel; None where the stock one runs."""
+def hopper_tile(layer: Layer, num_rows: int, out_dtype: torch.dtype, num_processors: int) -> HopperTile | None:
+    """Of the warp-specialised kernel; None where the stock one is faster, or no tile fits leaves and memory."""
+    if num_rows <= FEW_ROWS:
+        found = _few_rows_hopper_tiles(layer, num_rows)
+    else:
+        found = sorted(HOPPER_TILES, key=lambda tile: _clocks(tile, layer.width, num_rows, num_processors))
+    for tile in found:
+        if layer.leaves == 1 or (_holds(tile, layer.leaves) and layer.depth // layer.leaves % tile.block_k == 0):
+            return fitted(tile, out_dtype)
     return None
+
+
+def _few_rows_hopper_tiles(layer: Layer, num_rows: int) -> list[HopperTile]:
+    """Where 64 weight rows per program leave processors idle, its deeper ring makes up for them; and all leaves."""
+    if layer.leaves == 1 and layer.width > 4096:
+        return []
+    cols = 16 if num_rows <= 16 else 32 if num_rows <= 32 or layer.width <= 2048 else 64
+    return [HopperTile(1, cols, block_k=128), HopperTile(1, cols)]
+
+
+def _clocks(tile: HopperTile, width: int, num_rows: int, num_processors: int) -> float:
+    """Estimated time per 64 k: a processor multiplies 2,048 pairs a clock and is brought 64 bytes; a box costs more.
+
+    Of tiles that are estimated alike the first in ``HOPPER_TILES`` is taken.
+    """
+    rows, cols = (width, num_rows) if tile.swap else (num_rows, width)
+    num_tiles = -(-rows // tile.rows) * -(-cols // tile.all_cols)
+    multiply, bring = 2 * tile.groups * tile.all_cols, 2 * (tile.rows + tile.all_cols)
+    return -(-num_tiles // num_processors) * (max(multiply, 0.9 * bring) + 30)
+
+
+def _holds(tile: HopperTile, leaves: int) -> bool:
+    """Whether a tree's waiting leaves fit a consumer's registers."""
+    waiting = tile.all_cols // 2 * leaves.bit_length()
+    return waiting <= (112 if tile.groups == 3 else 192 if leaves < 8 else 128)
+
+
+def fitted(tile: HopperTile, out_dtype: torch.dtype) -> HopperTile:
+    """``tile`` with as many boxes in flight as shared memory holds beside what is finished of it."""
+    chunk = min(tile.chunk, tile.cols, tile.more or tile.cols)
+    stage = (tile.rows + tile.all_cols) * tile.block_k * 2
+    room = _SHARED_MEMORY - tile.rows * chunk * out_dtype.itemsize
+    return replace(tile, num_stages=min(12, room // stage))
 
 
 @lru_cache(4096)
@@ -95,7 +174,7 @@ def tile(layer: Layer, num_rows: int) -> Tile:
         return _float32_tile(num_rows)
     if not layer.boxes or layer.architecture != (9, 0):
         return _pointer_tile(num_rows)
-    found = _few_rows_tile(layer, num_rows) if num_rows <= 64 else _boxed_tile(num_rows)
+    found = _few_rows_tile(layer, num_rows) if num_rows <= FEW_ROWS else _boxed_tile(num_rows)
     leaf = layer.depth // layer.leaves
     return found if layer.leaves == 1 or leaf % found.block_k == 0 else _pointer_tile(num_rows)
 
