@@ -47,7 +47,7 @@ def make_host_cases(only: str) -> Iterator[tuple[str, Calls]]:
     cases = {
         "rms_norm": (partial(F.rms_norm, x, (2048,), weight, _EPS), partial(_ours, x, weight)),
         "apply_rotary": (
-            lambda: heads * table,
+            partial(_turned, heads, table, table),
             partial(apply_rotary, heads, table, table, backend="triton"),
         ),
         "swiglu": (lambda: F.silu(x) * up, partial(swiglu, x, up, backend="triton")),
@@ -130,12 +130,14 @@ def _norm_backward(size: int, name: str) -> Case:
 def _rotary(heads: int, name: str) -> Case:
     x, cos, sin = _random(_ROWS, heads, _DIM), _random(_ROWS, _DIM), _random(_ROWS, _DIM)
 
-    def theirs() -> torch.Tensor:
-        first, second = x.chunk(2, -1)
-        return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
-
-    calls = {"torch": theirs, "rlalign": partial(apply_rotary, x, cos, sin, backend="triton")}
+    calls = {"torch": partial(_turned, x, cos, sin), "rlalign": partial(apply_rotary, x, cos, sin, backend="triton")}
     return _case(name, 2 * x.numel() + 2 * cos.numel(), calls)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As transformers' models do."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
 
 _ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {

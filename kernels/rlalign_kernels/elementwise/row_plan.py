@@ -20,10 +20,11 @@ _MOST_PARTS = 512
 
 @dataclass(frozen=True)
 class RowTile:
-    """One launch: rows per program and warps per program."""
+    """One launch: rows and warps per program; backward, buffers of rows that are read ahead."""
 
     rows: int
     num_warps: int
+    num_stages: int = 1
 
 
 @cache
@@ -51,7 +52,7 @@ def backward_tile(size: int, itemsize: int) -> RowTile:
     """A program holds the weight gradient of its rows besides the row itself."""
     if size <= 512:
         return RowTile(max(1, 2048 // lanes(size)), 4)
-    return RowTile(1, 2 if size <= 1024 else 4 if size <= 4096 else 8 if size <= 8192 else 16)
+    return RowTile(1, 2 if size <= 1024 else 4 if size <= 4096 else 8 if size * itemsize <= 32768 else 16)
 
 
 @cache

@@ -94,6 +94,7 @@ def norm_backward_kernel(
     stride_w, offset, rows_per_part,
     H: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CENTERED: tl.constexpr, HAS_SUM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, NEED_H: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program goes through its rows in ascending order; ``dweight``, ``dbias``: float32 [programs, H] of those rows.
 
@@ -107,7 +108,7 @@ def norm_backward_kernel(
         zeros += (tl.zeros([ROWS, LANES], tl.float32),)
     dweight = zeros
     dbias = zeros
-    for start in range(first, tl.minimum(first + rows_per_part, num_rows), ROWS):
+    for start in tl.range(first, tl.minimum(first + rows_per_part, num_rows), ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         live = rows < num_rows
         h = load_columns(h_ptr, row_starts(rows, inner, stride_ho, stride_hi), live, stride_hc, H, LANES)

@@ -212,7 +212,7 @@ def _backward_launch(
         (rows.num_rows, rows.inner, *grad, *grad_total, *h, *(stride_w or (0,)), settings.offset, per_part),
         H=size, LANES=lanes(size), ROWS=tile.rows, CENTERED=settings.centered, HAS_SUM=stride_s is not None,
         HAS_WEIGHT=stride_w is not None, NEED_H=need_h, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
-        num_warps=tile.num_warps, enable_fp_fusion=False,
+        STAGES=tile.num_stages, num_warps=tile.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return launch, num_parts, copy
 
