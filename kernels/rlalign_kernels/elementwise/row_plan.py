@@ -14,7 +14,9 @@ from functools import cache
 
 LARGEST_ROW = 16384
 _MOST_LANES = 1024
-_ROWS_OF_A_BLOCK = 4096
+# Elements of a program that short rows share.
+_SHARED = 4096
+# Programs that weight gradients are added up by, before their sums are.
 _MOST_PARTS = 512
 
 
@@ -40,18 +42,19 @@ def lanes(size: int) -> int:
 
 @cache
 def forward_tile(size: int, itemsize: int) -> RowTile:
-    """A short row shares its program with others; a warp takes a row of up to 2,048 columns alone."""
-    if size <= 1024:
-        return RowTile(max(1, _ROWS_OF_A_BLOCK // lanes(size)) if size <= 512 else 1, 4 if size <= 512 else 1)
-    warps = 1 if size * itemsize <= 4096 else 2 if size * itemsize <= 8192 else 4
-    return RowTile(1, warps if size <= 8192 else 8)
+    """Short rows share a program; a warp takes a row of up to 4 KB alone."""
+    if size <= 512:
+        return RowTile(_SHARED // lanes(size), 4)
+    if size > 8192:
+        return RowTile(1, 8)
+    return RowTile(1, 1 if size * itemsize <= 4096 else 2 if size * itemsize <= 8192 else 4)
 
 
 @cache
 def backward_tile(size: int, itemsize: int) -> RowTile:
     """A program holds the weight gradient of its rows besides the row itself."""
     if size <= 512:
-        return RowTile(max(1, 2048 // lanes(size)), 4)
+        return RowTile(_SHARED // 2 // lanes(size), 4)
     return RowTile(1, 2 if size <= 1024 else 4 if size <= 4096 else 8 if size * itemsize <= 32768 else 16)
 
 
