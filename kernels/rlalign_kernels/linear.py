@@ -10,6 +10,9 @@ Promised: forward, a row's bits depend on that row, weight and bias only. Backwa
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 
@@ -76,10 +79,15 @@ def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, le
     return F.linear(x, weight, bias)
 
 
-def _triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
+@cache
+def _gemm_calls() -> ModuleType:
     from rlalign_kernels.gemm import calls  # triton may be missing where nobody asks for it
 
-    return calls.linear(x, weight, bias, leaves)
+    return calls
+
+
+def _triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
+    return _gemm_calls().linear(x, weight, bias, leaves)
 
 
 _IMPLEMENTATIONS = Implementations("linear", reference=_reference, native=_native, triton=_triton)

@@ -22,7 +22,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
     """[..., N] of x [..., K], weight [N, K], bias [N]. Raises ValueError, NotImplementedError naming what can't be."""
     _check(x)
-    chain_plan("linear", leaves, x.shape[-1])
+    if leaves != 1:
+        chain_plan("linear", leaves, x.shape[-1])
     needed = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if needed and torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias, leaves)

@@ -17,8 +17,12 @@ import torch
 from rlalign_kernels.gemm.chain_plan import FLOAT32_BLOCK
 
 _log = logging.getLogger(__name__)
+# Of an H100 or H200.
+_PROCESSORS = 132
 # Up to so many rows the time is that of reading the weights.
 FEW_ROWS = 64
+# From so many tiles per processor on, the largest tile is the fastest.
+_MANY_ROUNDS = 6
 # Bytes: of a program on sm_90, less its barriers; where the copy engine's rows may begin.
 _SHARED_MEMORY = 232_448 - 512
 _BOX_ALIGNMENT = 16
@@ -75,11 +79,11 @@ HOPPER_TILES = (
     HopperTile(3, 64, more=16),
     HopperTile(2, 64, more=32, swap=False),
     HopperTile(2, 64, more=32),
-    HopperTile(2, 64),
     HopperTile(1, 128, swap=False),
     HopperTile(1, 128),
+    HopperTile(2, 64),
     HopperTile(1, 64, more=16),
-    HopperTile(1, 64, block_k=128, swap=False),
+    HopperTile(1, 64, block_k=128, swap=False, chunk=16),
 )
 
 
@@ -126,6 +130,9 @@ def hopper_tile(layer: Layer, num_rows: int, out_dtype: torch.dtype, num_process
     """Of the warp-specialised kernel; None where the stock one is faster, or no tile fits leaves and memory."""
     if num_rows <= FEW_ROWS:
         found = _few_rows_hopper_tiles(layer, num_rows)
+    elif _num_tiles(HOPPER_TILES[0], layer.width, num_rows) > _MANY_ROUNDS * num_processors:
+        # what the last round leaves idle matters less than the energy that the largest tile saves
+        found = HOPPER_TILES
     else:
         found = sorted(HOPPER_TILES, key=lambda tile: _clocks(tile, layer.width, num_rows, num_processors))
     for tile in found:
@@ -136,21 +143,26 @@ def hopper_tile(layer: Layer, num_rows: int, out_dtype: torch.dtype, num_process
 
 def _few_rows_hopper_tiles(layer: Layer, num_rows: int) -> list[HopperTile]:
     """Where 64 weight rows per program leave processors idle, its deeper ring makes up for them; and all leaves."""
-    if layer.leaves == 1 and layer.width > 4096:
+    if layer.leaves == 1 and layer.width > 2048:
         return []
-    cols = 16 if num_rows <= 16 else 32 if num_rows <= 32 or layer.width <= 2048 else 64
-    return [HopperTile(1, cols, block_k=128), HopperTile(1, cols)]
+    cols = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    return [HopperTile(1, cols, swap=cols < 64, block_k=128, chunk=16), HopperTile(1, cols, chunk=16)]
 
 
-def _clocks(tile: HopperTile, width: int, num_rows: int, num_processors: int) -> float:
+def _num_tiles(tile: HopperTile, width: int, num_rows: int) -> int:
+    rows, cols = (width, num_rows) if tile.swap else (num_rows, width)
+    return -(-rows // tile.rows) * -(-cols // tile.all_cols)
+
+
+def _clocks(tile: HopperTile, width: int, num_rows: int, num_processors: int) -> tuple[float, bool]:
     """Estimated time per 64 k: a processor multiplies 2,048 pairs a clock and is brought 64 bytes; a box costs more.
 
-    Of tiles that are estimated alike the first in ``HOPPER_TILES`` is taken.
+    Of tiles that are estimated alike, those whose columns are tokens up to 128 rows, and weights beyond; then the first
+    in ``HOPPER_TILES``.
     """
-    rows, cols = (width, num_rows) if tile.swap else (num_rows, width)
-    num_tiles = -(-rows // tile.rows) * -(-cols // tile.all_cols)
     multiply, bring = 2 * tile.groups * tile.all_cols, 2 * (tile.rows + tile.all_cols)
-    return -(-num_tiles // num_processors) * (max(multiply, 0.9 * bring) + 30)
+    rounds = -(-_num_tiles(tile, width, num_rows) // num_processors)
+    return rounds * (max(multiply, 0.9 * bring) + 30), tile.swap != (num_rows <= 128)
 
 
 def _holds(tile: HopperTile, leaves: int) -> bool:
@@ -171,33 +183,37 @@ def fitted(tile: HopperTile, out_dtype: torch.dtype) -> HopperTile:
 def tile(layer: Layer, num_rows: int) -> Tile:
     """Of the stock kernel."""
     if layer.dtype == torch.float32:
-        return _float32_tile(num_rows)
+        return _float32_tile(layer, num_rows)
     if not layer.boxes or layer.architecture != (9, 0):
-        return _pointer_tile(num_rows)
+        return _pointer_tile(layer, num_rows)
     found = _few_rows_tile(layer, num_rows) if num_rows <= FEW_ROWS else _boxed_tile(num_rows)
     leaf = layer.depth // layer.leaves
-    return found if layer.leaves == 1 or leaf % found.block_k == 0 else _pointer_tile(num_rows)
+    return found if layer.leaves == 1 or leaf % found.block_k == 0 else _pointer_tile(layer, num_rows)
 
 
-def _float32_tile(num_rows: int) -> Tile:
-    return Tile(16, 32, FLOAT32_BLOCK, 2, 3) if num_rows <= 16 else Tile(64, 64, FLOAT32_BLOCK, 4, 3)
+def _float32_tile(layer: Layer, num_rows: int) -> Tile:
+    """A sum is two numbers here, and so is every leaf that waits in registers."""
+    if num_rows <= 16:
+        return Tile(16, 32, FLOAT32_BLOCK, 2, 3)
+    return Tile(64, 64, FLOAT32_BLOCK, 4, 3) if layer.leaves == 1 else Tile(32, 32, FLOAT32_BLOCK, 4, 3)
 
 
-def _pointer_tile(num_rows: int) -> Tile:
+def _pointer_tile(layer: Layer, num_rows: int) -> Tile:
     """Fits the shared memory of every GPU from sm_80 on."""
-    if num_rows <= 64:
+    if num_rows <= FEW_ROWS:
         return Tile(16 if num_rows <= 16 else 64, 64, 64, 4, 3, swap=True)
-    return Tile(128, 128, 32, 8, 3)
+    return Tile(128, 128, 32, 8, 3) if layer.leaves == 1 else Tile(64, 64, 64, 4, 3)
 
 
 def _few_rows_tile(layer: Layer, num_rows: int) -> Tile:
     """The time is that of reading the weights: as many bytes under way as fit, and a program for every processor."""
     block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
-    if layer.width > 4096:
-        return Tile(block_m, 64, 128, 4, 6, swap=True, tma=True)
+    if layer.width > 64 * _PROCESSORS:
+        # two programs per processor, in half of its memory each
+        return Tile(block_m, 64, 128, 4, 4 if block_m <= 32 else 3, swap=True, tma=True)
     if layer.width > 2048:
-        return Tile(block_m, 32, 256, 4, 4, swap=True, tma=True)
-    return Tile(block_m, 16, 256, 1, 4, swap=True, tma=True)
+        return Tile(block_m, 64, 128, 4, 6, swap=True, tma=True)
+    return Tile(block_m, 32, 256, 4, 4, swap=True, tma=True)
 
 
 def _boxed_tile(num_rows: int) -> Tile:
