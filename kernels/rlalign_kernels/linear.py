@@ -81,9 +81,9 @@ def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, le
 
 @cache
 def _gemm_calls() -> ModuleType:
-    from rlalign_kernels.gemm import calls  # triton may be missing where nobody asks for it
+    from rlalign_kernels.gemm import triton_calls  # triton may be missing where nobody asks for it
 
-    return calls
+    return triton_calls
 
 
 def _triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rlalign_kernels import linear
-from rlalign_kernels.gemm.backend import forward
 from rlalign_kernels.gemm.schedules import HOPPER_TILES, HopperTile, Tile, fitted, hopper_available
+from rlalign_kernels.gemm.triton_backend import forward
 from rlalign_kernels.reference import truths
 
 DEVICE = "cuda"

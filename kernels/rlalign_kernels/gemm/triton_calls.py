@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from triton import knobs
 
-from rlalign_kernels.gemm.backend import forward
 from rlalign_kernels.gemm.chain_plan import chain_plan
+from rlalign_kernels.gemm.triton_backend import forward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
