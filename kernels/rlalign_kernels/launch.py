@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 # Triton compiles for pointers that lie on a multiple of so many bytes.
 _ALIGNMENT = 16
-# More than the layouts that a run alternates between; a training batch of new lengths makes a new one.
-_REMEMBERED = 1024
+# More than the layouts that a run alternates between. Batches of new lengths fill it: then all is decided once more.
+_REMEMBERED = 4096
 
 
 class Remembered(Generic[T]):
-    """What was decided for the layouts that were seen last: a dict that forgets the oldest."""
+    """What was decided for the layouts that were met: a dict that starts anew when it is full."""
 
     def __init__(self, size: int = _REMEMBERED) -> None:
         self._size = size
@@ -32,7 +32,7 @@ class Remembered(Generic[T]):
 
     def __setitem__(self, key: Hashable, value: T) -> None:
         if len(self._found) >= self._size:
-            del self._found[next(iter(self._found))]
+            self._found.clear()
         self._found[key] = value
 
     def __len__(self) -> int:
@@ -74,8 +74,9 @@ class Launch:
             with torch.cuda.device(device):
                 return self(*tensors)
         pointers: list[Any] = [0 if x is None else x.data_ptr() for x in tensors]
-        aligned = reduce(or_, pointers) % _ALIGNMENT == 0
-        key = device if aligned else (device, *(pointer % _ALIGNMENT == 0 for pointer in pointers))
+        key: Hashable = device
+        if reduce(or_, pointers) % _ALIGNMENT or 0 in pointers:
+            key = (device, *(None if x is None else x.data_ptr() % _ALIGNMENT == 0 for x in tensors))
         run = self._runs.get(key)
         if run is None:
             return self._launch_first(tensors, key)

@@ -5,6 +5,7 @@ tests/gpu proves the bits. Where there is a GPU the interpreter is off and this 
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from rlalign_kernels import attention_packed, attention_paged
@@ -118,6 +119,40 @@ def test_the_gradient_of_a_sum_over_rows_or_heads(expanded, monkeypatch):
         assert error(grad, exact_grad) < 2e-6
 
 
+@pytest.mark.parametrize("window", [45, 2**31 - 1, 2**63])
+def test_a_window_that_holds_every_key_is_none(window):
+    inputs = [x.requires_grad_() for x in make([20, 30], [20, 44])]
+    cu = {"cu_seqlens_q": offsets([20, 30]), "cu_seqlens_k": offsets([20, 44]), "scale": 0.3, "backend": "triton"}
+    whole, narrow = attention_packed(*inputs, **cu), attention_packed(*inputs, **cu, window=window)
+    assert torch.equal(narrow, whole)
+    cotangent = normal(*whole.shape, seed=6)
+    grads = [torch.autograd.grad(out, inputs, cotangent) for out in (whole, narrow)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_settings_and_bounds_may_be_numpys_or_tensors_and_sinks_anywhere():
+    q, k, v = make([20], [20])
+    cu = {"cu_seqlens_q": offsets([20]), "cu_seqlens_k": offsets([20]), "backend": "triton"}
+    sinks = normal(4, seed=4)
+    expected = attention_packed(q, k, v, **cu, scale=0.25, window=7, sinks=sinks[::2].contiguous())
+    found = attention_packed(
+        q, k, v, **cu, scale=np.float32(0.25), window=np.int64(7), sinks=sinks[::2],
+        max_seqlen_q=torch.tensor(20), max_seqlen_k=np.int32(20),
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+    one = attention_packed(q, k, v, **cu, scale=0.25, sinks=sinks[:1].expand(2))
+    assert torch.equal(one, attention_packed(q, k, v, **cu, scale=0.25, sinks=sinks[:1].repeat(2)))
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_second_derivative_is_refused(backend):
+    inputs = [x.requires_grad_() for x in make([5], [5])]
+    out = attention_packed(*inputs, cu_seqlens_q=offsets([5]), cu_seqlens_k=offsets([5]), scale=0.3, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (grad.sum() + inputs[0].sum()).backward()
+
+
 def test_boxes_have_their_rows_apart():
     hopper_backend = pytest.importorskip("rlalign_kernels.attention.hopper_backend")
     rows = normal(4, 2, 16, seed=1)
@@ -195,8 +230,17 @@ def test_refusals_name_the_argument():
         attention_packed(q, k, v, key_mask=torch.ones(10, dtype=torch.bool), **run)
     with pytest.raises(NotImplementedError, match=r"scale=-1\.0"):
         attention_packed(q, k, v, **{**run, "scale": -1.0})
-    with pytest.raises(ValueError, match=r"sinks \(3,\)"):
-        attention_packed(q, k, v, sinks=torch.zeros(3), **run)
+    for changed, message in (
+        ({"sinks": torch.zeros(3)}, r"sinks are torch.float32 \(3,\)"),
+        ({"sinks": torch.zeros(2, dtype=torch.int32)}, "sinks are torch.int32"),
+        ({"softcap": float("inf")}, "softcap=inf"),
+        ({"window": 3.0}, "window=3.0"),
+        ({"max_seqlen_q": 10.0}, "max_seqlen_q=10.0"),
+        ({"cu_seqlens_q": offsets([]), "cu_seqlens_k": offsets([])}, "names no sequence"),
+        ({"cu_seqlens_q": torch.zeros(4, dtype=torch.int32)[::2]}, "cu_seqlens_q has strides"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention_packed(q, k, v, **run | changed)
     with pytest.raises(NotImplementedError, match=r"bfloat16.*interpreter"):
         attention_packed(q.bfloat16(), k.bfloat16(), v.bfloat16(), **run)
     with pytest.raises(ValueError, match=r"q\.dtype=torch\.float64"):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
 from rlalign_kernels.launch import Launch, Remembered
 
 
@@ -60,13 +59,14 @@ def test_another_alignment_is_another_first_launch():
     launch = Launch(kernel, (1,), (7,), BLOCK=16, FLAG=False)
     x = torch.zeros(64)
     assert x.data_ptr() % 16 == 0
-    for tensors in ((x, x), (x[1:], x), (x[2:], x), (x, x[1:]), (x[1:], x), (x, None)):
+    for tensors in ((x, x), (x[1:], x), (x[2:], x), (x, x[1:]), (x[1:], x), (x, None), (x, x), (x, None)):
         launch(*tensors)
-    # x[1:] and x[2:] are the same kernel: Triton asks for multiples of 16 bytes only
-    assert len(kernel.first) == 3
+    # x[1:] and x[2:] are the same kernel: Triton asks for multiples of 16 bytes only; and None is a constant to it
+    assert len(kernel.first) == 4
     assert [direct[:2] for _, direct in kernel.again] == [
         (x[2:].data_ptr(), x.data_ptr()),
         (x[1:].data_ptr(), x.data_ptr()),
+        (x.data_ptr(), x.data_ptr()),
         (x.data_ptr(), 0),
     ]
 
@@ -83,12 +83,12 @@ def test_no_tensor_is_kept():
     assert [ref() for ref in gone] == [None, None]
 
 
-def test_the_oldest_layouts_are_forgotten():
+def test_a_full_memory_starts_anew():
     found: Remembered[int] = Remembered(size=3)
     for i in range(5):
         found[i] = i
-    assert len(found) == 3
-    assert [found.get(i) for i in range(5)] == [None, None, 2, 3, 4]
+    assert len(found) == 2
+    assert [found.get(i) for i in range(5)] == [None, None, None, 3, 4]
 
 
 def test_what_was_refused_once_is_refused_again_and_what_fitted_before_is_looked_at():

@@ -23,7 +23,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] = (-1, -1),
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
@@ -39,7 +39,8 @@ def flash_attn_varlen_func(
 
     Caches are [pages, page, Hkv, D]; ``seqused_k`` (``cache_seqlens``) int32 [B] then counts a sequence's keys, and
     ``cu_seqlens_k`` does where it is absent. ``softmax_scale`` None is 1 / sqrt(D). ``window_size`` (left, right) is
-    in neighbours, -1 or None being all; bottom-right aligned. ``deterministic`` is always true.
+    in neighbours, -1 or None being all; bottom-right aligned; with ``causal`` right is 0. ``deterministic`` is always
+    true. ``softmax_scale`` is above 0. A ``max_seqlen`` that is a tensor is read, which waits for its device.
 
     With ``return_attn_probs`` (out, lse, None), as version 2 returns without dropout; with ``return_softmax_lse``
     (out, lse). lse is natural, float32 [Hq, T], -inf for a row that sees no key, and carries no gradient.
@@ -50,7 +51,7 @@ def flash_attn_varlen_func(
     if alibi_slopes is not None:
         raise NotImplementedError("flash_attn_varlen_func: alibi_slopes are not supported; use None")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    causal, window = _window(causal, window_size)
+    causal, window = _window(causal, (-1, -1) if window_size is None else window_size)
     settings = {
         "scale": scale,
         "causal": causal,
@@ -83,6 +84,8 @@ def flash_attn_varlen_func(
 def _window(causal: bool, window_size: tuple[int | None, int | None]) -> tuple[bool, int | None]:
     """(causal, window) as our operators count: a window holds the key at the query's own position too."""
     left, right = (None if bound in (None, -1) else bound for bound in window_size)
+    if causal:
+        right = 0  # as FlashAttention has it: transformers passes the same width for both sides
     if right not in (None, 0):
         raise NotImplementedError(
             f"flash_attn_varlen_func: window_size={tuple(window_size)}: its right side is -1 or 0"

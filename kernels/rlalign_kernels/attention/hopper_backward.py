@@ -43,6 +43,7 @@ from rlalign_kernels.attention.hopper_tiles import (
 )
 from rlalign_kernels.attention.triton_tiles import LOG2E
 from rlalign_kernels.attention.triton_tiles import find_sequence as triton_find_sequence
+from rlalign_kernels.attention.triton_tiles import fold as triton_fold
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -63,15 +64,16 @@ def row_terms_kernel(
     mine = row < tl.load(cu_q_ptr + b + 1) - q_begin
     token = (q_begin + row).to(tl.int64)
     offs_d = tl.arange(0, VALUE_DIM)
-    out_ptrs = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + offs_d[None, :]
-    grad_ptrs = grad_ptr + (token * stride_gt + head * stride_gh)[:, None] + offs_d[None, :]
+    out_ptrs = out_ptr + (token * stride_ot + head.to(tl.int64) * stride_oh)[:, None] + offs_d[None, :]
+    grad_ptrs = grad_ptr + (token * stride_gt + head.to(tl.int64) * stride_gh)[:, None] + offs_d[None, :]
     out = tl.load(out_ptrs, mask=mine[:, None], other=0.0).to(tl.float32)
     grad = tl.load(grad_ptrs, mask=mine[:, None], other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + token * HEADS + head, mask=mine, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     place = (head * tl.num_programs(0) + tile) * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(terms_ptr + place, -lse * LOG2E)
-    tl.store(terms_ptr + HEADS * tl.num_programs(0) * BLOCK_M + place, tl.sum(out * grad, 1))
+    delta = tl.reshape(triton_fold(out * grad, BLOCK_M, VALUE_DIM, 1), [BLOCK_M])
+    tl.store(terms_ptr + HEADS * tl.num_programs(0) * BLOCK_M + place, delta)
 
 
 @gluon.jit

@@ -218,10 +218,10 @@ def _finish(
     total = fold(gl.convert_layout(den, rows), WARPGROUP_ROWS, WIDTH, 1).reshape([WARPGROUP_ROWS])
     total = gl.convert_layout(total, gl.SliceLayout(1, S_LAYOUT))
     if HAS_SINK:
-        sink = gl.load(sink_ptr + head).to(gl.float32) * LOG2E
-        m_new = gl.maximum(m, sink)
+        sink = gl.load(sink_ptr + head).to(gl.float32)
+        m_new = gl.maximum(m, sink * LOG2E)
         alpha = gl.exp2(m - m_new)
-        total = gl.fma(total, alpha, gl.exp2(sink - m_new))
+        total = gl.fma(total, alpha, gl.exp2(gl.fma(sink, LOG2E, -m_new)))
         acc = acc * column(alpha, O_LAYOUT)
         m = m_new
     none = total == 0.0

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
-from rlalign_kernels.attention.shared import check_packed, host_offsets, layout_of
+from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of
 from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, operator
 from rlalign_kernels.native import attention as native
@@ -65,6 +66,7 @@ class _Packed(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: torch.Tensor, _grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         saved = Saved(*(x.float() for x in (q, k, v, out, lse, grad_out)))
@@ -91,7 +93,7 @@ class Offsets(NamedTuple):
 def _reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    check_packed(q, k, v, settings, "reference")
+    check_problem("attention_packed", q, k, v, settings, "reference")
     cu_q, cu_k = offsets.host()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Packed.apply(q, k, v, cu_q, cu_k, settings)
@@ -102,7 +104,7 @@ def _reference(
 def _native(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    check_packed(q, k, v, settings, "native")
+    check_problem("attention_packed", q, k, v, settings, "native")
     cu_q, cu_k = offsets.host()
 
     def batch() -> native.Batch:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import check_paged, host_offsets, layout_of
+from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of
 from rlalign_kernels.checks import check_integer
 from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, operator
@@ -58,7 +58,7 @@ def _reference(
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    check_paged(q, k_cache, v_cache, settings, "reference")
+    check_problem("attention_paged", q, k_cache, v_cache, settings, "reference")
     page_size, host = k_cache.shape[1], batch.host(q, k_cache)
     layout = layout_of(
         ("layout", *host.key),
@@ -84,7 +84,7 @@ def _native(
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    check_paged(q, k_cache, v_cache, settings, "native")
+    check_problem("attention_paged", q, k_cache, v_cache, settings, "native")
     page_size, host = k_cache.shape[1], batch.host(q, k_cache)
 
     def padded() -> native.Batch:

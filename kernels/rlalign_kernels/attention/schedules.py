@@ -19,6 +19,8 @@ from rlalign_kernels.attention.tile_plan import SMALL_ARCHITECTURES, TilePlan, p
 _log = logging.getLogger(__name__)
 # Rows of one sequence and key head that one tensor-core instruction takes: below, they would be padding.
 _FEWEST_ROWS = 16
+# So many queries are more than few rows, whatever the group.
+MANY_QUERIES = _FEWEST_ROWS + 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ def _has_boxes(shape: Shape) -> bool:
 
 
 def few_rows(shape: Shape) -> int:
-    """Up to so many rows (queries x heads of a group) a sequence is decoded rather than prefilled."""
+    """Up to so many rows (queries x heads of a group) a sequence is decoded rather than prefilled.
+
+    Less than MANY_QUERIES x group.
+    """
     return max(_FEWEST_ROWS, padded(shape.group))
 
 

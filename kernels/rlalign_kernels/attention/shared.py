@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -13,16 +15,19 @@ from rlalign_kernels.reference.attention import MAX_HEAD_DIM, MAX_ITEMS, MAX_SCO
 from rlalign_kernels.reference.attention_backward import Settings
 from rlalign_kernels.reference.attention_layout import Layout, Problem, build_layout
 
+_KEY_SHAPES = {"attention_packed": "[S, Hkv, D]", "attention_paged": "[pages, page, Hkv, D]"}
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> None:
+def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> None:
     """q [T, Hq, D], k [..., Hkv, D], v [..., Hkv, Dv] of one dtype and device, Hq a multiple of Hkv, D <= 256."""
     if backend != "triton":
         check_dtype(operator, q=q)
     elif q.dtype not in _TRITON_DTYPES:
         raise ValueError(f"{operator}: q.dtype={q.dtype} is not supported; use float32, bfloat16 or float16")
     check_same(operator, q, k=k, v=v)
+    if k.dim() != (3 if operator == "attention_packed" else 4):
+        raise ValueError(f"{operator}: keys have shape {tuple(k.shape)}; expected {_KEY_SHAPES[operator]}")
     if q.dim() != 3 or k.shape[:-1] != v.shape[:-1] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
     if k.shape[-2] == 0 or q.shape[1] % k.shape[-2]:
@@ -32,51 +37,39 @@ def _check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
             raise NotImplementedError(f"{operator}: {name}={size} is not supported; 1 to {MAX_HEAD_DIM} are")
 
 
-def _check_settings(operator: str, scale: float, window: int | None, softcap: float | None) -> None:
+def check_settings(operator: str, scale: float, window: int | None, softcap: float | None) -> None:
     """Raises ValueError naming the setting that is out of bounds."""
-    if not np.isfinite(scale):
-        raise ValueError(f"{operator}: scale={scale} is not supported; it must be finite")
-    if window is not None and window < 1:
-        raise ValueError(f"{operator}: window={window} is not supported; use None or at least 1")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{operator}: softcap={softcap} is not supported; use None or a value > 0")
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ValueError(f"{operator}: scale={scale!r} is not supported; it must be a finite number")
+    if window is not None and (not isinstance(window, Integral) or window < 1):
+        raise ValueError(f"{operator}: window={window!r} is not supported; use None or an integer from 1 on")
+    if softcap is not None and (not isinstance(softcap, Real) or not 0 < softcap < math.inf):
+        raise ValueError(f"{operator}: softcap={softcap!r} is not supported; use None or a finite value > 0")
 
 
-def _check_sinks(operator: str, sinks: torch.Tensor | None, q: torch.Tensor, backend: str) -> None:
+def check_sinks(operator: str, sinks: torch.Tensor | None, q: torch.Tensor, backend: str) -> None:
     """Attention sinks [Hq], a logit per head, are the triton backend's alone so far."""
     if sinks is None:
         return
     if backend != "triton":
         raise NotImplementedError(f"{operator}: sinks are not there with backend={backend!r}; use 'triton'")
-    if sinks.shape != q.shape[1:2] or sinks.device != q.device:
-        raise ValueError(f"{operator}: sinks {tuple(sinks.shape)} on {sinks.device}; expected [{q.shape[1]}] on q's")
+    if sinks.shape != q.shape[1:2] or sinks.device != q.device or not sinks.is_floating_point():
+        raise ValueError(
+            f"{operator}: sinks are {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}; "
+            f"expected floating point [{q.shape[1]}] on q's device"
+        )
 
 
-def check_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, backend: str) -> None:
-    """What every backend of attention_packed refuses."""
-    _check_problem("attention_packed", q, k, v, settings, backend)
-    if k.dim() != 3:
-        raise ValueError(f"attention_packed: k has shape {tuple(k.shape)}, expected [S, Hkv, D]")
-    mask = settings.key_mask
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:1]):
-        raise ValueError(f"attention_packed: key_mask is {mask.dtype} {tuple(mask.shape)}; expected bool [S]")
-
-
-def check_paged(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, settings: Settings, backend: str
-) -> None:
-    """What every backend of attention_paged refuses."""
-    _check_problem("attention_paged", q, k_cache, v_cache, settings, backend)
-    if k_cache.dim() != 4:
-        raise ValueError(f"attention_paged: k_cache has shape {tuple(k_cache.shape)}, expected [pages, page, Hkv, D]")
-
-
-def _check_problem(
+def check_problem(
     operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, backend: str
 ) -> None:
-    _check_heads(operator, q, k, v, backend)
-    _check_settings(operator, settings.scale, settings.window, settings.softcap)
-    _check_sinks(operator, settings.sinks, q, backend)
+    """What every backend refuses, of keys that are packed or on pages."""
+    check_heads(operator, q, k, v, backend)
+    check_settings(operator, settings.scale, settings.window, settings.softcap)
+    check_sinks(operator, settings.sinks, q, backend)
+    mask = settings.key_mask
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:1]):
+        raise ValueError(f"{operator}: key_mask is {mask.dtype} {tuple(mask.shape)}; expected bool [S]")
 
 
 def check_offsets(operator: str, name: str, offsets: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """Attention's forward on the "triton" backend: which kernels, which grids. Imported only when it is used.
 
 No tensor is read on the host: grids follow from shapes, and from ``max_seqlen`` where the caller knows it. What follows
-from a call's shapes is decided once (``_Forward``); after that a call allocates and launches.
+from a call's shapes is decided once (``Forward``); after that a call allocates and launches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from rlalign_kernels.attention.triton_problem import (
     workspace,
 )
 from rlalign_kernels.launch import Launch, Remembered
-from rlalign_kernels.reference.attention_backward import Settings
 
 # Of both stock kernels: k_desc and v_desc.
 _BOX_PARAMETERS = (3, 4)
@@ -47,33 +46,53 @@ def forward(
     sinks: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
-    check: Callable[[torch.Tensor, Keys, torch.Tensor, Settings | None], None] | None = None,
-    settings: Settings | None = None,
-    *,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """out [T, Hq, Dv] and lse float32 [T, Hq] of q [T, Hq, D]. ``tiles``: a schedule other than the chosen one.
+    """out [T, Hq, Dv] and lse float32 [T, Hq] of q [T, Hq, D]; unchecked. ``tiles``: a schedule other than the chosen.
 
-    ``check`` raises for what can't be; it is called once for every layout of the arguments, with ``settings``. Tokens
-    from cu_seqlens_q[-1] on are not written.
+    Tokens from cu_seqlens_q[-1] on are not written.
     """
+    call = find(q, keys, cu_seqlens_q, masking, sinks, max_seqlen_q, return_lse, tiles=tiles)
+    return call(q, keys, cu_seqlens_q, sinks)
+
+
+def find(
+    q: torch.Tensor,
+    keys: Keys,
+    cu_seqlens_q: torch.Tensor,
+    masking: Masking,
+    sinks: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    return_lse: bool,
+    check: Callable[[torch.Tensor, Keys, torch.Tensor, torch.Tensor | None], None] | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> Forward:
+    """What calls of this layout launch, decided when it is new; ``check`` then raises for what can't be."""
     k, v, cu_seqlens_k, block_tables, kv_lens, max_seqlen_k = keys
-    # a launch follows from the number of splits: lengths that grow within one need no other
+    # lengths that a decision does not tell apart need no decisions of their own
+    if max_seqlen_q is not None and max_seqlen_q > schedules.MANY_QUERIES:
+        max_seqlen_q = schedules.MANY_QUERIES
     num_splits = None if max_seqlen_k is None else -(-max_seqlen_k // TilePlan.split)
+    if block_tables is None:
+        where = integers(cu_seqlens_k)
+        num_splits = num_splits if num_splits is None or num_splits < 2 else 2
+    else:
+        where = (integers(block_tables), integers(kv_lens))
     key = (
-        layout(q), layout(k), layout(v), integers(cu_seqlens_q),
-        integers(cu_seqlens_k) if block_tables is None else (integers(block_tables), integers(kv_lens)),
-        sinks if sinks is None else layout(sinks), masking, num_splits, max_seqlen_q, return_lse, tiles,
+        layout(q), layout(k), layout(v), integers(cu_seqlens_q), where, sinks if sinks is None else layout(sinks),
+        masking, num_splits, max_seqlen_q, return_lse, tiles,
     )  # fmt: skip
     call = _CALLS.get(key)
     if call is None:
         if check is not None:
-            check(q, keys, cu_seqlens_q, settings)
-        call = _CALLS[key] = _Forward(q, keys, cu_seqlens_q, masking, sinks, return_lse, max_seqlen_q, tiles)
-    return call(q, k, v, cu_seqlens_q, cu_seqlens_k, block_tables, kv_lens, sinks)
+            check(q, keys, cu_seqlens_q, sinks)
+        call = _CALLS[key] = Forward(q, keys, cu_seqlens_q, masking, sinks, return_lse, max_seqlen_q, tiles)
+        if tiles is None:
+            call.compile_ahead(q, keys, cu_seqlens_q, sinks)
+    return call
 
 
-class _Forward:
+class Forward:
     """What is launched for calls of one layout. Holds no tensor."""
 
     def __init__(
@@ -89,9 +108,8 @@ class _Forward:
     ) -> None:
         self.as_rows = any(rows(x) is not x for x in (q, keys.k, keys.v))
         q, keys = rows(q), keys._replace(k=rows(keys.k), v=rows(keys.v))
-        self.return_lse, self.masking, self.has_sinks, self.page_size = (
-            return_lse, masking, sinks is not None, keys.page_size,
-        )  # fmt: skip
+        self.return_lse, self.masking, self.has_sinks = return_lse, masking, sinks is not None
+        self.page_size = keys.page_size
         self.num_tokens, self.num_heads = q.shape[:2]
         self.num_sequences, self.kv_heads = cu_seqlens_q.shape[0] - 1, keys.k.shape[-2]
         self.shape = shape_of(q, keys.k, keys.v)
@@ -102,72 +120,71 @@ class _Forward:
             keys.block_tables.stride(0) if self.page_size else 0,
         )  # fmt: skip
         self.boxes = _boxes(keys.k, keys.v, self.page_size, self.plan.kv_tile)
+        self.most_rows = (self.num_tokens if max_seqlen_q is None else max_seqlen_q) * self.shape.group
         self.hopper: Launch | None = None
         self.prefill: Launch | None = None
         self.decode: tuple[Launch, int, int] | None = None
-        # schedules that a decode comes to as it goes on: compiled by the first call
-        self.later_decodes: list[Launch] = []
-        self.later_prefills: list[Launch] = []
         if self.num_tokens and self.num_heads and self.num_sequences:
-            self._choose(q, keys, max_seqlen_q, tiles)
+            self._choose(q, keys, tiles)
 
-    def _choose(self, q: torch.Tensor, keys: Keys, max_seqlen_q: int | None, tiles: tuple[Tile, Tile] | None) -> None:
+    def _choose(self, q: torch.Tensor, keys: Keys, tiles: tuple[Tile, Tile] | None) -> None:
         """The kernels: one for all rows, or one for sequences of few rows beside one for the others."""
-        shape, processors, paged = self.shape, num_processors(q.device), self.page_size > 0
+        processors, paged = num_processors(q.device), self.page_size > 0
         num_splits = triton.cdiv(max(1, keys.longest), self.plan.split)
-        most_rows = (self.num_tokens if max_seqlen_q is None else max_seqlen_q) * shape.group
         places = self.num_sequences * self.kv_heads
         apart = paged and schedules.splits_apart(places, num_splits, processors)
         prefill, decode = tiles or (
-            schedules.prefill_tile(shape, self.plan),
-            schedules.decode_tile(shape, self.plan, places * (num_splits if apart else 1), processors, paged),
+            schedules.prefill_tile(self.shape, self.plan),
+            schedules.decode_tile(self.shape, self.plan, places * (num_splits if apart else 1), processors, paged),
         )
         few = decode.block_m
         if apart:
-            self.decode = self._decode(decode, num_splits, min(few, most_rows))
-        if most_rows > few:
+            self.decode = self._decode(decode, num_splits)
+        if self.most_rows > few:
             self.hopper = None if tiles or paged else self._hopper(q, keys, processors, num_splits)
             if self.hopper is None:
                 self.prefill = self._prefill(prefill, few_rows=few if apart else 0, one_split=num_splits == 1)
         elif not apart:
             self.prefill = self._prefill(decode)
-        if paged and most_rows <= few and tiles is None:
-            for tile in {schedules.decode_tile(shape, self.plan, n, processors, paged) for n in (1, _MANY_PROGRAMS)}:
-                self.later_decodes.append(self._decode(tile, num_splits, most_rows)[0])
-                self.later_prefills.append(self._prefill(tile))
+
+    def compile_ahead(
+        self, q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None
+    ) -> None:
+        """The schedules that a decode comes to as its sequences grow, come and go: no step waits for a compiler."""
+        if not (self.page_size and self.num_tokens and q.is_cuda) or self.most_rows > schedules.few_rows(self.shape):
+            return
+        lse = q.new_empty(1, dtype=torch.float32)
+        tensors = (q, keys.k, keys.v, keys.k, keys.v, q, lse if self.return_lse else q, q if sinks is None else sinks)
+        lengths = (cu_seqlens_q, keys.kv_lens, keys.block_tables)
+        processors = num_processors(q.device)
+        for tile in {schedules.decode_tile(self.shape, self.plan, n, processors, True) for n in (1, _MANY_PROGRAMS)}:
+            launch, *sizes = self._decode(tile, num_splits=2)
+            launch.compile(*tensors, *lengths, *workspace(q.device, *sizes))
+            self._prefill(tile).compile(*tensors, cu_seqlens_q, q, keys.kv_lens, keys.block_tables)
 
     def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor | None,
-        block_tables: torch.Tensor | None,
-        kv_lens: torch.Tensor | None,
-        sinks: torch.Tensor | None,
+        self, q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        k, v, cu_seqlens_k, block_tables, kv_lens, _ = keys
         if self.as_rows:
             q, k, v = rows(q), rows(k), rows(v)
         out = q.new_empty((self.num_tokens, self.num_heads, self.shape.value_dim))
         lse = q.new_empty((self.num_tokens, self.num_heads), dtype=torch.float32) if self.return_lse else None
-        # something in place of what is absent; it is not read
+        # q stands in place of what is absent; it is not read there
         results = (out, q if lse is None else lse, q if sinks is None else sinks)
         if self.hopper is not None:
             _, counter = workspace(q.device, 0, 1)
             self.hopper(q, k, v, *results, cu_seqlens_q, cu_seqlens_k, counter)
-        tensors = (q, k, v, k, v, *results)
+            return out, lse
         if self.decode is not None:
-            launch, *sizes = self.decode
-            launch(*tensors, cu_seqlens_q, kv_lens, block_tables, *workspace(q.device, *sizes))
+            launch, num_floats, num_counters = self.decode
+            floats, counters = workspace(q.device, num_floats, num_counters)
+            launch(q, k, v, k, v, *results, cu_seqlens_q, kv_lens, block_tables, floats, counters)
         if self.prefill is not None:
-            self.prefill(*tensors, cu_seqlens_q, cu_seqlens_k, kv_lens, block_tables)
-        if self.later_decodes:
-            for launch in self.later_decodes:
-                launch.compile(*tensors, cu_seqlens_q, kv_lens, block_tables, *workspace(q.device, 1, 1))
-            for launch in self.later_prefills:
-                launch.compile(*tensors, cu_seqlens_q, cu_seqlens_k, kv_lens, block_tables)
-            self.later_decodes = []
+            if block_tables is None:
+                self.prefill(q, k, v, k, v, *results, cu_seqlens_q, cu_seqlens_k, q, q)
+            else:
+                self.prefill(q, k, v, k, v, *results, cu_seqlens_q, q, kv_lens, block_tables)
         return out, lse
 
     def _prefill(self, tile: Tile, few_rows: int = 0, one_split: bool = False) -> Launch:
@@ -194,20 +211,17 @@ class _Forward:
             one_split=num_splits == 1,
         )  # fmt: skip
 
-    def _decode(self, tile: Tile, num_splits: int, most_rows: int) -> tuple[Launch, int, int]:
-        """A program per split, for sequences of at most ``tile.block_m`` rows; no sequence has more than most_rows.
-
-        With it, the floats and counters of its workspace.
-        """
+    def _decode(self, tile: Tile, num_splits: int) -> tuple[Launch, int, int]:
+        """A program per split, for sequences of at most ``tile.block_m`` rows; and the floats and counters it needs."""
+        merge_rows = triton.next_power_of_2(max(1, min(tile.block_m, self.most_rows)))
         places = self.num_sequences * self.kv_heads
-        slots = places * num_splits * tile.block_m
-        num_floats = slots * (1 + self.plan.sum_width + padded(self.shape.value_dim))
+        # a multiple of 16, as Triton then knows
+        slots = triton.cdiv(places * num_splits * merge_rows, 16) * 16
         launch = Launch(
             attention_decode_kernel, (num_splits, self.kv_heads, self.num_sequences),
-            (*self._numbers(), num_splits, slots, *self.strides),
-            **self._constants(tile), MERGE_ROWS=triton.next_power_of_2(max(1, most_rows)),
+            (*self._numbers(), num_splits, slots, *self.strides), **self._constants(tile), MERGE_ROWS=merge_rows,
         )  # fmt: skip
-        return launch, num_floats, places
+        return launch, slots * (1 + self.plan.sum_width + padded(self.shape.value_dim)), places
 
     def _numbers(self) -> tuple[float, float, int, int]:
         masking = self.masking
@@ -256,4 +270,4 @@ def _boxes(k: torch.Tensor, v: torch.Tensor, page: int, block_n: int) -> dict[in
     return made
 
 
-_CALLS: Remembered[_Forward] = Remembered()
+_CALLS: Remembered[Forward] = Remembered()

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from rlalign_kernels.attention.triton_forward import key_range
-from rlalign_kernels.attention.triton_tiles import LOG2E, find_sequence, load_rows, scores, visible
+from rlalign_kernels.attention.triton_tiles import LOG2E, find_sequence, fold, load_rows, scores, visible
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -30,7 +30,8 @@ def attention_delta_kernel(
     head = rows % HEADS
     out = tl.load(out_ptr + (token * stride_ot + head * stride_oh)[:, None] + offs_dv[None, :], mask=mask, other=0.0)
     grad = tl.load(grad_ptr + (token * stride_gt + head * stride_gh)[:, None] + offs_dv[None, :], mask=mask, other=0.0)
-    tl.store(delta_ptr + rows, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=rows < num_rows)
+    delta = fold(out.to(tl.float32) * grad.to(tl.float32), BLOCK_M, BLOCK_DV, 1)
+    tl.store(delta_ptr + rows, tl.reshape(delta, [BLOCK_M]), mask=rows < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -104,14 +105,14 @@ def attention_dq_kernel(
         return
     k_begin = tl.load(cu_k_ptr + b)
     num_keys = tl.load(cu_k_ptr + b + 1) - k_begin
-    k_ptr += k_begin.to(tl.int64) * stride_kn + kv_head * stride_kh
-    v_ptr += k_begin.to(tl.int64) * stride_vn + kv_head * stride_vh
+    k_ptr += k_begin.to(tl.int64) * stride_kn + kv_head.to(tl.int64) * stride_kh
+    v_ptr += k_begin.to(tl.int64) * stride_vn + kv_head.to(tl.int64) * stride_vh
 
     rows = row0 + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     mine = rows < num_queries * GROUP
-    head = kv_head * GROUP + rows % GROUP
+    head = (kv_head * GROUP + rows % GROUP).to(tl.int64)
     token = (q_begin + rows // GROUP).to(tl.int64)
     position = num_keys - num_queries + rows // GROUP
     d_mask = mine[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -230,8 +231,8 @@ def attention_dkv_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     token = k_begin.to(tl.int64)
-    k_ptr += token * stride_kn + kv_head * stride_kh
-    v_ptr += token * stride_vn + kv_head * stride_vh
+    k_ptr += token * stride_kn + kv_head.to(tl.int64) * stride_kh
+    v_ptr += token * stride_vn + kv_head.to(tl.int64) * stride_vh
     k = load_rows(k_ptr, k_ptr, n, num_keys, offs_d, 0, stride_kn, 0, True, HEAD_DIM, BLOCK_D, False)
     v = load_rows(v_ptr, v_ptr, n, num_keys, offs_dv, 0, stride_vn, 0, True, VALUE_DIM, BLOCK_DV, False)
     begin, whole, part, end = _query_range(
@@ -242,8 +243,8 @@ def attention_dkv_kernel(
     for g in range(GROUP):
         head = kv_head * GROUP + g
         row = q_begin.to(tl.int64)
-        q_head = q_ptr + row * stride_qt + head * stride_qh
-        do_head = do_ptr + row * stride_gt + head * stride_gh
+        q_head = q_ptr + row * stride_qt + head.to(tl.int64) * stride_qh
+        do_head = do_ptr + row * stride_gt + head.to(tl.int64) * stride_gh
         lse_head = lse_ptr + row * HEADS + head
         delta_head = delta_ptr + row * HEADS + head
         dk, dv = _dkv_tiles(

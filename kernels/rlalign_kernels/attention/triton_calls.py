@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from triton import knobs
 
-from rlalign_kernels.attention.shared import check_offsets, check_packed, check_paged
-from rlalign_kernels.attention.triton_backend import forward
+from rlalign_kernels.attention.shared import check_heads, check_offsets, check_settings, check_sinks
+from rlalign_kernels.attention.triton_backend import find
 from rlalign_kernels.attention.triton_gradient import PackedAttention
 from rlalign_kernels.attention.triton_problem import Keys, Masking
 from rlalign_kernels.reference.attention_backward import Settings
@@ -25,39 +26,67 @@ def packed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """out [T, Hq, Dv], lse float32 [T, Hq] or None. Raises ValueError or NotImplementedError naming what can't be."""
-    cu_seqlens_q, cu_seqlens_k, _, _, max_seqlen_q, max_seqlen_k = offsets
-    if settings.key_mask is not None:
+    scale, causal, window, softcap, key_mask, sinks = settings
+    cu_seqlens_q, cu_seqlens_k, _, num_keys, max_seqlen_q, max_seqlen_k = offsets
+    if key_mask is not None:
         raise NotImplementedError("attention_packed: key_mask is not there with backend='triton'; pack the keys")
-    masking, sinks = _masking(*settings[:4]), settings.sinks
-    if torch.is_grad_enabled() and (
+    masking = _masking("attention_packed", scale, causal, window, softcap, 0 if window is None else num_keys)
+    max_seqlen_q, max_seqlen_k = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    learns = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
-    ):
-        return PackedAttention.apply(
-            q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, masking, max_seqlen_q, max_seqlen_k, _check_packed, settings
-        )  # fmt: skip
+    )
     keys = Keys(k, v, cu_seqlens_k, None, None, max_seqlen_k)
-    return forward(q, keys, cu_seqlens_q, masking, sinks, max_seqlen_q, return_lse, _check_packed, settings)
+    call = find(q, keys, cu_seqlens_q, masking, sinks, max_seqlen_q, return_lse or learns, _check_packed)
+    if learns:
+        return PackedAttention.apply(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, masking, call)
+    return call(q, keys, cu_seqlens_q, sinks)
 
 
 def paged(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: Batch, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As ``packed``, of caches [pages, page, Hkv, D]."""
+    scale, causal, window, softcap, _, sinks = settings
     block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k = batch
+    most = 0 if window is None else block_tables.shape[-1] * k_cache.shape[1]
+    masking = _masking("attention_paged", scale, causal, window, softcap, most)
+    max_seqlen_q, max_seqlen_k = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
+    if sinks is not None:
+        sinks = sinks.contiguous()
     keys = Keys(k_cache, v_cache, None, block_tables, kv_lens, max_seqlen_k)
-    masking = _masking(*settings[:4])
-    return forward(q, keys, cu_seqlens_q, masking, settings.sinks, max_seqlen_q, return_lse, _check_paged, settings)
+    call = find(q, keys, cu_seqlens_q, masking, sinks, max_seqlen_q, return_lse, _check_paged)
+    return call(q, keys, cu_seqlens_q, sinks)
 
 
-@lru_cache(256)
-def _masking(scale: float, causal: bool, window: int | None, softcap: float | None) -> Masking:
-    return Masking(scale, None if window is None else window - 1, 0 if causal else None, softcap)
+@lru_cache(1024, typed=True)
+def _masking(
+    name: str, scale: float, causal: bool, window: int | None, softcap: float | None, most_keys: int
+) -> Masking:
+    """most_keys: no sequence has more; a window that holds them all is none, and its ends would pass 32 bits."""
+    check_settings(name, scale, window, softcap)
+    if scale <= 0:
+        raise NotImplementedError(f"{name}: scale={scale} is not there with backend='triton'; use one > 0")
+    left = None if window is None or window >= most_keys else int(window) - 1
+    return Masking(float(scale), left, 0 if causal else None, None if softcap is None else float(softcap))
 
 
-def _check_packed(q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, settings: Settings) -> None:
-    check_packed(q, keys.k, keys.v, settings, "triton")
+def _bound(name: str, value: int | None) -> int | None:
+    """A tensor is read, which waits for its device."""
+    if value is None or type(value) is int:
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"attention: {name}={value!r} is not an integer") from None
+
+
+def _check_packed(q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    check_heads("attention_packed", q, keys.k, keys.v, "triton")
+    check_sinks("attention_packed", sinks, q, "triton")
     cu_seqlens_k = keys.cu_seqlens
-    _check("attention_packed", q, settings, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    _check("attention_packed", q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_offsets("attention_packed", "cu_seqlens_q", cu_seqlens_q)
     check_offsets("attention_packed", "cu_seqlens_k", cu_seqlens_k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -65,18 +94,24 @@ def _check_packed(q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, setti
             f"attention_packed: cu_seqlens_q and cu_seqlens_k differ in length: "
             f"{len(cu_seqlens_q)}, {len(cu_seqlens_k)}"
         )
+    if len(cu_seqlens_q) == 1 and q.shape[0]:
+        raise ValueError(f"attention_packed: cu_seqlens_q names no sequence, and q has {q.shape[0]} rows")
 
 
-def _check_paged(q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, settings: Settings) -> None:
-    check_paged(q, keys.k, keys.v, settings, "triton")
+def _check_paged(q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    check_heads("attention_paged", q, keys.k, keys.v, "triton")
+    check_sinks("attention_paged", sinks, q, "triton")
     tables, kv_lens = keys.block_tables, keys.kv_lens
-    _check("attention_paged", q, settings, block_tables=tables, cu_seqlens_q=cu_seqlens_q, kv_lens=kv_lens)
+    _check("attention_paged", q, block_tables=tables, cu_seqlens_q=cu_seqlens_q, kv_lens=kv_lens)
     check_offsets("attention_paged", "cu_seqlens_q", cu_seqlens_q)
     if keys.page_size < _SMALLEST_PAGE or keys.page_size & (keys.page_size - 1):
         raise NotImplementedError(
             f"attention_paged: a page of {keys.page_size} tokens is not there with backend='triton'; "
             "use a power of two from 16 on"
         )
+    for name, cache in (("k_cache", keys.k), ("v_cache", keys.v)):
+        if cache.stride(-1) != 1:
+            raise ValueError(f"attention_paged: {name} has strides {cache.stride()}; its last must be 1")
     batch = cu_seqlens_q.shape[0] - 1
     if tables.dim() != 2 or tables.shape[0] != batch or kv_lens.shape != (batch,):
         raise ValueError(
@@ -85,19 +120,17 @@ def _check_paged(q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, settin
         )
 
 
-def _check(operator: str, q: torch.Tensor, settings: Settings, **integers: torch.Tensor) -> None:
-    if settings.scale <= 0:
-        raise NotImplementedError(f"{operator}: scale={settings.scale} is not there with backend='triton'; use one > 0")
-    for name, tensor in integers.items():
+def _check(name: str, q: torch.Tensor, **integers: torch.Tensor) -> None:
+    for argument, tensor in integers.items():
         if tensor.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{operator}: {name}.dtype={tensor.dtype} is not supported; use int32 or int64")
+            raise ValueError(f"{name}: {argument}.dtype={tensor.dtype} is not supported; use int32 or int64")
         if tensor.device != q.device:
-            raise ValueError(f"{operator}: {name} is on {tensor.device}, q on {q.device}: nothing is copied in silence")
+            raise ValueError(f"{name}: {argument} is on {tensor.device}, q on {q.device}: nothing is copied in silence")
         if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{operator}: {name} has strides {tensor.stride()}; its last dimension must be contiguous")
+            raise ValueError(f"{name}: {argument} has strides {tensor.stride()}; its last dimension must be contiguous")
     if q.device.type == "cuda":
         return
     if not knobs.runtime.interpret:
-        raise ValueError(f"{operator}: q.device={q.device} is not supported with backend='triton'; use a CUDA device")
+        raise ValueError(f"{name}: q.device={q.device} is not supported with backend='triton'; use a CUDA device")
     if q.dtype == torch.bfloat16:
-        raise NotImplementedError(f"{operator}: q.dtype={q.dtype}: Triton's interpreter takes float32 and float16 only")
+        raise NotImplementedError(f"{name}: q.dtype={q.dtype}: Triton's interpreter takes float32 and float16 only")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlalign_kernels.attention.triton_forward import key_range, run_tiles, store_rows
+from rlalign_kernels.attention.triton_forward import key_range, place_rows, run_tiles, store_rows
 from rlalign_kernels.attention.triton_tiles import FLOOR, empty_state, merge
 
 # States whose loads are in flight together while they are merged.
@@ -43,23 +43,6 @@ def _merged_states(
     return m_all, den_all, acc_all
 
 
-@triton.jit
-def _place(
-    rows, num_rows, q_begin, kv_head, out_ptr, lse_ptr, sink_ptr, stride_ot, stride_oh, stride_lt,
-    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_SINK: tl.constexpr,
-):  # fmt: skip
-    """Where rows' results go: (mine, sink, out_ptrs, lse_ptrs, out_mask)."""
-    offs_dv = tl.arange(0, BLOCK_DV)
-    mine = rows < num_rows
-    head = kv_head * GROUP + rows % GROUP
-    token = (q_begin + rows // GROUP).to(tl.int64)
-    sink = tl.zeros(rows.shape, tl.float32)
-    if HAS_SINK:
-        sink = tl.load(sink_ptr + head, mask=mine, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + offs_dv[None, :]
-    return mine, sink, out_ptrs, lse_ptr + token * stride_lt + head, mine[:, None] & (offs_dv < VALUE_DIM)[None, :]
-
-
 @triton.jit(do_not_specialize=["num_splits", "stride_table"])
 def attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, sink_ptr, cu_q_ptr, kv_lens_ptr, table_ptr,
@@ -74,9 +57,9 @@ def attention_decode_kernel(
 ):  # fmt: skip
     """Grid: (splits, key heads, sequences). Sequences of more than BLOCK_M rows are triton_forward's.
 
-    MERGE_ROWS: no sequence here has more rows. part_m: float32, the num_slots = B x key heads x num_splits x BLOCK_M
-    maxima of states, then their sums [WIDTH], then their outputs [BLOCK_DV]; arrived: int32 [B, key heads], 0 before
-    and after.
+    MERGE_ROWS: no sequence here has more rows. part_m: float32, the maxima of num_slots states (at least B x key
+    heads x num_splits x MERGE_ROWS), then their sums [WIDTH], then their outputs [BLOCK_DV]; arrived: int32 [B, key
+    heads], 0 before and after.
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -97,8 +80,8 @@ def attention_decode_kernel(
     whole = tl.minimum(tl.maximum(whole, begin), end)
     part = tl.minimum(tl.maximum(part, whole), (split + 1) * SPLIT)
     table_ptr += b.to(tl.int64) * stride_table
-    k_ptr += kv_head * stride_kh
-    v_ptr += kv_head * stride_vh
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
     part_den_ptr = part_m_ptr + num_slots
     part_acc_ptr = part_den_ptr + num_slots.to(tl.int64) * WIDTH
 
@@ -107,7 +90,7 @@ def attention_decode_kernel(
     offs_dv = tl.arange(0, BLOCK_DV)
     mine = rows < num_rows
     position = num_keys - num_queries + rows // GROUP
-    q_ptrs = q_ptr + ((q_begin + rows // GROUP).to(tl.int64) * stride_qt + (kv_head * GROUP + rows % GROUP) * stride_qh)[:, None]  # fmt: skip  # noqa: E501
+    q_ptrs = q_ptr + ((q_begin + rows // GROUP).to(tl.int64) * stride_qt + (kv_head * GROUP + rows % GROUP).to(tl.int64) * stride_qh)[:, None]  # fmt: skip  # noqa: E501
     q = tl.load(q_ptrs + offs_d[None, :], mask=mine[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
 
     m, den, acc = empty_state(BLOCK_M, BLOCK_DV, WIDTH)
@@ -137,29 +120,30 @@ def attention_decode_kernel(
 
     if last_split == first_split:
         m, den, acc = merge(m_all, den_all, acc_all, m, den, acc)
-        _, sink, out_ptrs, lse_ptrs, out_mask = _place(
+        _, sink, out_ptrs, lse_ptrs, out_mask = place_rows(
             rows, num_rows, q_begin, kv_head, out_ptr, lse_ptr, sink_ptr, stride_ot, stride_oh, stride_lt,
             GROUP, VALUE_DIM, BLOCK_DV, HAS_SINK,
         )  # fmt: skip
         store_rows(m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)
     else:
         place = b.to(tl.int64) * KV_HEADS + kv_head
-        slot0 = place * num_splits * BLOCK_M
-        slot = slot0 + split * BLOCK_M + rows
-        tl.store(part_m_ptr + slot, m, mask=mine)
-        tl.store(part_den_ptr + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], den, mask=mine[:, None])
-        tl.store(part_acc_ptr + slot[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=mine[:, None])
+        slot0 = place * num_splits * MERGE_ROWS
+        slot = slot0 + split * MERGE_ROWS + rows
+        kept = mine & (rows < MERGE_ROWS)
+        tl.store(part_m_ptr + slot, m, mask=kept)
+        tl.store(part_den_ptr + slot[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], den, mask=kept[:, None])
+        tl.store(part_acc_ptr + slot[:, None] * BLOCK_DV + offs_dv[None, :], acc, mask=kept[:, None])
         # all threads' states are written before one of them counts this program
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel") == last_split - first_split:
             tl.store(arrived_ptr + place, 0)
             few = tl.arange(0, MERGE_ROWS)
-            few_mine, few_sink, few_out, few_lse, few_mask = _place(
+            few_mine, few_sink, few_out, few_lse, few_mask = place_rows(
                 few, num_rows, q_begin, kv_head, out_ptr, lse_ptr, sink_ptr, stride_ot, stride_oh, stride_lt,
                 GROUP, VALUE_DIM, BLOCK_DV, HAS_SINK,
             )  # fmt: skip
             few_m, few_den, few_acc = _merged_states(
-                part_m_ptr, part_den_ptr, part_acc_ptr, slot0, first_split, last_split, BLOCK_M, few_mine,
+                part_m_ptr, part_den_ptr, part_acc_ptr, slot0, first_split, last_split, MERGE_ROWS, few_mine,
                 MERGE_ROWS, BLOCK_DV, WIDTH,
             )  # fmt: skip
             store_rows(

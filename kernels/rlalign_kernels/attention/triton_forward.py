@@ -94,6 +94,23 @@ def run_tiles(
 
 
 @triton.jit
+def place_rows(
+    rows, num_rows, q_begin, kv_head, out_ptr, lse_ptr, sink_ptr, stride_ot, stride_oh, stride_lt,
+    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, HAS_SINK: tl.constexpr,
+):  # fmt: skip
+    """Where rows' results go: (mine, sink, out_ptrs, lse_ptrs, out_mask)."""
+    offs_dv = tl.arange(0, BLOCK_DV)
+    mine = rows < num_rows
+    head = (kv_head * GROUP + rows % GROUP).to(tl.int64)
+    token = (q_begin + rows // GROUP).to(tl.int64)
+    sink = tl.zeros(rows.shape, tl.float32)
+    if HAS_SINK:
+        sink = tl.load(sink_ptr + head, mask=mine, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + offs_dv[None, :]
+    return mine, sink, out_ptrs, lse_ptr + token * stride_lt + head, mine[:, None] & (offs_dv < VALUE_DIM)[None, :]
+
+
+@triton.jit
 def store_rows(
     m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask,
     M: tl.constexpr, WIDTH: tl.constexpr, HAS_SINK: tl.constexpr, HAS_LSE: tl.constexpr,
@@ -141,8 +158,8 @@ def attention_forward_kernel(
     else:
         num_keys = tl.load(kv_lens_ptr + b)
         table_ptr += b.to(tl.int64) * stride_table
-    k_ptr += kv_head * stride_kh
-    v_ptr += kv_head * stride_vh
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
 
     begin, whole, part, end = key_range(
         row0, num_queries, num_keys, left, right, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
@@ -152,7 +169,7 @@ def attention_forward_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     mine = rows < num_rows
-    head = kv_head * GROUP + rows % GROUP
+    head = (kv_head * GROUP + rows % GROUP).to(tl.int64)
     token = (q_begin + rows // GROUP).to(tl.int64)
     position = num_keys - num_queries + rows // GROUP
     q_mask = mine[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -183,11 +200,9 @@ def attention_forward_kernel(
         HAS_LEFT, HAS_RIGHT, HAS_CAP, True, ONE_SPLIT, False, PRECISION, 1,
     )  # fmt: skip
 
-    sink = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_SINK:
-        sink = tl.load(sink_ptr + head, mask=mine, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + offs_dv[None, :]
-    lse_ptrs = lse_ptr + token * stride_lt + head
-    out_mask = mine[:, None] & (offs_dv < VALUE_DIM)[None, :]
+    mine, sink, out_ptrs, lse_ptrs, out_mask = place_rows(
+        rows, num_rows, q_begin, kv_head, out_ptr, lse_ptr, sink_ptr, stride_ot, stride_oh, stride_lt,
+        GROUP, VALUE_DIM, BLOCK_DV, HAS_SINK,
+    )  # fmt: skip
     m, den, acc = merge(m_all, den_all, acc_all, m, den, acc)
     store_rows(m, den, acc, sink, out_ptrs, lse_ptrs, mine, out_mask, BLOCK_M, WIDTH, HAS_SINK, HAS_LSE)

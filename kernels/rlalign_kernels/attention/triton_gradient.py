@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.attention import schedules
 from rlalign_kernels.attention.schedules import Shape, Tile
 from rlalign_kernels.attention.tile_plan import padded
-from rlalign_kernels.attention.triton_backend import forward
+from rlalign_kernels.attention.triton_backend import Forward
 from rlalign_kernels.attention.triton_backward import (
     attention_delta_kernel,
     attention_dkv_kernel,
@@ -28,7 +29,6 @@ from rlalign_kernels.attention.triton_problem import (
     workspace,
 )
 from rlalign_kernels.launch import Launch, Remembered
-from rlalign_kernels.reference.attention_backward import Settings
 
 
 class PackedAttention(torch.autograd.Function):
@@ -44,25 +44,22 @@ class PackedAttention(torch.autograd.Function):
         cu_seqlens_q: torch.Tensor,
         cu_seqlens_k: torch.Tensor,
         masking: Masking,
-        max_seqlen_q: int | None,
-        max_seqlen_k: int | None,
-        check: Callable[..., None],
-        settings: Settings,
+        call: Forward,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = Keys(k, v, cu_seqlens_k, None, None, max_seqlen_k)
-        out, lse = forward(q, keys, cu_seqlens_q, masking, sinks, max_seqlen_q, True, check, settings)
+        out, lse = call(q, Keys(k, v, cu_seqlens_k), cu_seqlens_q, sinks)
         ctx.save_for_backward(q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k)
         ctx.masking = masking
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor, _grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         need_q, need_k, need_v, need_sinks = ctx.needs_input_grad[:4]
         grads = backward(
             *ctx.saved_tensors, grad, ctx.masking, need_q=need_q, need_kv=need_k or need_v, need_sinks=need_sinks
         )
-        return *grads, None, None, None, None, None, None, None
+        return *grads, None, None, None, None
 
 
 def backward(

@@ -105,10 +105,9 @@ def finish(m, den, acc, sink, M: tl.constexpr, WIDTH: tl.constexpr, HAS_SINK: tl
     """
     total = tl.reshape(fold(den, M, WIDTH, 1), [M])
     if HAS_SINK:
-        sink = sink * LOG2E
-        m_new = tl.maximum(m, sink)
+        m_new = tl.maximum(m, sink * LOG2E)
         alpha = tl.math.exp2(m - m_new)
-        total = tl.fma(total, alpha, tl.math.exp2(sink - m_new))
+        total = tl.fma(total, alpha, tl.math.exp2(tl.fma(sink, LOG2E, -m_new)))
         acc = acc * alpha[:, None]
         m = m_new
     none = total == 0.0
