@@ -37,9 +37,10 @@ def linear_logprob(
         mask = support
         if mask is None:
             mask = find_support(readable(hidden), Head.of(weight, bias, softcap), rows, banned, return_support)
+    mask = None if mask is None else readable(mask)
     settings = None if rows is None else _settings(rows)
     untruncated = rows is not None and support is None and rows.truncates is False
-    problem = (softcap, settings, mask, targets.contiguous(), kept, untruncated)
+    problem = (softcap, settings, mask, targets.contiguous(), kept.contiguous(), untruncated)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         values = _LinearLogprob.apply(hidden, weight, bias, *problem)
     else:
@@ -95,7 +96,6 @@ def _score(
 ) -> torch.Tensor:
     """float32 [4, T]: log-prob, entropy, log-sum-exp, and that in units of log 2."""
     out = torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    mask = None if mask is None else readable(mask)
     for part in _row_parts(hidden.shape[0], 3, head):
         own = None if settings is None else Settings(*(x[part] for x in settings))
         seen = None if mask is None else mask[part]
@@ -125,8 +125,8 @@ def linear_sample(
     """See the public operator."""
     _check_device("linear_sample", hidden)
     hidden, head = readable(hidden), Head.of(weight, bias, softcap)
-    seeds, positions = seeds.view(torch.int64).contiguous(), positions.contiguous()
-    allowed = None if banned is None else ~banned
+    seeds, positions = seeds.view(torch.int64).contiguous(), positions.long().contiguous()
+    allowed = None if banned is None else readable(~banned)
     if not rows.any_truncated:
         token, values = _draw(
             hidden, head, _settings(rows), allowed, seeds, positions, raw_logprobs, rows.truncates is False

@@ -1,8 +1,8 @@
 """From the blocks' numbers to a row's: groups of blocks fold in halves and are merged ascending.
 
 Per group, with m' = max(m, max of its blocks' m) and a = exp2(blocks' m - m'): s = fma(s, exp2(m - m'), tree(s a)), and
-w likewise of w + (m - m') s. Then log-sum-exp = (m + log2 s) log 2, log-prob = (d - log2 s) log 2 with the target's d,
-entropy = (log2 s - w / s) log 2. A row whose target or settings can't be gives NaN: the host reads nothing.
+w likewise of w + (m - m') s. Then log-sum-exp = m log 2 + log s, log-prob = d log 2 - log s with the target's d,
+entropy = log s - (w / s) log 2. A row whose target or settings can't be gives NaN: the host reads nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from rlalign_kernels.vocab.triton_tiles import (
 
 @triton.jit
 def _merge(
-    m_ptr, s_ptr, w_ptr, offs_m, num_rows, num_blocks, M: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr,
-    STAGES: tl.constexpr,
+    m_ptr, s_ptr, w_ptr, offs_m, num_rows, num_blocks, M: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr
 ):  # fmt: skip
     """(m, s, w) [M] over all blocks; the pointers lead to [blocks, rows]."""
     m = tl.full([M], FLOOR, tl.float32)
     s = tl.zeros([M], tl.float32)
     w = tl.zeros([M], tl.float32)
-    for first in tl.range(0, num_blocks, GROUP, num_stages=STAGES):
+    for first in range(0, num_blocks, GROUP):
         block = first + tl.arange(0, GROUP)
         offsets = block.to(tl.int64)[None, :] * num_rows + offs_m[:, None]
         inside = (offs_m < num_rows)[:, None] & (block < num_blocks)[None, :]
@@ -99,9 +98,34 @@ def _target_logits(
 
 
 @triton.jit
+def _log(x):
+    """Natural logarithm of normal float32 x to 0.84 units in the last place, in written-out operations.
+
+    The hardware's errs by 2e-7 around 1, where the sums of confident rows are. 0 gives -inf.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -8388608  # the multiple of 2^23 that leaves a mantissa in [2/3, 4/3)
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    s = f * f
+    r = tl.fma(s, -0.130310059, -0.121483989)
+    t = tl.fma(s, 0.140869141, 0.139814854)
+    r = tl.fma(r, s, -0.166846126)
+    t = tl.fma(t, s, 0.200120345)
+    r = tl.fma(r, s, -0.249996200)
+    r = tl.fma(t, f, r)
+    r = tl.fma(r, f, 0.333331972)
+    r = tl.fma(r, f, -0.5)
+    r = tl.fma(r, s, f)
+    # 2^-23: the exponent as a number
+    r = tl.fma(exponent.to(tl.float32) * 1.1920928955078125e-07, LN2, r)
+    r = tl.where(x == x, r, x)
+    return tl.where(x == 0.0, float("-inf"), r)
+
+
+@triton.jit
 def _logprob(x, c, m, log_sum):
     """Natural log-prob of logits x [M]; the largest one's may round to no more than 0."""
-    logprob = (tl.fma(x, c, -m) - log_sum) * LN2
+    logprob = tl.fma(tl.fma(x, c, -m), LN2, -log_sum)
     return tl.where(logprob > 0.0, 0.0, logprob)
 
 
@@ -111,7 +135,6 @@ def score_kernel(
     kept_ptr, parts_ptr, out_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight, stride_mask, stride_out, cap,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr, UNTRUNCATED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """out float32 [4, rows]: log-prob, entropy, log-sum-exp, and log-sum-exp in units of log 2 for the gradient."""
     offs_m = tl.program_id(0) * M + tl.arange(0, M)
@@ -125,29 +148,28 @@ def score_kernel(
     num_blocks = tl.cdiv(num_ids, BLOCK)
     field = num_blocks.to(tl.int64) * num_rows
     m, s, w = _merge(
-        parts_ptr, parts_ptr + field, parts_ptr + 2 * field, offs_m, num_rows, num_blocks, M, GROUP, True, STAGES
+        parts_ptr, parts_ptr + field, parts_ptr + 2 * field, offs_m, num_rows, num_blocks, M, GROUP, True
     )  # fmt: skip
     c, _ = row_scale(temperature_ptr, offs_m, num_rows, HAS_ROWS)
     hold = _settings_hold(
         temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, offs_m, num_rows, HAS_ROWS, UNTRUNCATED
     )  # fmt: skip
-    log_sum = tl.math.log2(s)
-    entropy = (log_sum - tl.div_rn(w, s)) * LN2
+    log_sum = _log(s)
+    entropy = tl.fma(tl.div_rn(w, s), -LN2, log_sum)
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     valid = known & hold
     nan = float("nan")
     ptrs = out_ptr + offs_m
     tl.store(ptrs, tl.where(kept, tl.where(valid, _logprob(x, c, m, log_sum), nan), 0.0), mask=inside)
     tl.store(ptrs + stride_out, tl.where(kept, tl.where(valid, entropy, nan), 0.0), mask=inside)
-    tl.store(ptrs + 2 * stride_out, tl.where(kept, tl.where(valid, (m + log_sum) * LN2, nan), 0.0), mask=inside)
-    tl.store(ptrs + 3 * stride_out, tl.where(valid, m + log_sum, nan), mask=inside)
+    tl.store(ptrs + 2 * stride_out, tl.where(kept, tl.where(valid, tl.fma(m, LN2, log_sum), nan), 0.0), mask=inside)
+    tl.store(ptrs + 3 * stride_out, tl.where(valid, tl.fma(log_sum, LOG2E, m), nan), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def draw_kernel(
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, parts_ptr, token_ptr, out_ptr, num_rows, num_ids, stride_out,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, UNTRUNCATED: tl.constexpr, RAW: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """token int64 [rows]; out float32 [2, rows]: its log-prob, and with RAW that at temperature 1."""
     offs_m = tl.program_id(0) * M + tl.arange(0, M)
@@ -157,7 +179,7 @@ def draw_kernel(
     best = tl.full([M], float("-inf"), tl.float32)
     token = tl.full([M], 0x7FFFFFFF, tl.int32)
     logit = tl.full([M], float("-inf"), tl.float32)
-    for first in tl.range(0, num_blocks, GROUP, num_stages=STAGES):
+    for first in range(0, num_blocks, GROUP):
         block = first + tl.arange(0, GROUP)
         ptrs = parts_ptr + 2 * field + block.to(tl.int64)[None, :] * num_rows + offs_m[:, None]
         read = inside[:, None] & (block < num_blocks)[None, :]
@@ -171,7 +193,7 @@ def draw_kernel(
         best = tl.where(better, top, best)
         token = tl.where(better, lowest, token)
         logit = tl.where(better, value, logit)
-    m, s, _ = _merge(parts_ptr, parts_ptr + field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False, STAGES)
+    m, s, _ = _merge(parts_ptr, parts_ptr + field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False)
     c, _ = row_scale(temperature_ptr, offs_m, num_rows, True)
     hold = _settings_hold(
         temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, offs_m, num_rows, True, UNTRUNCATED
@@ -180,13 +202,12 @@ def draw_kernel(
     hold = hold & (best > float("-inf"))
     nan = float("nan")
     tl.store(token_ptr + offs_m, tl.where(token < num_ids, token, 0).to(tl.int64), mask=inside)
-    logprob = tl.where(hold, _logprob(logit, c, m, tl.math.log2(s)), nan)
+    logprob = tl.where(hold, _logprob(logit, c, m, _log(s)), nan)
     tl.store(out_ptr + offs_m, logprob, mask=inside)
     if RAW:
         m, s, _ = _merge(
-            parts_ptr + 5 * field, parts_ptr + 6 * field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False,
-            STAGES,
+            parts_ptr + 5 * field, parts_ptr + 6 * field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False
         )  # fmt: skip
         one = tl.full([M], LOG2E, tl.float32)
-        raw = tl.where(hold, _logprob(logit, one, m, tl.math.log2(s)), nan)
+        raw = tl.where(hold, _logprob(logit, one, m, _log(s)), nan)
         tl.store(out_ptr + stride_out + offs_m, raw, mask=inside)

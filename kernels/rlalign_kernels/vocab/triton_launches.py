@@ -21,7 +21,6 @@ from rlalign_kernels.vocab.triton_scan import scan_kernel
 
 # Rows that one program finishes: the diagonal of a product gives their targets' logits.
 _FINISH_ROWS = 16
-_FINISH_STAGES = 3
 # Fields of the scan's result.
 _SCORE_FIELDS, _DRAW_FIELDS, _RAW_FIELDS = 3, 5, 7
 
@@ -162,7 +161,7 @@ def _score_launch(
     return Launch(
         score_kernel, (-(-product.num_rows // _FINISH_ROWS),), numbers, BLOCK=HEAD_PLAN.block, GROUP=HEAD_PLAN.group,
         M=_FINISH_ROWS, BLOCK_K=64 if product.dtype == torch.float32 else 128, HAS_ROWS=has_rows,
-        HAS_MASK=stride_mask is not None, UNTRUNCATED=untruncated, STAGES=_FINISH_STAGES, num_warps=4,
+        HAS_MASK=stride_mask is not None, UNTRUNCATED=untruncated, num_warps=4,
         enable_fp_fusion=False, **product.constants(),
     )  # fmt: skip
 
@@ -190,7 +189,7 @@ def score(
 def _draw_launch(num_rows: int, num_ids: int, stride_out: int, untruncated: bool, raw: bool) -> Launch:
     return Launch(
         draw_kernel, (-(-num_rows // _FINISH_ROWS),), (num_rows, num_ids, stride_out), BLOCK=HEAD_PLAN.block,
-        GROUP=HEAD_PLAN.group, M=_FINISH_ROWS, UNTRUNCATED=untruncated, RAW=raw, STAGES=_FINISH_STAGES, num_warps=4,
+        GROUP=HEAD_PLAN.group, M=_FINISH_ROWS, UNTRUNCATED=untruncated, RAW=raw, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
 
