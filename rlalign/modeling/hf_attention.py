@@ -24,6 +24,7 @@ from rlalign.modeling.hf_mask import (
     mask_offsets,
     position_starts,
     starts_to_offsets,
+    tokens_beside,
     unpack,
     whole_rows,
 )
@@ -95,8 +96,9 @@ def _attention(
             rule = _rule(module, None, is_causal)
             attention_mask = _offsets(attention_mask, batch, q_length, kv_length, rule, query.device)
         rule = _rule(module, attention_mask, is_causal)
-        fresh = q_length == kv_length > 1 and not (rule.padded or rule.packed)
-        packed = _packed_by_position(attention_mask, others.get("position_ids"), batch, q_length) if fresh else None
+        packed = None
+        if q_length == kv_length > 1 and not rule.packed:
+            packed = _packed_by_position(attention_mask, others.get("position_ids"), rule, batch, q_length)
         cu_q, cu_k = unpack(attention_mask)[:2] if packed is None else (packed, packed)
         longest = (q_length, kv_length)
     out = attention_packed(
@@ -180,16 +182,25 @@ def _given_offsets(batch: int, mask: Tensor | None, cu_q: Tensor | None, cu_k: T
     return cu_q, cu_k
 
 
-def _packed_by_position(mask: Tensor, position_ids: Tensor | None, batch: int, length: int) -> Tensor | None:
+def _packed_by_position(
+    mask: Tensor, position_ids: Tensor | None, rule: Rule, batch: int, length: int
+) -> Tensor | None:
     """Offsets int32 [n + 1] of the sequences that position ids tell apart, or None if each row is one.
 
     transformers looks for them in a forward without cache only. Read from the device in the first layer, for all.
+    Raises ValueError if they do so within a padded row: mask and positions then disagree about what a sequence is.
     """
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length:
         return None
     if not hasattr(mask, "rlalign_found"):
         starts = position_starts(position_ids).expand(batch, -1)
-        mask.rlalign_found = starts_to_offsets(starts).to(torch.int32) if bool(starts.any()) else None
+        if rule.padded and bool((starts & tokens_beside(mask, batch, length)).any()):
+            raise ValueError(
+                "position_ids: they do not ascend by one along the tokens that attention_mask shows in a row; packed "
+                "sequences take no padding, and a padded row is one sequence"
+            )
+        several = not rule.padded and bool(starts.any())
+        mask.rlalign_found = starts_to_offsets(starts).to(torch.int32) if several else None
     return mask.rlalign_found
 
 

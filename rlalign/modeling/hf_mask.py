@@ -30,7 +30,7 @@ _CAUSAL, _PADDED, _PACKED = 1, 2, 4
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What every sequence of a batch has in common. ``padded``: a 2-D mask was given; ``packed``: rows hold several."""
+    """What every sequence of a batch has in common. ``padded``: a mask hides tokens; ``packed``: rows hold several."""
 
     causal: bool
     window: int | None = None
@@ -81,8 +81,9 @@ def mask_offsets(
             f"{kv_offset + kv_length}"
         )
     seen = _seen(attention_mask, batch_size, q_offset + q_length if causal else None, kv_offset + kv_length, device)
-    if attention_mask is not None:
-        _refuse_holes(seen)
+    padded = attention_mask is not None and _has_padding(seen)
+    if not padded and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length:
+        return whole_rows(batch_size, q_length, kv_length, Rule(causal, window), device)
     first = seen.int().argmax(1)  # documented: the first of several maxima
     last = first + seen.sum(1)
     keys = tuple((edge - kv_offset).clamp(0, kv_length) for edge in (first, last))
@@ -90,7 +91,7 @@ def mask_offsets(
         queries = tuple((edge - q_offset).clamp(0, q_length) for edge in (first, last))
     else:  # every query sees all keys, whether or not it is padding itself
         queries = torch.zeros_like(first), torch.full_like(first, q_length)
-    rule = Rule(causal, window, padded=attention_mask is not None)
+    rule = Rule(causal, window, padded=padded)
     return pack(*_with_gaps(queries, keys, q_length, kv_length), rule)
 
 
@@ -154,15 +155,27 @@ def _seen(
     return seen if end is None else seen & (position < end)
 
 
-def _refuse_holes(seen: Tensor) -> None:
-    """Raises ValueError naming the row. The one place where a padded batch waits for the device."""
+def _has_padding(seen: Tensor) -> bool:
+    """Whether a token is hidden. Raises ValueError naming a row with a hole. A padded batch waits for the device here.
+
+    A mask that hides nothing says nothing: position ids may then tell sequences apart, as without one.
+    """
     runs = seen[:, 0].int() + (seen[:, 1:] & ~seen[:, :-1]).sum(1)
-    for row, count in enumerate(runs.tolist()):
+    *pieces, hidden = torch.cat([runs, (~seen).sum()[None]]).tolist()
+    for row, count in enumerate(pieces):
         if count > 1:
             raise ValueError(
                 f"attention_mask: row {row} has a hole: its tokens are in {count} pieces; supported is padding on the "
                 "left, on the right, or none"
             )
+    return hidden > 0
+
+
+def tokens_beside(mask: Tensor, batch_size: int, length: int) -> Tensor:
+    """Bool [B, T - 1]: whether positions t and t + 1 are both tokens, by a padded batch's offsets (``pack``)."""
+    first, last = (mask[0, edge:-1:3, 0, 0][:batch_size, None] for edge in (1, 3))
+    at = torch.arange(batch_size * length, device=mask.device).view(batch_size, length)
+    return (at[:, :-1] >= first) & (at[:, 1:] < last)
 
 
 def _with_gaps(

@@ -102,13 +102,30 @@ def test_generates_what_eager_attention_generates(family: str, cache: str | None
 
 @torch.no_grad()
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_position_ids_tell_sequences_apart(family: str, use_cache: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "a mask that hides nothing"])
+def test_position_ids_tell_sequences_apart(family: str, use_cache: bool, masked: bool) -> None:
     eager, ours = pair(family)
     ids, lengths = tokens(1), [5, 9, 6]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    found = ours(ids, position_ids=positions, use_cache=use_cache).logits
+    mask = torch.ones_like(ids) if masked else None
+    found = ours(ids, attention_mask=mask, position_ids=positions, use_cache=use_cache).logits
     expected = torch.cat([eager(part).logits for part in ids.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_position_ids_that_disagree_with_a_padded_row_are_refused(side: str) -> None:
+    _, ours = pair("llama")
+    ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    fits = (mask.cumsum(1) - 1).clamp_min(0)
+    ours(ids, attention_mask=mask, position_ids=fits)
+    restarts = fits.clone()
+    restarts[1, 4:] = torch.arange(4)
+    with pytest.raises(ValueError, match="do not ascend by one"):
+        ours(ids, attention_mask=mask, position_ids=restarts)
 
 
 @torch.no_grad()
