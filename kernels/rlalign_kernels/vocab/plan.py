@@ -1,8 +1,9 @@
 """The plan of the output layer on a GPU: where the vocabulary is cut, and in which order its partial sums meet.
 
-Logits are one float32 chain over the hidden dim, ascending. Ids are cut at multiples of ``block``; a block's sums fold
-its ids in halves. Blocks are cut into groups at multiples of ``group``; a group's sums fold its blocks in halves, and
-groups are merged ascending. No size depends on the batch, nor on the model.
+Logits are summed in float32 over ascending hidden channels, as ``linear`` does it: one chain on tensor cores; for
+float32 weights, compensated sums of blocks of ``float32_block`` channels. Ids are cut at multiples of ``block``; a
+block's sums fold its ids in halves. Blocks are cut into groups at multiples of ``group``; a group's sums fold its
+blocks in halves, and groups are merged ascending. No size depends on the batch, nor on the model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ class HeadPlan:
 
     block: int = 128
     group: int = 256
+    float32_block: int = 16
 
 
 HEAD_PLAN = HeadPlan()

@@ -45,7 +45,7 @@ def head_tile(
     """For log-probs, or for draws with ``sample``, of ``num_rows`` rows. ``masked``: with a support to read."""
     if dtype == torch.float32:
         # such products run on ordinary units, unrolled: larger tiles spill
-        return HeadTile(16 if num_rows <= 16 else 32, 128, 16, 4, 2)
+        return HeadTile(16 if num_rows <= 16 else 32, 128, HEAD_PLAN.float32_block, 4, 2)
     if architecture < (9, 0):
         return HeadTile(16 if num_rows <= 16 else 64, 128, 64 if architecture == (8, 0) else 32, 4, 3)
     if num_rows <= 16:
@@ -60,8 +60,14 @@ def head_tile(
 
 
 @lru_cache(1024)
-def written_tile(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], masked: bool = False) -> HeadTile:
-    """For logits that are written out, or their gradients."""
+def logits_tile(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int]) -> HeadTile:
+    """For logits that are written out."""
+    return head_tile(num_rows, dtype, architecture, masked=True)
+
+
+@lru_cache(1024)
+def gradient_tile(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], masked: bool) -> HeadTile:
+    """For the gradient at the logits; ``masked``: with a support to read."""
     if dtype == torch.float32 or architecture < (9, 0) or num_rows <= 128 or masked:
         return head_tile(num_rows, dtype, architecture, masked=masked)
     return HeadTile(128, 256, 64, 8, 3, tma=True, flatten=True, row_tiles=16)

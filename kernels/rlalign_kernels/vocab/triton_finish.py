@@ -14,6 +14,8 @@ from rlalign_kernels.vocab.triton_tiles import (
     FLOOR,
     LN2,
     LOG2E,
+    add_product,
+    chain_end,
     load_box,
     row_scale,
     soft_cap,
@@ -80,11 +82,13 @@ def _target_logits(
     target = tl.where(known, target, 0)
     weights = weight_ptr + target.to(tl.int64)[:, None] * stride_weight
     acc = tl.zeros([M, M], tl.float32)
+    lost = acc
     for k in range(0, depth, BLOCK_K):
         h = load_box(None, hidden_ptr, tl.program_id(0) * M, k, num_rows, depth, stride_hidden, M, BLOCK_K, False)
         offs_k = k + tl.arange(0, BLOCK_K)
         w = tl.load(weights + offs_k[None, :], mask=(offs_k < depth)[None, :], other=0.0)
-        acc = tl.dot(h, tl.trans(w), acc, input_precision="ieee")
+        acc, lost = add_product(h, w, acc, lost)
+    acc = chain_end(acc, lost, hidden_ptr.dtype.element_ty == tl.float32)
     diagonal = tl.arange(0, M)[:, None] == tl.arange(0, M)[None, :]
     x = tl.max(tl.where(diagonal, acc, float("-inf")), 1)
     if HAS_BIAS:

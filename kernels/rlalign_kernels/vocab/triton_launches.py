@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rlalign_kernels.attention.triton_problem import BOX_ALIGNMENT, architecture, num_processors, rows
 from rlalign_kernels.launch import Launch
 from rlalign_kernels.vocab.plan import HEAD_PLAN
-from rlalign_kernels.vocab.schedules import HeadTile, head_tile, written_tile
+from rlalign_kernels.vocab.schedules import HeadTile, gradient_tile, head_tile, logits_tile
 from rlalign_kernels.vocab.triton_finish import draw_kernel, score_kernel
 from rlalign_kernels.vocab.triton_logits import gradient_kernel, logits_kernel
 from rlalign_kernels.vocab.triton_scan import scan_kernel
@@ -96,6 +96,8 @@ def _product(hidden: torch.Tensor, head: Head) -> _Product:
 
 def _tiled(product: _Product, tile: HeadTile) -> tuple[tuple[int], dict[str, object]]:
     """Grid, and constants of a kernel over tiles of the logits."""
+    if product.dtype == torch.float32 and tile.block_k != HEAD_PLAN.float32_block:
+        raise ValueError(f"HeadTile: block_k={tile.block_k}; the plan's float32 blocks are {HEAD_PLAN.float32_block}")
     num_tiles = -(-product.num_rows // tile.block_m) * -(-product.num_ids // tile.block_n)
     programs = min(num_tiles, num_processors(product.device) * tile.per_processor)
     tma = tile.tma and product.boxes
@@ -160,7 +162,7 @@ def _score_launch(
     numbers = (*product.numbers, stride_mask or 0, stride_out, product.cap)
     return Launch(
         score_kernel, (-(-product.num_rows // _FINISH_ROWS),), numbers, BLOCK=HEAD_PLAN.block, GROUP=HEAD_PLAN.group,
-        M=_FINISH_ROWS, BLOCK_K=64 if product.dtype == torch.float32 else 128, HAS_ROWS=has_rows,
+        M=_FINISH_ROWS, BLOCK_K=HEAD_PLAN.float32_block if product.dtype == torch.float32 else 128, HAS_ROWS=has_rows,
         HAS_MASK=stride_mask is not None, UNTRUNCATED=untruncated, num_warps=4,
         enable_fp_fusion=False, **product.constants(),
     )  # fmt: skip
@@ -211,7 +213,7 @@ def _logits_launch(product: _Product, tile: HeadTile, stride_out: int) -> Launch
 def logits(hidden: torch.Tensor, head: Head, tile: HeadTile | None = None) -> torch.Tensor:
     """float32 [T, V], before temperature: the bits that ``scan`` works on."""
     product = _product(hidden, head)
-    tile = tile or written_tile(product.num_rows, product.dtype, architecture(product.device))
+    tile = tile or logits_tile(product.num_rows, product.dtype, architecture(product.device))
     out = torch.empty(product.num_rows, product.num_ids, dtype=torch.float32, device=product.device)
     launch = _logits_launch(product, tile, out.stride(0))
     launch(*(hidden, head.weight) * 2, head.bias, out)
@@ -250,7 +252,7 @@ def logit_gradients(
     stats float32 [4, T] as scored; upstream float32 [3, T]: gradients of log-prob, entropy and log-sum-exp.
     """
     product = _product(hidden, head)
-    tile = tile or written_tile(product.num_rows, product.dtype, architecture(product.device), mask is not None)
+    tile = tile or gradient_tile(product.num_rows, product.dtype, architecture(product.device), mask is not None)
     strides = (_stride(mask), stats.stride(0), upstream.stride(0), out.stride(0))
     launch = _gradient_launch(product, tile, settings is not None, has_entropy, first_id, strides)
     temperature = None if settings is None else settings.temperature

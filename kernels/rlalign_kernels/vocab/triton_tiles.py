@@ -47,6 +47,28 @@ def load_box(
 
 
 @triton.jit
+def add_product(a, b, acc, lost):
+    """acc + a b^T as ``linear`` sums it. Tensor cores continue one chain; float32 adds blocks of k, each a chain from
+    0, and keeps what every addition rounds away in ``lost``."""
+    if a.dtype == tl.float32:
+        block = tl.dot(a, tl.trans(b), input_precision="ieee")
+        total = acc + block
+        back = total - acc
+        return total, lost + ((acc - (total - back)) + (block - back))
+    else:
+        return tl.dot(a, tl.trans(b), acc), lost
+
+
+@triton.jit
+def chain_end(acc, lost, COMPENSATED: tl.constexpr):
+    """The sum; an infinite one has lost infinitely much."""
+    if COMPENSATED:
+        return tl.where(tl.abs(acc) < float("inf"), acc + lost, acc)
+    else:
+        return acc
+
+
+@triton.jit
 def logits_tile(
     hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, row_tile, id_tile, num_rows, num_ids, depth,
     stride_hidden, stride_weight, cap, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -56,14 +78,16 @@ def logits_tile(
     row = row_tile * BLOCK_M
     column = id_tile * BLOCK_N
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    lost = acc
     for step in range(tl.cdiv(depth, BLOCK_K)):
         k = step * BLOCK_K
         h = load_box(hidden_box, hidden_ptr, row, k, num_rows, depth, stride_hidden, BLOCK_M, BLOCK_K, TMA)
         w = load_box(weight_box, weight_ptr, column, k, num_ids, depth, stride_weight, BLOCK_N, BLOCK_K, TMA)
         if SWAP:
-            acc = tl.dot(w, tl.trans(h), acc, input_precision="ieee")
+            acc, lost = add_product(w, h, acc, lost)
         else:
-            acc = tl.dot(h, tl.trans(w), acc, input_precision="ieee")
+            acc, lost = add_product(h, w, acc, lost)
+    acc = chain_end(acc, lost, hidden_ptr.dtype.element_ty == tl.float32)
     if SWAP:
         acc = tl.trans(acc)
     if HAS_BIAS:
