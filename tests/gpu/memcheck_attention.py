@@ -12,6 +12,7 @@ SWEEP = (
     Problem([5, 300], heads=(5, 1), dims=(80, 48), settings={"softcap": 20.0}, sinks=True),
     Problem([33, 70], heads=(2, 1), dims=(64, 64), dtype=torch.float32),
     Problem([2200, 300], heads=(4, 2)),
+    Problem([129, 64], heads=(8, 1), dims=(64, 64), settings={"window": 128}, sinks=True),
 )
 
 

@@ -1,4 +1,4 @@
-"""One attention problem in several shapes: packed, paged with poisoned free slots, chunked; and what its bits are."""
+"""Attention problems in several shapes: packed, paged with poisoned free slots, chunked; and what their bits are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from rlalign_kernels import attention_packed
 
 DEVICE = "cuda"
+LENGTHS = [1, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 2048, 4095, 4096, 4097]
+SHORT = [1, 17, 64, 129, 300, 511]
+PROBLEMS = {
+    "bf16": {},
+    "bf16 group of 5, sinks, window": {"heads": (5, 1), "dims": (80, 80), "sinks": True, "settings": {"window": 128}},
+    "bf16 sinks": {"sinks": True},
+    "bf16 64, sinks, window": {"heads": (8, 1), "dims": (64, 64), "sinks": True, "settings": {"window": 128}},
+    "bf16 full": {"settings": {"causal": False}},
+    "bf16 192/128, soft cap": {"heads": (4, 4), "dims": (192, 128), "settings": {"softcap": 20.0}},
+    "fp16 64, window": {"heads": (6, 2), "dims": (64, 64), "dtype": torch.float16, "settings": {"window": 300}},
+    "fp16": {"dtype": torch.float16},
+    "fp32": {"dims": (64, 64), "dtype": torch.float32},
+    "bf16 256": {"heads": (2, 1), "dims": (256, 256)},
+}  # fmt: skip
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -81,3 +96,17 @@ class Problem:
             v_cache[pages[position // page], position % page] = self.v[self.rows(b)]
         kv_lens = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
         return {"k_cache": k_cache, "v_cache": v_cache, "block_tables": tables, "kv_lens": kv_lens}
+
+
+def make(name: str, lengths: list[int] = LENGTHS) -> Problem:
+    return Problem(list(lengths), **PROBLEMS[name])
+
+
+def packed(p: Problem, q=None, k=None, v=None, cu_q=None, cu_k=None, **changed):
+    """(out, lse) with outputs that nobody wrote before: the allocator is given NaN to hand out."""
+    q, k, v = p.q if q is None else q, p.k if k is None else k, p.v if v is None else v
+    poison = [torch.full((q.shape[0], q.shape[1], v.shape[2]), torch.nan, dtype=q.dtype, device=DEVICE)]
+    poison.append(torch.full(q.shape[:2], torch.nan, device=DEVICE))
+    del poison
+    cu = {"cu_seqlens_q": p.cu if cu_q is None else cu_q, "cu_seqlens_k": p.cu if cu_k is None else cu_k}
+    return attention_packed(q, k, v, **cu, **{**p.keywords, **changed})
