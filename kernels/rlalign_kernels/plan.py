@@ -1,8 +1,9 @@
 """Frozen reduction plans, and the fingerprint of everything that can change a bit.
 
-A plan is a function of nothing but these constants and the model's shapes; no schedule is in it. On a CPU whose BLAS
-makes a row's bits depend on its place among 16, products take the first of ``row_tiles`` that is free of that: a fact
-of CPU model and BLAS, which are fields of the fingerprint for this reason.
+The plan here is the reference backend's; ``gpu_plan.py`` names the triton backend's. A plan is a function of nothing
+but such constants, the model's shapes and the GPU's architecture; no schedule is in it. On a CPU whose BLAS makes a
+row's bits depend on its place among 16, products take the first of ``row_tiles`` that is free of that: a fact of CPU
+model and BLAS, which are fields of the fingerprint for this reason.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from rlalign_kernels.dispatch import BACKENDS
+from rlalign_kernels.gpu_plan import GpuPlan
 from rlalign_kernels.norm import ONE_CHAIN
 from rlalign_kernels.reference.attention import FLOOR
 from rlalign_kernels.reference.attention_layout import KV_TILE
@@ -107,13 +109,16 @@ class Fingerprint:
 
 
 def fingerprint(backend: str, device: torch.device | str) -> Fingerprint:
-    """Of this process, for operators of ``backend`` on ``device``. Raises ValueError for an unknown backend."""
+    """Of this process, for operators of ``backend`` on ``device``. Raises ValueError for an unknown backend.
+
+    Imports no triton. Plan fields are those of the backend: the reference's for "native" too, which keeps to no plan.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"fingerprint: backend={backend!r} is unknown; supported: {list(BACKENDS)}")
     device = torch.device(device)
     fields = {"backend": backend, "device": device.type, "sources": _sources_sha256(), "torch": torch.__version__}
     fields["triton"] = _version("triton")
-    for name, plan in asdict(Plan()).items():
+    for name, plan in asdict(GpuPlan() if backend == "triton" else Plan()).items():
         fields[f"plan.{name}"] = ",".join(f"{key}={value}" for key, value in sorted(plan.items()))
     fields.update(_cpu_fields() if device.type == "cpu" else _gpu_fields(device))
     return Fingerprint(fields)

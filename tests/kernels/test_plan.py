@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from rlalign_kernels import (
     content,
     fingerprint,
     linear,
+    plan,
     probe,
     running_operator,
 )
+from rlalign_kernels.gpu_plan import GpuPlan
 from rlalign_kernels.reference import attention, gemm
 from rlalign_kernels.reference import elementwise as elementwise_module
 from support_kernels import normal, same_bits
@@ -43,6 +46,35 @@ def test_a_fingerprint_names_what_differs(monkeypatch):
     assert Fingerprint({"a": "1"}).difference(Fingerprint({})) == ["a: 1 != (absent)"]
     with pytest.raises(ValueError, match="backend='fast'"):
         fingerprint("fast", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("linear", {"float32_block": 32}),
+        ("norm", {"most_lanes": 512}),
+        ("attention", {"split": 2048}),
+        ("attention", {"tile_bytes": 16384}),
+        ("vocab", {"block": 256}),
+    ],
+)
+def test_the_gpu_plan_is_in_the_fingerprint_field_by_field(name, changed, monkeypatch):
+    one = fingerprint("triton", "cpu")
+    other_plan = replace(GpuPlan(), **{name: replace(getattr(GpuPlan(), name), **changed)})
+    monkeypatch.setattr(plan, "GpuPlan", lambda: other_plan)
+    (difference,) = one.difference(fingerprint("triton", "cpu"))
+    ((field, value),) = changed.items()
+    assert difference.startswith(f"plan.{name}: ") and f"{field}={value}" in difference
+    assert {key for key in one.fields if key.startswith("plan.")} == {
+        f"plan.{part}" for part in ("linear", "norm", "attention", "vocab")
+    }
+
+
+def test_a_fingerprint_needs_no_triton():
+    code = "import sys; from rlalign_kernels import fingerprint; fingerprint('triton', 'cpu'); print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, check=True)
+    assert not {name for name in done.stdout.decode().split() if name.split(".")[0] == "triton"}
 
 
 def test_a_plan_is_frozen():

@@ -15,13 +15,13 @@ from functools import cache
 import torch
 
 # What a tile of keys and values may take of shared memory, so that two of each fit beside the queries.
-_TILE_BYTES = 32 * 1024
+TILE_BYTES = 32 * 1024
 # 100 KiB of shared memory instead of 164 and more.
 SMALL_ARCHITECTURES = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
-_SMALL_TILE_BYTES = 16 * 1024
-_LARGEST_TILE = 128
+SMALL_TILE_BYTES = 16 * 1024
+LARGEST_TILE = 128
 # Products in float32 run on ordinary units, unrolled: larger tiles spill.
-_LARGEST_FLOAT32_TILE = 32
+LARGEST_FLOAT32_TILE = 32
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,6 @@ def tile_plan(head_dim: int, value_dim: int, dtype: torch.dtype, architecture: t
         128
     """
     row_bytes = padded(max(head_dim, value_dim)) * dtype.itemsize
-    largest = _LARGEST_FLOAT32_TILE if dtype == torch.float32 else _LARGEST_TILE
-    tile_bytes = _SMALL_TILE_BYTES if architecture in SMALL_ARCHITECTURES else _TILE_BYTES
+    largest = LARGEST_FLOAT32_TILE if dtype == torch.float32 else LARGEST_TILE
+    tile_bytes = SMALL_TILE_BYTES if architecture in SMALL_ARCHITECTURES else TILE_BYTES
     return TilePlan(max(16, min(largest, tile_bytes // row_bytes)))

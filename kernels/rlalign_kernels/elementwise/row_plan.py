@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 LARGEST_ROW = 16384
-_MOST_LANES = 1024
+MOST_LANES = 1024
 # Elements of a program that short rows share.
 _SHARED = 4096
 # Programs that weight gradients are added up by, before their sums are.
@@ -37,7 +37,7 @@ def lanes(size: int) -> int:
         >>> lanes(100), lanes(4096)
         (128, 1024)
     """
-    return min(_MOST_LANES, 1 << max(0, size - 1).bit_length())
+    return min(MOST_LANES, 1 << max(0, size - 1).bit_length())
 
 
 @cache
