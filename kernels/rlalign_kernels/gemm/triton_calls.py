@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
-        with _float32_sums():
+        with float32_sums():
             if ctx.needs_input_grad[0]:
                 grad_x = torch.mm(rows, weight).view(x.shape)
             if ctx.needs_input_grad[1]:
@@ -67,7 +67,7 @@ class _Linear(torch.autograd.Function):
 
 
 @contextmanager
-def _float32_sums() -> Iterator[None]:
+def float32_sums() -> Iterator[None]:
     """cuBLAS may not add partial sums in bfloat16 or float16."""
     settings = torch.backends.cuda.matmul
     before = {}

@@ -2,7 +2,7 @@
 
 Per part of the ids, ascending: the loss's gradient at its logits, rounded to the weights' dtype; of it the part's
 weight gradient, one product over all rows; and one more term of the hidden gradient's float32 sum. Products are
-PyTorch's: run to run the same bits on one packing, which is all that is promised of gradients.
+cuBLAS's, its sums in float32: run to run the same bits on one packing, which is all that is promised of gradients.
 Besides the gradients themselves it takes at most ``MOST_BYTES``, whatever T and V. More rows than fit are taken in
 parts, and their logits are computed once for each of the two gradients.
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from rlalign_kernels.gemm.triton_calls import float32_sums
 from rlalign_kernels.vocab.plan import HEAD_PLAN
 from rlalign_kernels.vocab.triton_launches import Head, Settings, logit_gradients
 
@@ -80,22 +81,30 @@ def gradients(
                for x, need in zip((hidden, head.weight, head.bias), needs, strict=True)]  # fmt: skip
     if hidden.shape[0] == 0:
         return tuple(None if x is None else x.zero_() for x in results)
-    parts = _Parts(hidden, head, scored)
-    grad_hidden, grad_weight, grad_bias = results
+    with float32_sums():
+        _fill(_Parts(hidden, head, scored), *results)
+    return tuple(results)
+
+
+def _fill(
+    parts: _Parts,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    grad_bias: torch.Tensor | None,
+) -> None:
     rows = parts.row_slices()
     if len(rows) == 1:
         for _, ids, part in _ascending(parts, rows, grad_hidden):
             if grad_weight is not None:
-                torch.mm(part.t(), hidden, out=grad_weight[ids])
+                torch.mm(part.t(), parts.hidden, out=grad_weight[ids])
             if grad_bias is not None:
                 grad_bias[ids] = part.sum(0, dtype=torch.float32)
-        return grad_hidden, grad_weight, grad_bias
+        return
     if grad_hidden is not None:
         for _ in _ascending(parts, rows, grad_hidden):
             pass
     if grad_weight is not None or grad_bias is not None:
         _by_ids(parts, rows, grad_weight, grad_bias)
-    return grad_hidden, grad_weight, grad_bias
 
 
 def _ascending(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlalign_kernels.attention.triton_problem import BOX_ALIGNMENT, architecture, num_processors, rows
+from rlalign_kernels.gpu import BOX_ALIGNMENT, architecture, num_processors, rows
 from rlalign_kernels.launch import Launch
 from rlalign_kernels.vocab.plan import HEAD_PLAN
 from rlalign_kernels.vocab.schedules import HeadTile, gradient_tile, head_tile, logits_tile

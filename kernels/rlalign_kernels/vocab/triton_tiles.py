@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.random import philox_impl
 
-from rlalign_kernels.attention.triton_tiles import fold, tanh
+from rlalign_kernels.triton_math import fold, tanh
 
 FLOOR = tl.constexpr(-1.0e30)
 LOG2E = tl.constexpr(1.4426950408889634)

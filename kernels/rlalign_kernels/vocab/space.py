@@ -1,0 +1,42 @@
+"""Schedules of the output layer that are worth a look: what doctor.py compares and tune.py chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from rlalign_kernels.vocab.plan import HEAD_PLAN
+from rlalign_kernels.vocab.schedules import HeadTile
+
+_FEW_ROWS = 64
+# Rows that a tile may cover in vain.
+_FEWEST = 16
+
+
+def candidates(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> list[HeadTile]:
+    """For log-probs, or for draws with ``sample``; without tiles that are mostly padding at so many rows."""
+    return [tile for tile in _tiles(dtype, architecture, sample) if tile.block_m <= max(_FEWEST, 2 * num_rows)]
+
+
+def _tiles(dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> Iterator[HeadTile]:
+    block = HEAD_PLAN.block
+    if dtype == torch.float32:
+        for block_m, warps, stages in ((16, 4, 2), (16, 2, 2), (32, 4, 2), (32, 8, 2), (64, 8, 1)):
+            yield HeadTile(block_m, block, HEAD_PLAN.float32_block, warps, stages)
+        return
+    yield HeadTile(16, block, 64, 4, 3)
+    yield HeadTile(64, block, 32, 4, 3)
+    if architecture != (9, 0):
+        yield HeadTile(64, block, 64, 4, 3)
+        yield HeadTile(128, block, 32, 8, 3)
+        return
+    for block_m, block_k, stages, programs in ((16, 128, 3, 2), (16, 64, 6, 2), (16, 128, 4, 1), (32, 64, 4, 2)):
+        yield HeadTile(block_m, block, block_k, 4, stages, swap=True, tma=True, per_processor=programs)
+    for programs in (1, 2):
+        yield HeadTile(64, block, 64, 4, 4, tma=True, per_processor=programs)
+    yield HeadTile(128, block, 64, 8, 3, tma=True)
+    yield HeadTile(128, block, 64, 8, 3, tma=True, flatten=True)
+    if not sample:
+        for row_tiles in (4, 8, 16):
+            yield HeadTile(128, 2 * block, 64, 8, 3, tma=True, row_tiles=row_tiles)
