@@ -127,14 +127,15 @@ def test_as_accurate_as_torch(dtype, extras):
     logits = F.linear(hidden, weight, keywords["bias"]).float()
     if keywords["softcap"]:
         logits = torch.tanh(logits / keywords["softcap"]) * keywords["softcap"]
-    log_p = torch.log_softmax(logits / 0.6, 1)
+    logits = logits / rows.temperature[:, None]
+    log_p = torch.log_softmax(logits, 1)
     native = (
-        log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1), torch.logsumexp(logits / 0.6, 1)
+        log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1), torch.logsumexp(logits, 1)
     )  # fmt: skip
     results = [(*out, *torch.autograd.grad(list(out), inputs, cotangents)) for out in (ours, native)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     bias = wide[2] if "bias" in extras else None
-    truth = truths.logprob(wide[0], wide[1], targets, 0.6, None, bias, extras.get("softcap"))
+    truth = truths.logprob(wide[0], wide[1], targets, rows.temperature, None, bias, extras.get("softcap"))
     exact = (*truth, *torch.autograd.grad(truth, wide, [c.double() for c in cotangents]))
     for mine, theirs, want in zip(*results, exact, strict=True):
         assert error(mine, want) <= 1.2 * error(theirs, want) + 1e-7

@@ -9,7 +9,6 @@ import torch
 from rlalign_kernels.vocab.plan import HEAD_PLAN
 from rlalign_kernels.vocab.schedules import HeadTile
 
-_FEW_ROWS = 64
 # Rows that a tile may cover in vain.
 _FEWEST = 16
 
@@ -17,6 +16,11 @@ _FEWEST = 16
 def candidates(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> list[HeadTile]:
     """For log-probs, or for draws with ``sample``; without tiles that are mostly padding at so many rows."""
     return [tile for tile in _tiles(dtype, architecture, sample) if tile.block_m <= max(_FEWEST, 2 * num_rows)]
+
+
+def known_tiles(dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> set[HeadTile]:
+    """All that ``candidates`` could return for any number of rows."""
+    return set(_tiles(dtype, architecture, sample))
 
 
 def _tiles(dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> Iterator[HeadTile]:

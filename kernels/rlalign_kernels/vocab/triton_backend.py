@@ -94,8 +94,8 @@ def _score(
     kept: torch.Tensor,
     untruncated: bool,
 ) -> torch.Tensor:
-    """float32 [4, T]: log-prob, entropy, log-sum-exp, and that in units of log 2."""
-    out = torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    """float32 [5, T]: log-prob, entropy, log-sum-exp; m and s for the gradient."""
+    out = torch.empty(5, hidden.shape[0], dtype=torch.float32, device=hidden.device)
     for part in _row_parts(hidden.shape[0], 3, head):
         own = None if settings is None else Settings(*(x[part] for x in settings))
         seen = None if mask is None else mask[part]

@@ -17,6 +17,7 @@ from rlalign_kernels.vocab.triton_tiles import (
     add_product,
     chain_end,
     load_box,
+    log,
     row_scale,
     soft_cap,
     spread,
@@ -102,31 +103,6 @@ def _target_logits(
 
 
 @triton.jit
-def _log(x):
-    """Natural logarithm of normal float32 x to 0.84 units in the last place, in written-out operations.
-
-    The hardware's errs by 2e-7 around 1, where the sums of confident rows are. 0 gives -inf.
-    """
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) & -8388608  # the multiple of 2^23 that leaves a mantissa in [2/3, 4/3)
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    s = f * f
-    r = tl.fma(s, -0.130310059, -0.121483989)
-    t = tl.fma(s, 0.140869141, 0.139814854)
-    r = tl.fma(r, s, -0.166846126)
-    t = tl.fma(t, s, 0.200120345)
-    r = tl.fma(r, s, -0.249996200)
-    r = tl.fma(t, f, r)
-    r = tl.fma(r, f, 0.333331972)
-    r = tl.fma(r, f, -0.5)
-    r = tl.fma(r, s, f)
-    # 2^-23: the exponent as a number
-    r = tl.fma(exponent.to(tl.float32) * 1.1920928955078125e-07, LN2, r)
-    r = tl.where(x == x, r, x)
-    return tl.where(x == 0.0, float("-inf"), r)
-
-
-@triton.jit
 def _logprob(x, c, m, log_sum):
     """Natural log-prob of logits x [M]; the largest one's may round to no more than 0."""
     logprob = tl.fma(tl.fma(x, c, -m), LN2, -log_sum)
@@ -140,7 +116,7 @@ def score_kernel(
     BLOCK: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr, UNTRUNCATED: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [4, rows]: log-prob, entropy, log-sum-exp, and log-sum-exp in units of log 2 for the gradient."""
+    """out float32 [5, rows]: log-prob, entropy, log-sum-exp; for the gradient m and s."""
     offs_m = tl.program_id(0) * M + tl.arange(0, M)
     inside = offs_m < num_rows
     target = tl.load(targets_ptr + offs_m, mask=inside, other=0)
@@ -158,7 +134,7 @@ def score_kernel(
     hold = _settings_hold(
         temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, offs_m, num_rows, HAS_ROWS, UNTRUNCATED
     )  # fmt: skip
-    log_sum = _log(s)
+    log_sum = log(s)
     entropy = tl.fma(tl.div_rn(w, s), -LN2, log_sum)
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     valid = known & hold
@@ -167,7 +143,8 @@ def score_kernel(
     tl.store(ptrs, tl.where(kept, tl.where(valid, _logprob(x, c, m, log_sum), nan), 0.0), mask=inside)
     tl.store(ptrs + stride_out, tl.where(kept, tl.where(valid, entropy, nan), 0.0), mask=inside)
     tl.store(ptrs + 2 * stride_out, tl.where(kept, tl.where(valid, tl.fma(m, LN2, log_sum), nan), 0.0), mask=inside)
-    tl.store(ptrs + 3 * stride_out, tl.where(valid, tl.fma(log_sum, LOG2E, m), nan), mask=inside)
+    tl.store(ptrs + 3 * stride_out, tl.where(valid, m, nan), mask=inside)
+    tl.store(ptrs + 4 * stride_out, tl.where(valid, s, nan), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -206,12 +183,12 @@ def draw_kernel(
     hold = hold & (best > float("-inf"))
     nan = float("nan")
     tl.store(token_ptr + offs_m, tl.where(token < num_ids, token, 0).to(tl.int64), mask=inside)
-    logprob = tl.where(hold, _logprob(logit, c, m, _log(s)), nan)
+    logprob = tl.where(hold, _logprob(logit, c, m, log(s)), nan)
     tl.store(out_ptr + offs_m, logprob, mask=inside)
     if RAW:
         m, s, _ = _merge(
             parts_ptr + 5 * field, parts_ptr + 6 * field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False
         )  # fmt: skip
         one = tl.full([M], LOG2E, tl.float32)
-        raw = tl.where(hold, _logprob(logit, one, m, _log(s)), nan)
+        raw = tl.where(hold, _logprob(logit, one, m, log(s)), nan)
         tl.store(out_ptr + stride_out + offs_m, raw, mask=inside)

@@ -179,7 +179,7 @@ def score(
     out: torch.Tensor,
     untruncated: bool,
 ) -> None:
-    """Fill out float32 [4, T] from the scan's ``parts``: log-prob, entropy, log-sum-exp, and that over log 2.
+    """Fill out float32 [5, T] from the scan's ``parts``: log-prob, entropy, log-sum-exp; m and s for the gradient.
 
     untruncated: settings with a filter are refused, by NaN.
     """
@@ -249,7 +249,7 @@ def logit_gradients(
 ) -> None:
     """Fill out [T, V] in hidden's dtype for a part of the ids, of which ``head`` and ``mask`` are slices.
 
-    stats float32 [4, T] as scored; upstream float32 [3, T]: gradients of log-prob, entropy and log-sum-exp.
+    stats float32 [5, T] as scored; upstream float32 [3, T]: gradients of log-prob, entropy and log-sum-exp.
     """
     product = _product(hidden, head)
     tile = tile or gradient_tile(product.num_rows, product.dtype, architecture(product.device), mask is not None)

@@ -1,8 +1,8 @@
 """Kernels that write one number per row and id, for a bounded part of either: logits, or the loss's gradient at them.
 
-With upstream gradients g of log-prob, entropy and log-sum-exp, d the log2-probability and p = exp2(d): the gradient at
-an id is p (g_lse - g_lp - g_ent (d log 2 + entropy)), plus g_lp at the target, over temperature, times the soft cap's
-slope 1 - (x / cap)^2; 0 outside the support.
+With upstream gradients g of log-prob, entropy and log-sum-exp, and d, m and s as in the scan: the gradient at an id is
+exp2(d) / s (g_lse - g_lp - g_ent (d log 2 - log s + entropy)), plus g_lp at the target, over temperature, times the
+soft cap's slope 1 - (x / cap)^2; 0 outside the support.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rlalign_kernels.vocab.triton_tiles import (
     ZERO_EXP,
     exponents,
     halves,
+    log,
     logits_tile,
     place,
     restrict,
@@ -46,13 +47,13 @@ def logits_kernel(
 
 @triton.jit
 def _gradient_block(
-    x, first, offs_m, c, kept, hit, lse, a, b, g_hit, mask_ptr, out_ptr, num_rows, num_ids, stride_mask, stride_out,
+    x, first, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr, num_rows, num_ids, stride_mask, stride_out,
     cap, M: tl.constexpr, N: tl.constexpr, HAS_CAP: tl.constexpr, HAS_MASK: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     """Logits x [M, N] of ids first ...; hit [M]: the target's number among this call's ids."""
     ids = first + tl.arange(0, N)
     z = restrict(x, offs_m, ids, mask_ptr, num_rows, num_ids, stride_mask, HAS_MASK, False)
-    d = exponents(tl.where(kept[:, None], z, 0.0), c, lse, M, N)
+    d = exponents(tl.where(kept[:, None], z, 0.0), c, m, M, N)
     p = tl.math.exp2(d)
     if CLAMP:
         d = tl.maximum(d, ZERO_EXP)
@@ -92,7 +93,9 @@ def gradient_kernel(
         hit = tl.load(targets_ptr + offs_m, mask=inside, other=0) - first_id
         entropy = tl.load(stats_ptr + stride_stats + offs_m, mask=inside, other=0.0)
         # rows that do not count have probability 0 everywhere
-        lse = tl.where(kept, tl.load(stats_ptr + 3 * stride_stats + offs_m, mask=inside, other=0.0), 1.0e30)
+        m = tl.where(kept, tl.load(stats_ptr + 3 * stride_stats + offs_m, mask=inside, other=0.0), 1.0e30)
+        s = tl.load(stats_ptr + 4 * stride_stats + offs_m, mask=inside, other=1.0)
+        share = tl.div_rn(tl.full([BLOCK_M], 1.0, tl.float32), s)
         scale = c * LN2 if HAS_TEMPERATURE else tl.full([BLOCK_M], 1.0, tl.float32)
         scale = tl.where(kept, scale, 0.0)
         g_hit = tl.load(upstream_ptr + offs_m, mask=inside, other=0.0)
@@ -101,23 +104,23 @@ def gradient_kernel(
         b = tl.zeros([BLOCK_M], tl.float32)
         if HAS_ENTROPY:
             g_entropy = tl.load(upstream_ptr + stride_upstream + offs_m, mask=inside, other=0.0)
-            a = a - g_entropy * entropy
-            b = tl.where(kept, g_entropy * scale * (-LN2), 0.0)
-        a = tl.where(kept, a * scale, 0.0)
+            a = a - g_entropy * (entropy - log(s))
+            b = tl.where(kept, g_entropy * scale * share * (-LN2), 0.0)
+        a = tl.where(kept, a * scale * share, 0.0)
         g_hit = tl.where(kept, g_hit * scale, 0.0)
         CLAMP: tl.constexpr = HAS_BIAS or HAS_MASK
         if BLOCK_N == BLOCK:
             _gradient_block(
-                x, id_tile * BLOCK_N, offs_m, c, kept, hit, lse, a, b, g_hit, mask_ptr, out_ptr, num_rows, num_ids,
+                x, id_tile * BLOCK_N, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr, num_rows, num_ids,
                 stride_mask, stride_out, cap, BLOCK_M, BLOCK, HAS_CAP, HAS_MASK, CLAMP,
             )  # fmt: skip
         else:
             left, right = halves(x, BLOCK_M, BLOCK_N)
             _gradient_block(
-                left, id_tile * BLOCK_N, offs_m, c, kept, hit, lse, a, b, g_hit, mask_ptr, out_ptr, num_rows,
+                left, id_tile * BLOCK_N, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr, num_rows,
                 num_ids, stride_mask, stride_out, cap, BLOCK_M, BLOCK, HAS_CAP, HAS_MASK, CLAMP,
             )  # fmt: skip
             _gradient_block(
-                right, id_tile * BLOCK_N + BLOCK, offs_m, c, kept, hit, lse, a, b, g_hit, mask_ptr, out_ptr, num_rows,
+                right, id_tile * BLOCK_N + BLOCK, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr, num_rows,
                 num_ids, stride_mask, stride_out, cap, BLOCK_M, BLOCK, HAS_CAP, HAS_MASK, CLAMP,
             )  # fmt: skip

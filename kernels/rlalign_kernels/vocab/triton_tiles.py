@@ -116,6 +116,31 @@ def row_scale(temperature_ptr, offs_m, num_rows, HAS_TEMPERATURE: tl.constexpr):
 
 
 @triton.jit
+def log(x):
+    """Natural logarithm of normal float32 x to 0.84 units in the last place, in written-out operations.
+
+    The hardware's errs by 2e-7 around 1, where the sums of confident rows are. 0 gives -inf.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -8388608  # the multiple of 2^23 that leaves a mantissa in [2/3, 4/3)
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    s = f * f
+    r = tl.fma(s, -0.130310059, -0.121483989)
+    t = tl.fma(s, 0.140869141, 0.139814854)
+    r = tl.fma(r, s, -0.166846126)
+    t = tl.fma(t, s, 0.200120345)
+    r = tl.fma(r, s, -0.249996200)
+    r = tl.fma(t, f, r)
+    r = tl.fma(r, f, 0.333331972)
+    r = tl.fma(r, f, -0.5)
+    r = tl.fma(r, s, f)
+    # 2^-23: the exponent as a number
+    r = tl.fma(exponent.to(tl.float32) * 1.1920928955078125e-07, LN2, r)
+    r = tl.where(x == x, r, x)
+    return tl.where(x == 0.0, float("-inf"), r)
+
+
+@triton.jit
 def halves(x, M: tl.constexpr, N: tl.constexpr):
     """Left and right half of [M, N]."""
     return tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
