@@ -25,25 +25,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from rlalign_kernels.attention.hopper_tiles import (
     TILE_FIELDS,
     TILE_SLOTS,
+    find_sequence,
+    hear_tile,
+    load_box,
+    store_box,
+    tell_end,
+    tell_tile,
+    tiles_of_keys,
+)
+from rlalign_kernels.attention.triton_tiles import find_sequence as triton_find_sequence
+from rlalign_kernels.hopper_common import (
     WARPGROUP_ROWS,
     all_warps_meet,
     barriers,
     boxes,
     copy_in,
     draw,
-    find_sequence,
-    hear_tile,
     leave_counter,
-    load_box,
     matrix,
-    store_box,
-    tell_end,
-    tell_tile,
-    tiles_of_keys,
 )
-from rlalign_kernels.attention.triton_tiles import LOG2E
-from rlalign_kernels.attention.triton_tiles import find_sequence as triton_find_sequence
-from rlalign_kernels.attention.triton_tiles import fold as triton_fold
+from rlalign_kernels.triton_math import LOG2E
+from rlalign_kernels.triton_math import fold as triton_fold
 
 
 @triton.jit(do_not_specialize=["num_sequences"])

@@ -21,20 +21,22 @@ from rlalign_kernels.attention.hopper_backward import seen
 from rlalign_kernels.attention.hopper_tiles import (
     TILE_FIELDS,
     TILE_SLOTS,
+    find_sequence,
+    hear_tile,
+    load_box,
+    store_box,
+    tell_end,
+    tell_tile,
+)
+from rlalign_kernels.hopper_common import (
     WARPGROUP_ROWS,
     all_warps_meet,
     barriers,
     boxes,
     copy_in,
     draw,
-    find_sequence,
-    hear_tile,
     leave_counter,
-    load_box,
     matrix,
-    store_box,
-    tell_end,
-    tell_tile,
 )
 
 query_range = gluon.jit(triton_backward._query_range.fn)

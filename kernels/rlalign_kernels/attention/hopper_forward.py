@@ -24,6 +24,15 @@ from rlalign_kernels.attention.hopper_tiles import (
     LOG2E,
     TILE_FIELDS,
     TILE_SLOTS,
+    find_sequence,
+    hear_tile,
+    load_box,
+    store_box,
+    tell_end,
+    tell_tile,
+    tiles_of_keys,
+)
+from rlalign_kernels.hopper_common import (
     WARPGROUP_ROWS,
     all_warps_meet,
     as_box,
@@ -31,16 +40,9 @@ from rlalign_kernels.attention.hopper_tiles import (
     boxes,
     column,
     draw,
-    find_sequence,
     fold,
-    hear_tile,
     leave_counter,
-    load_box,
     matrix,
-    store_box,
-    tell_end,
-    tell_tile,
-    tiles_of_keys,
 )
 
 

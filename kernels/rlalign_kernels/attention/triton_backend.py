@@ -20,16 +20,14 @@ from rlalign_kernels.attention.tile_plan import TilePlan, padded, tile_plan
 from rlalign_kernels.attention.triton_decode import attention_decode_kernel
 from rlalign_kernels.attention.triton_forward import attention_forward_kernel
 from rlalign_kernels.attention.triton_problem import (
-    BOX_ALIGNMENT,
     Keys,
     Masking,
     integers,
     layout,
-    num_processors,
-    rows,
     shape_of,
     workspace,
 )
+from rlalign_kernels.gpu import BOX_ALIGNMENT, num_processors, rows
 from rlalign_kernels.launch import Launch, Remembered
 
 # Of both stock kernels: k_desc and v_desc.

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from rlalign_kernels.attention.triton_forward import key_range
-from rlalign_kernels.attention.triton_tiles import LOG2E, find_sequence, fold, load_rows, scores, visible
+from rlalign_kernels.attention.triton_tiles import find_sequence, load_rows, scores, visible
+from rlalign_kernels.triton_math import LOG2E, fold
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -23,11 +23,10 @@ from rlalign_kernels.attention.triton_problem import (
     Masking,
     integers,
     layout,
-    num_processors,
-    rows,
     shape_of,
     workspace,
 )
+from rlalign_kernels.gpu import num_processors, rows
 from rlalign_kernels.launch import Launch, Remembered
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from triton.runtime import driver
 
 from rlalign_kernels.attention.schedules import Shape
+from rlalign_kernels.gpu import BOX_ALIGNMENT, architecture
 
 _LOG2E = 1.4426950408889634
-_INTERPRETER_ARCHITECTURE = (9, 0)
-# Bytes: where the hardware's boxes may begin.
-BOX_ALIGNMENT = 16
 
 
 class Masking(NamedTuple):
@@ -64,11 +61,6 @@ def shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Shape:
     return Shape(q.shape[-1], v.shape[-1], q.shape[1] // k.shape[-2], q.dtype, architecture(q.device))
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """With a contiguous last dimension, as the kernels read it, and no expanded one (a sum's gradient has them)."""
-    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
-
-
 def layout(x: torch.Tensor) -> Hashable:
     """All of a tensor that a launch, or a refusal, depends on, except where it is."""
     return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % BOX_ALIGNMENT == 0
@@ -77,16 +69,6 @@ def layout(x: torch.Tensor) -> Hashable:
 def integers(x: torch.Tensor) -> Hashable:
     """Of offsets, lengths and page tables."""
     return x.shape, x.stride(), x.dtype, x.device
-
-
-@cache
-def architecture(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else _INTERPRETER_ARCHITECTURE
-
-
-@cache
-def num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 _SPACES: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}

@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from rlalign_kernels.attention.hopper_tiles import WARPGROUP_ROWS, all_warps_meet, barriers, boxes, copy_in
 from rlalign_kernels.gemm import triton_chain
+from rlalign_kernels.hopper_common import WARPGROUP_ROWS, all_warps_meet, barriers, boxes, copy_in
 
 _tile_of = gluon.jit(triton_chain.tile_of.fn)
 # a name that moved between Triton's versions

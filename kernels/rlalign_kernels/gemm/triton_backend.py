@@ -9,11 +9,11 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlalign_kernels.attention.triton_problem import BOX_ALIGNMENT, architecture, num_processors
 from rlalign_kernels.gemm import schedules
 from rlalign_kernels.gemm.chain_plan import FLOAT32_BLOCK
 from rlalign_kernels.gemm.schedules import HopperTile, Layer, Tile
 from rlalign_kernels.gemm.triton_chain import linear_kernel
+from rlalign_kernels.gpu import BOX_ALIGNMENT, architecture, num_processors
 from rlalign_kernels.launch import Launch
 
 # x, weight, bias, out
