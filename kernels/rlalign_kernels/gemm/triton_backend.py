@@ -9,7 +9,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rlalign_kernels.gemm import schedules
+from rlalign_kernels import tuned
+from rlalign_kernels.gemm import space
 from rlalign_kernels.gemm.chain_plan import FLOAT32_BLOCK
 from rlalign_kernels.gemm.schedules import HopperTile, Layer, Tile
 from rlalign_kernels.gemm.triton_chain import linear_kernel
@@ -63,9 +64,13 @@ def _call(
     """What to launch for tensors of this layout."""
     num_rows, depth = x_shape
     width = w_shape[0]
-    boxes = aligned and _in_boxes(x_stride, depth, dtype) and _in_boxes(w_stride, depth, dtype)
+    boxes = aligned and in_boxes(x_stride, depth, dtype) and in_boxes(w_stride, depth, dtype)
     layer = Layer(width, depth, dtype, leaves, architecture(device), boxes)
-    found = schedule or _hopper_tile(layer, num_rows, out_dtype, device) or schedules.tile(layer, num_rows)
+    found = (
+        schedule
+        or tuned.linear_tile(layer, num_rows, out_dtype)
+        or space.chosen(layer, num_rows, out_dtype, num_processors(device))
+    )
     if isinstance(found, HopperTile):
         from rlalign_kernels.gemm import hopper_backend
 
@@ -93,12 +98,6 @@ def _call(
     return partial(_run, launch, found.tma)
 
 
-def _hopper_tile(layer: Layer, num_rows: int, out_dtype: torch.dtype, device: torch.device) -> HopperTile | None:
-    if not schedules.takes_hopper_tiles(layer, out_dtype):
-        return None
-    return schedules.hopper_tile(layer, num_rows, out_dtype, num_processors(device))
-
-
 def _run(
     launch: Launch, tma: bool, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
@@ -108,7 +107,7 @@ def _run(
         launch(x, weight, None, None, bias, out)
 
 
-def _in_boxes(stride: tuple[int, int], depth: int, dtype: torch.dtype) -> bool:
+def in_boxes(stride: tuple[int, int], depth: int, dtype: torch.dtype) -> bool:
     """Whether the copy engine can read rows of ``depth`` numbers: in one piece, apart, on 16-byte boundaries."""
     return stride[1] == 1 and stride[0] >= depth > 0 and stride[0] * dtype.itemsize % BOX_ALIGNMENT == 0
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rlalign_kernels import tuned
 from rlalign_kernels.gpu import BOX_ALIGNMENT, architecture, num_processors, rows
 from rlalign_kernels.launch import Launch
 from rlalign_kernels.vocab.plan import HEAD_PLAN
@@ -139,9 +140,7 @@ def scan(
     """float32 [fields, blocks, T], see triton_scan.py; draws where there are seeds. mask bool [T, V]: False is out."""
     product = _product(hidden, head)
     sample = seeds is not None
-    tile = tile or head_tile(
-        product.num_rows, product.dtype, architecture(product.device), sample, mask is not None
-    )  # fmt: skip
+    tile = tile or _scan_tile(product, sample, mask is not None)
     fields = (_RAW_FIELDS if raw else _DRAW_FIELDS) if sample else _SCORE_FIELDS
     parts = torch.empty(fields, head.num_blocks, product.num_rows, dtype=torch.float32, device=product.device)
     launch = _scan_launch(product, tile, settings is not None, _stride(mask), sample, raw)
@@ -149,6 +148,14 @@ def scan(
     # where there are no boxes, their parameters are not used
     launch(*(hidden, head.weight) * 2, head.bias, temperature, mask, seeds, positions, parts)
     return parts
+
+
+def _scan_tile(product: _Product, sample: bool, masked: bool) -> HeadTile:
+    where = product.dtype, architecture(product.device)
+    found = None
+    if product.boxes and not masked:
+        found = tuned.head_tile(product.num_rows, product.num_ids, product.depth, *where, sample)
+    return found or head_tile(product.num_rows, *where, sample, masked)
 
 
 def _stride(mask: torch.Tensor | None) -> int | None:
