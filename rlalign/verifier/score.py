@@ -1,0 +1,128 @@
+"""How a sequence of a dump is scored: every switch that can make two engines' log-probs differ, in one frozen record.
+
+The verifier knows no model. Whoever does passes in a ``Scorer``; rlalign/cli/scoring.py has the one over our policies.
+The defaults of ``ScoreSettings`` are the plain case: the model itself, our operators, whole sequences in one forward,
+every transform that the dump names. Legend: L response tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from rlalign.config import Dtype, SamplingParams
+from rlalign.verifier.dumps.record import DumpSequence
+
+Operator = Literal["attention", "linear", "norm", "rotary", "activation", "head"]
+Transform = Literal["temperature", "top_k", "top_p", "min_p"]
+OPERATORS: tuple[Operator, ...] = get_args(Operator)
+TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
+_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+class UnsupportedSetting(ValueError):
+    """A scorer can't serve a setting here (no tokenizer, no second checkpoint, …); the message says why."""
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ScoreSettings:
+    """One way to turn a sequence into log-probs. Hashable: scorers and their callers cache by it.
+
+    Example:
+        >>> ScoreSettings(native=OPERATORS) == ScoreSettings(native=reversed(OPERATORS))
+        True
+    """
+
+    weights: int = Field(0, ge=0)
+    """0: the model; n: the n-th of the previous models."""
+    config: tuple[tuple[str, float], ...] = ()
+    """Numbers of the model's config that are replaced, such as ("rope_theta", 1e6) or ("rms_norm_eps", 1e-5)."""
+    dtype: Dtype | None = None
+    """Of weights and activations; None: the scorer's own."""
+    native: frozenset[Operator] = frozenset()
+    """Operators that PyTorch computes in place of ours."""
+    attention: Literal["reference", "sdpa", "flex"] | None = None
+    """The inner attention; None: what ``native`` says."""
+    phase: Literal["prefill", "decode"] = "prefill"
+    """decode: the response token by token against a cache, as an engine does."""
+    batch: Literal["together", "alone"] = "together"
+    """Sequences beside each other in one forward, or one by one."""
+    chunk: int | None = Field(None, ge=1)
+    """Most prompt tokens of a sequence in one forward, against a cache; None: all at once."""
+    padding: Literal["none", "left_seen", "middle_seen"] = "none"
+    """Padding that attention sees, as without a mask: before the prompt, or between prompt and response."""
+    position_offset: int = 0
+    """Added to every position id."""
+    response_position_offset: int = 0
+    """Added to the position ids of response tokens only."""
+    processed: bool | None = None
+    """False: no transform at all; True: those of the sampling parameters; None: as the dump says, else True."""
+    ignore: frozenset[Transform] = frozenset()
+    """Transforms left out of the log-prob, although the token was sampled with them."""
+    temperature: float | None = Field(None, gt=0)
+    """In place of the dump's."""
+    filters_first: bool = False
+    """top-k, top-p and min-p at temperature 1, and the temperature after them."""
+    logits: Literal["float32", "bfloat16", "bfloat16_softmax"] = "float32"
+    """What logits are rounded to; bfloat16_softmax: log-softmax and its result too."""
+    target_shift: Literal[-1, 0, 1] = 0
+    """The token's log-prob is read so many rows later than the row that predicts it."""
+    prompt: Literal[
+        "as_dumped", "without_first", "with_bos", "without_last", "reencoded", "chat_template", "next", "previous"
+    ] = "as_dumped"
+    """Another prompt in front of the same response; next, previous: that of the neighbour in the dump."""
+    tokens: Literal["as_dumped", "reencoded"] = "as_dumped"
+    """reencoded: the response's ids decoded to text and encoded again, where that gives as many."""
+
+    @property
+    def numerics(self) -> str:
+        """ "invariant", "native", or "mixed"."""
+        return "invariant" if not self.native else "native" if self.native == frozenset(OPERATORS) else "mixed"
+
+    def describe(self) -> str:
+        """The switches that are not at their default, as ``name=value``; "plain" if there are none."""
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        shown = [f"{name}={_shown(value)}" for name, value in changed if value != getattr(_PLAIN, name)]
+        return ", ".join(shown) or "plain"
+
+
+_PLAIN = ScoreSettings()
+
+
+class Scorer(Protocol):
+    """Scores sequences. May keep what it loaded or computed between calls, but no result may depend on that."""
+
+    def __call__(self, sequences: Sequence[DumpSequence], settings: ScoreSettings) -> list[np.ndarray]:
+        """Log-probs float32 [L] of every sequence, in order; NaN for a token that ``settings`` leave without one.
+
+        The sequences of one call are each other's neighbours where ``settings`` ask for any. Raises UnsupportedSetting.
+        """
+
+
+def effective_sampling(sequence: DumpSequence, settings: ScoreSettings) -> SamplingParams:
+    """The parameters whose transforms the log-probs of ``sequence`` are taken after, under ``settings``.
+
+    Greedy ones (temperature 0) mean the untruncated distribution at temperature 1. A dump without parameters is taken
+    to be of temperature 1 with nothing cut off.
+    """
+    params = sequence.sampling or SamplingParams()
+    processed = settings.processed
+    if processed is None:
+        processed = True if sequence.processed is None else sequence.processed
+    off = TRANSFORMS if not processed else [name for name in TRANSFORMS if name in settings.ignore]
+    if not params.greedy:
+        params = replace(params, **{name: _OFF[name] for name in off})
+    return params if settings.temperature is None else replace(params, temperature=settings.temperature)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, frozenset):
+        return "+".join(sorted(value))
+    if isinstance(value, tuple):
+        return "+".join(f"{name}:{number:g}" for name, number in value)
+    return str(value)
