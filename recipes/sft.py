@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoConfig
@@ -28,6 +29,7 @@ from rlalign.records import Prompt, Sample
 from rlalign.run.folder import RunFolder
 from rlalign.run.order import prompts_of_step
 from rlalign.tasks import Task, make_task, score_samples
+from rlalign.tasks.byte_tokenizer import make_byte_tokenizer
 from rlalign.tasks.plugin import load_reward
 from rlalign.tasks.sort import make_sort_tokenizer
 from rlalign.trainer import SftTrainer
@@ -57,9 +59,13 @@ def imitate(
 
 def warm_start(config: Config, path: Path, *, say: Callable[[str], None]) -> None:
     """Make a small model for the task at ``path``, teach it the task's demonstrations, and save it there."""
+    model = config.model
+    if model.warm_start_steps == 0:
+        _fresh_checkpoint(config, path)
+        say("random weights: no warm start (model.warm_start_steps=0)")
+        return
     policy, tokenizer, task = _fresh_policy(config, path)
     # the trainer's settings are meant for RL: only what fits into memory is shared with it
-    model = config.model
     trainer = TrainerConfig(lr=model.warm_start_lr, micro_batch_tokens=config.trainer.micro_batch_tokens)
     say(f"warm start: {model.warm_start_steps} supervised steps on mixed demonstrations, to begin below 0.3 reward")
     for step, metrics in imitate(
@@ -69,6 +75,9 @@ def warm_start(config: Config, path: Path, *, say: Callable[[str], None]) -> Non
         if step % 100 == 0 or step == model.warm_start_steps:
             say(f"warm start {step}/{model.warm_start_steps}  loss {metrics['loss']:.3f}")
     save_checkpoint(policy.model, tokenizer, path)
+    if policy.device.type == "cuda":
+        del policy
+        torch.cuda.empty_cache()  # the actors want this GPU's memory
 
 
 def train(config: Config) -> None:
@@ -141,6 +150,8 @@ def check_files(config: Config) -> None:
             raise FileNotFoundError(f"task.{name}={file}: no such file")
     if config.task.reward is not None:
         load_reward(config.task.reward)
+    if config.model.path is None:
+        _check_words(config)
     limit, positions = config.engine.max_model_len, _max_positions(config)
     if limit is not None and positions is not None and limit > positions:
         raise ValueError(f"engine.max_model_len={limit}: the model has {positions} positions")
@@ -156,12 +167,30 @@ def _max_positions(config: Config) -> int | None:
 
 
 def _fresh_policy(config: Config, path: Path) -> tuple[Policy, PreTrainedTokenizerBase, Task]:
-    """A random model for the built-in task, written to ``path`` and loaded from there like any other."""
-    if config.task.name != "sort":
-        raise ValueError(f"task={config.task.name} needs model.path: a model made on the spot only knows digits")
-    make_tiny_model(config.model, make_sort_tokenizer(max_value=config.task.max_value), path, seed=config.run.seed)
+    """A random model for the task, written to ``path`` and loaded from there like any other."""
+    _fresh_checkpoint(config, path)
     tokenizer = load_tokenizer(path)
     return _load(config, path), tokenizer, make_task(config.task, tokenizer, seed=config.run.seed)
+
+
+def _fresh_checkpoint(config: Config, path: Path) -> None:
+    """A random model with a tokenizer for the task, written to ``path``."""
+    _check_words(config)
+    size = config.model.vocab_size
+    tokenizer = make_sort_tokenizer(max_value=config.task.max_value) if size is None else make_byte_tokenizer(size)
+    make_tiny_model(config.model, tokenizer, path, seed=config.run.seed)
+
+
+def _check_words(config: Config) -> None:
+    """Raises ValueError unless a model made on the spot would know the task's words, and no others."""
+    name, size = config.task.name, config.model.vocab_size
+    if name != "sort" and size is None:
+        raise ValueError(
+            f"task={name} needs model.path, or model.vocab_size for a model made on the spot: without it such a model "
+            "only knows digits"
+        )
+    if name == "sort" and size is not None:
+        raise ValueError(f"model.vocab_size={size} means nothing to task=sort, which has words of its own")
 
 
 def _load(config: Config, path: Path) -> Policy:

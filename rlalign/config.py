@@ -6,6 +6,7 @@ bounds is a ``pydantic.ValidationError`` (a ``ValueError``) that names the field
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ Numerics = Literal["invariant", "native"]
 Dtype = Literal["float32", "bfloat16"]
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+# of an engine's cache, where nobody says how many
+_CACHE_TOKENS = 32_768
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -59,8 +62,10 @@ class EngineConfig:
     ``num_pages`` and ``page_size`` refuse nothing.
     """
 
-    page_size: int = Field(16, ge=1)
-    num_pages: int = Field(2048, ge=1)
+    page_size: int | None = Field(None, ge=1)
+    """Tokens per page of the cache. None: 128 on a GPU, whose kernels read so many keys at a time, else 16."""
+    num_pages: int | None = Field(None, ge=1)
+    """None: as many as hold 32,768 tokens."""
     max_batch_tokens: int = Field(1024, ge=1)
     """Tokens (prefill and decode together) that one forward may hold."""
     max_num_seqs: int = Field(256, ge=1)
@@ -69,6 +74,11 @@ class EngineConfig:
     max_model_len: int | None = Field(None, ge=2)
     """A limit, not schedule: longest prompt + response; None takes the model's own limit, bounded by the cache."""
     prefix_cache: bool = True
+
+    def on(self, device: str) -> EngineConfig:
+        """The same with page_size and num_pages decided for a device's type, "cuda" or another."""
+        page_size = self.page_size or (128 if device == "cuda" else 16)
+        return replace(self, page_size=page_size, num_pages=self.num_pages or max(1, _CACHE_TOKENS // page_size))
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -84,6 +94,8 @@ class ModelConfig:
     head_dim: int = Field(16, ge=8)
     intermediate_size: int = Field(192, ge=16)
     max_position_embeddings: int = Field(512, ge=16)
+    vocab_size: int | None = Field(None, ge=258)
+    """Ids of a byte tokenizer that is made with the model; None takes the task's own words, if it has any."""
     warm_start_steps: int = Field(300, ge=0)
     """Supervised steps on the task's demonstrations before RL (recipes/sft.py); only for a model made on the spot."""
     warm_start_lr: float = Field(3e-3, gt=0)

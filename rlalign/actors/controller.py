@@ -67,7 +67,9 @@ class Controller:
             )
         if config.model.path is None:  # a model that is there says what it allows when it is loaded
             check_cache(config, config.model.max_position_embeddings)
-        self.config, self.device = config, device_of(config)
+        # decided once, here: every actor computes on the same kind of device
+        self.device = device_of(config)
+        self.config = replace(config, cluster=replace(config.cluster, device=self.device))
         self.num_restarts = 0
         self.weights_version = 0
         self.weights_equal = True
@@ -166,8 +168,9 @@ class Controller:
         }
 
     def _start(self, cls: type) -> Any:
-        share = 1.0 / (1 + self.config.cluster.num_rollout_actors) if self.device == "cuda" else 0.0
-        return start_actor(cls, self.config.cluster, self.config.cluster.threads, num_gpus=share)
+        cluster = self.config.cluster
+        share = gpu_share(1 + cluster.num_rollout_actors) if self.device == "cuda" else 0.0
+        return start_actor(cls, cluster, cluster.threads, num_gpus=share)
 
     def _call(self, index: int, method: str, *args: Any, pending: Any, **kwargs: Any) -> Any:
         """The result of ``pending``, a call on a rollout actor; if its process dies, a new one makes the call again."""
@@ -198,6 +201,11 @@ class Controller:
             raise RuntimeError(
                 f"the trainer and {_rollout(index)} would not compute the same bits: {'; '.join(fields)}"
             )
+
+
+def gpu_share(num_actors: int) -> float:
+    """What each of ``num_actors`` asks of one GPU. Ray counts in ten-thousandths: rounded up, the last would wait."""
+    return 10_000 // num_actors / 10_000
 
 
 def _rollout(index: int) -> str:

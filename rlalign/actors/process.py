@@ -34,11 +34,13 @@ def set_up(threads: int) -> None:
 
 
 def device_of(config: Config) -> str:
-    """Where the actors compute. Raises ValueError for a GPU that isn't there."""
-    if config.cluster.device == "cuda" and not torch.cuda.is_available():
+    """Where the actors compute: ``auto`` is a GPU where there is one. Raises ValueError for a GPU that isn't there."""
+    has_gpu = torch.cuda.is_available()
+    if config.cluster.device == "cuda" and not has_gpu:
         raise ValueError("cluster.device=cuda: torch sees no CUDA device")
-    # the invariant operators run on the CPU today: "auto" must not pick a device that can't keep the promise
-    return "cpu" if config.cluster.device == "auto" else config.cluster.device
+    if config.cluster.device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    return config.cluster.device
 
 
 def attention_of(config: Config) -> InnerAttention | None:

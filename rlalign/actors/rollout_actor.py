@@ -10,7 +10,7 @@ from pathlib import Path
 from rlalign_kernels import Fingerprint
 
 from rlalign.actors.faults import kv_page_fault
-from rlalign.actors.process import plan_of, policy_settings, set_up
+from rlalign.actors.process import device_of, plan_of, policy_settings, set_up
 from rlalign.actors.weight_sync import WeightBundle, unbundle_weights
 from rlalign.config import Config, SamplingParams
 from rlalign.engine import Engine
@@ -73,7 +73,7 @@ class RolloutActor:
 
 def check_cache(config: Config, max_positions: int) -> None:
     """Raises ValueError for a cache that would refuse a request: what a run trains on must not depend on its size."""
-    engine = config.engine
+    engine = config.engine.on(device_of(config))
     wanted = config.task.max_prompt_tokens + config.sampling.max_tokens
     longest = min(engine.max_model_len or max_positions, wanted)
     capacity = engine.num_pages * engine.page_size

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rlalign.engine.request import Request
 from rlalign.engine.scheduler import Chunk, ScheduledStep
-from rlalign.modeling import sampling_rows
+from rlalign.engine.transfer import to_device
+from rlalign.modeling import rows_of, sampling_arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ def forward_inputs(step: ScheduledStep, page_size: int, device: torch.device) ->
         "page_copies": np.array(step.copies, dtype=np.int64).reshape(-1, 2).T.copy(),
     }
     return ForwardInputs(
-        **{name: torch.from_numpy(array).to(device) for name, array in arrays.items()},
+        **to_device(arrays, device),
         max_seqlen_q=int(lengths.max()),
         max_seqlen_k=int((starts + lengths).max()),
     )
@@ -82,11 +83,14 @@ def sampling_inputs(step: ScheduledStep, vocab_size: int, device: torch.device) 
         return None
     seeds = np.array([request.seed_of(sample) for request, sample in origins], dtype=np.uint64)
     positions = np.array([request.num_response for request, _ in origins], dtype=np.int64)
+    settings = sampling_arrays([request.params for request, _ in origins])
+    bans = _bans([request for request, _ in origins])
+    moved = to_device({**settings, "seeds": seeds.view(np.int64), "positions": positions, "bans": bans}, device)
     return SamplingInputs(
-        rows=sampling_rows([request.params for request, _ in origins], device),
-        seeds=torch.from_numpy(seeds.view(np.int64)).to(device),
-        response_positions=torch.from_numpy(positions).to(device),
-        banned=_banned([request for request, _ in origins], vocab_size, device),
+        rows=rows_of(settings, moved),
+        seeds=moved["seeds"],
+        response_positions=moved["positions"],
+        banned=_banned(moved["bans"], len(origins), vocab_size),
         raw_logprobs=any(request.params.raw_logprobs for request, _ in origins),
         origins=origins,
     )
@@ -103,12 +107,19 @@ def _block_tables(chunks: list[Chunk]) -> np.ndarray:
     return tables
 
 
-def _banned(requests: list[Request], vocab_size: int, device: torch.device) -> Tensor | None:
-    """Bool [N, V] of ids that rows below their ``min_tokens`` must not draw; None if there is no such row."""
-    bans = [sorted(request.banned_ids) for request in requests]
-    if not any(bans):
+def _bans(requests: list[Request]) -> np.ndarray:
+    """int64 [2, K], rows and the ids that they must not draw: those of rows below their ``min_tokens``."""
+    pairs = [(row, token_id) for row, request in enumerate(requests) for token_id in sorted(request.banned_ids)]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2).T.copy()
+
+
+def _banned(bans: Tensor, num_rows: int, vocab_size: int) -> Tensor | None:
+    """Bool [N, V] of ``_bans``, made where they are; None if there are none."""
+    if bans.shape[1] == 0:
         return None
-    mask = np.zeros((len(bans), vocab_size), dtype=np.bool_)
-    for row, ids in zip(mask, bans, strict=True):
-        row[ids] = True
-    return torch.from_numpy(mask).to(device)
+    flat = bans[0] * vocab_size + bans[1]
+    return (
+        torch.zeros(num_rows * vocab_size, dtype=torch.bool, device=bans.device)
+        .index_fill_(0, flat, True)
+        .view(num_rows, vocab_size)
+    )

@@ -56,7 +56,7 @@ class Engine:
         """
         self.policy = policy = as_policy(model)
         self.tokenizer = tokenizer
-        self.config = config or EngineConfig()
+        self.config = (config or EngineConfig()).on(policy.device.type)
         self.weights_version = weights_version
         self.max_length = _max_length(self.config, policy.max_positions)
         self._eos = eos_ids(tokenizer, policy.model)

@@ -34,7 +34,7 @@ class Runner:
             max_seqlen_k=inputs.max_seqlen_k,
         )
         hidden = self.policy.hidden(inputs.token_ids, inputs.position_ids, context)
-        return hidden[inputs.drawn_rows]
+        return hidden.index_select(0, inputs.drawn_rows)
 
     def _copy_pages(self, copies: Tensor) -> None:
         """Copy whole pages; every source is read before any destination is written."""
@@ -42,4 +42,4 @@ class Runner:
             return
         sources, destinations = copies
         for cache in (*self.k_caches, *self.v_caches):
-            cache[destinations] = cache[sources]
+            cache.index_copy_(0, destinations, cache.index_select(0, sources))

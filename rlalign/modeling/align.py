@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlalign.config import Numerics
 from rlalign.modeling import layers
 from rlalign.modeling.attention import ATTENTION_NAME
 from rlalign.modeling.inner_attention import InnerAttention, default_attention, refuse_contradiction
@@ -28,17 +29,28 @@ _GELU_APPROXIMATION = {
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def align(model: PreTrainedModel, *, backend: str, attention: InnerAttention | None = None) -> PreTrainedModel:
+def backend_for(numerics: Numerics, device: torch.device | str) -> str:
+    """The operators' backend that serves ``numerics`` on ``device``."""
+    if numerics == "native":
+        return "native"
+    return "triton" if torch.device(device).type == "cuda" else "reference"
+
+
+def align(
+    model: PreTrainedModel, *, backend: str | None = None, attention: InnerAttention | None = None
+) -> PreTrainedModel:
     """Move ``model`` onto our operators, in place; parameter names, ``state_dict`` and module graph stay.
 
     backend: "reference" (invariant, any device), "triton" (invariant, CUDA) or "native": PyTorch's own operators,
-    with only the attention function replaced, so that packed and paged rows work.
+    with only the attention function replaced, so that packed and paged rows work. None takes the invariant one of the
+    model's device: move the model there first.
     attention: another inner attention than the backend's own (modeling/inner_attention.py).
     Returns the same model. Raises ValueError naming the module where something can't be made invariant, or the
     attention that can't run there, or isn't invariant beside operators that are.
     """
     if isinstance(getattr(model, "rlalign_backend", None), str):
         raise ValueError(f"model is already aligned (backend={model.rlalign_backend!r}): load it anew")
+    backend = backend_for("invariant", model.device) if backend is None else backend
     attention = default_attention(backend) if attention is None else attention
     refuse_contradiction(attention, "native" if backend == "native" else "invariant")
     attention.check(model.device, model.dtype)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlalign.config import Dtype, Numerics
-from rlalign.modeling.align import align
+from rlalign.modeling.align import align, backend_for
 from rlalign.modeling.audit import audit
 from rlalign.modeling.inner_attention import InnerAttention
 from rlalign.modeling.policy import Policy
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-
-
-def backend_for(numerics: Numerics, device: torch.device | str) -> str:
-    """The operators' backend that serves ``numerics`` on ``device``."""
-    if numerics == "native":
-        return "native"
-    return "triton" if torch.device(device).type == "cuda" else "reference"
 
 
 def load_policy(
@@ -62,7 +55,7 @@ def as_policy(model: Policy | PreTrainedModel) -> Policy:
         given = f"{model!r:.80}, a {type(model).__name__}"
         raise TypeError(f"model={given}: need a Policy (as load_policy gives), or a Hugging Face causal LM")
     if not isinstance(getattr(model, "rlalign_backend", None), str):
-        align(model, backend=backend_for("invariant", model.device))
+        align(model)
     if model.rlalign_backend != "native":
         audit(model)  # also when aligned before: a model that was refused once must not pass the second time
     return Policy(model)

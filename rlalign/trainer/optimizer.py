@@ -63,9 +63,10 @@ class MasterAdamW:
     @torch.no_grad()
     def grad_norm(self) -> float:
         """Global 2-norm of the accumulators, squares summed in float64, parameters in order of name."""
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in self._gradients.values()]
         total = 0.0
-        for gradient in self._gradients.values():
-            total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        for norm in torch.stack(norms).tolist():  # one wait for a GPU, not one per parameter
+            total += norm**2
         return math.sqrt(total)
 
     def finite_grad_norm(self) -> float:

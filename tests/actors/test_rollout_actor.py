@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.runs import tiny_run
 
+from rlalign.actors.controller import gpu_share
 from rlalign.actors.rollout_actor import RolloutActor
 from rlalign.modeling import make_tiny_model
 from rlalign.tasks.sort import make_sort_tokenizer
@@ -29,3 +30,8 @@ def test_a_cache_that_would_refuse_a_request_is_refused(num_pages, limits, neede
     with pytest.raises(ValueError, match=rf"num_pages={num_pages} with page_size=4 .* needs num_pages={needed}$"):
         actor.load(config(num_pages), tmp_path / "model")
     actor.load(config(needed), tmp_path / "model")
+
+
+def test_all_actors_find_room_on_one_gpu():
+    assert (gpu_share(2), gpu_share(3)) == (0.5, 0.3333)
+    assert all(count * round(gpu_share(count) * 10_000) <= 10_000 for count in range(1, 100))

@@ -59,7 +59,7 @@ def test_sft_is_a_part_of_it():
 @pytest.mark.parametrize("recipe", ["grpo", "ppo"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_change_something_and_are_valid(recipe, name):
-    given = ("model.path=a", "task.path=b") if name == "gsm8k" else ()
+    given = {"gsm8k": ("model.path=a", "task.path=b"), "one_gpu": ("task.path=b",)}.get(name, ())
     experiment = composed(recipe, f"experiment={name}", *given)
     config_from_dict(experiment)
     assert experiment != composed(recipe, *given)
@@ -167,6 +167,9 @@ def test_cfg_job_prints_the_settings(recipe):
         (["task=gsm8k"], "error: task.path is required with task=gsm8k"),
         (["task=gsm8k", "task.path=no.jsonl", "model.path=x"], "model.path=x"),
         (["task=gsm8k", "task.path=no.jsonl"], "no.jsonl"),
+        (["task=gsm8k", f"task.path={REWARDS}"], "task=gsm8k needs model.path, or model.vocab_size"),
+        (["model.vocab_size=300"], "model.vocab_size=300 means nothing to task=sort"),
+        (["experiment=one_gpu"], "task.path is required with task=gsm8k"),
         (["model=checkpoint"], "error: model.path is required with model=checkpoint"),
         (["experiment=gsm8k"], "model.path is required with model=checkpoint; task.path is required with task=gsm8k"),
         (["engine.max_model_len=1024"], "engine.max_model_len=1024: the model has 512 positions"),

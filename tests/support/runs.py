@@ -18,7 +18,7 @@ _TINY: dict[str, dict[str, Any]] = {
     "sampling": {"max_tokens": 8},
     "algorithm": {"group_size": 4, "prompts_per_step": 4},
     "engine": {"num_pages": 64},
-    "cluster": {"threads": 1},
+    "cluster": {"threads": 1, "device": "cpu"},
     "tracking": {"mode": "disabled"},
     "eval": {"num_prompts": 8},
     "run": {"steps": 3, "save_every": 2},

@@ -33,6 +33,7 @@ class Simulation:
     steps: list[ScheduledStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.config = self.config.on("cpu")
         self.pool = BlockPool(self.config.num_pages, self.config.page_size, prefix_cache=self.config.prefix_cache)
         self.scheduler = Scheduler(self.config, self.pool)
         self.slots: list[int | None] = [None] * (self.config.num_pages * self.config.page_size)
