@@ -1,7 +1,7 @@
 """Operators whose bits do not depend on the batch: torch and, lazily, triton; nothing of RL.
 
 Every operator takes ``backend``: "reference" (invariant PyTorch), "native" (whatever PyTorch picks, for comparison),
-"triton" (GPU; attention so far). docs/operators has a page for each.
+"triton" (GPU). docs/operators has a page for each.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rlalign_kernels.probe import probe
 from rlalign_kernels.rope import apply_rotary, rotary_cos_sin
 from rlalign_kernels.rows import LogprobOutput, SampleOutput, SamplingRows
 from rlalign_kernels.sampling import linear_sample
+from rlalign_kernels.sweep import sweep
 
 __all__ = [
     "BACKENDS",
@@ -46,5 +47,6 @@ __all__ = [
     "rotary_cos_sin",
     "running_operator",
     "silu",
+    "sweep",
     "swiglu",
 ]

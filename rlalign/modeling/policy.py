@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from rlalign_kernels import LogprobOutput, SampleOutput, SamplingRows, linear_logprob, linear_sample, probe
+from rlalign_kernels import LogprobOutput, SampleOutput, SamplingRows, linear_logprob, linear_sample, probe, sweep
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -160,11 +160,11 @@ class Policy:
         return recorder
 
     def _probe_operators(self, layers: _KVRecorder) -> None:
-        """The start-up probe: every operator is measured on this model's shapes before the first token.
+        """Every operator is measured on this model's shapes before the first token, where its bits rest on observation.
 
-        Only the reference backend on a CPU has schedules that need it.
+        On a CPU the reference backend's schedules follow from it; on a GPU the triton backend's are only checked.
         """
-        if self.backend != "reference" or self.device.type != "cpu":
+        if (self.backend, self.device.type) not in (("reference", "cpu"), ("triton", "cuda")):
             return
         shapes: set[tuple[str, tuple[int, ...]]] = {("attention", shape) for shape in layers.attention}
         for module in self.model.modules():
@@ -172,7 +172,11 @@ class Policy:
                 shapes.add(("rms_norm", tuple(module.weight.shape)))
             elif isinstance(module, AlignedLinear) and module is not self.head:
                 shapes.add(("linear", tuple(module.weight.shape)))
-        probe([*sorted(shapes), ("linear_logprob", tuple(self.head.weight.shape))])
+        found = [*sorted(shapes), ("linear_logprob", tuple(self.head.weight.shape))]
+        if self.backend == "reference":
+            probe(found)
+        else:
+            sweep(found, backend=self.backend, dtype=self.dtype, device=self.device)
 
     def _probe_rows(self) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor([0, 1], device=self.device)
