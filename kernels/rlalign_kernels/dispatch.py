@@ -13,7 +13,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Operators now on the stack, innermost last: how an audit tells our own torch calls from a model's.
-_running: list[str] = []
+running: list[str] = []
 
 
 class Implementations:
@@ -52,15 +52,15 @@ def operator(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        _running.append(name)
+        running.append(name)
         try:
             return function(*args, **kwargs)
         finally:
-            _running.pop()
+            running.pop()
 
     return wrapper
 
 
 def running_operator() -> str | None:
     """Name of the innermost rlalign operator whose forward is running, or None."""
-    return _running[-1] if _running else None
+    return running[-1] if running else None

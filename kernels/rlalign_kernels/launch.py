@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, reduce
 from operator import or_
+from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -48,7 +49,7 @@ class Launch:
     by those.
     """
 
-    __slots__ = ("_boxes", "_constants", "_grid", "_kernel", "_numbers", "_rest", "_runs", "_templates")
+    __slots__ = ("_boxes", "_constants", "_descriptors", "_grid", "_kernel", "_lock", "_numbers", "_rest", "_runs")
 
     def __init__(
         self,
@@ -65,7 +66,9 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._boxes = dict(boxes or {})
-        self._templates: dict[int, Any] = {}
+        # those of the last tensors that needed checks; only their base is exchanged
+        self._descriptors: dict[int, Any] = {}
+        self._lock = Lock()
         self._runs: dict[Hashable, Callable[..., None]] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
@@ -80,9 +83,16 @@ class Launch:
         run = self._runs.get(key)
         if run is None:
             return self._launch_first(tensors, key)
-        for index, template in self._templates.items():
-            pointers[index] = _with_base(template, tensors[index])
-        run(*pointers, *self._rest)
+        if not self._descriptors:
+            run(*pointers, *self._rest)
+            return
+        with self._lock:  # a launch has read its descriptors when it returns
+            for index, descriptor in self._descriptors.items():
+                descriptor.base = tensors[index]
+                pointers[index] = descriptor
+            run(*pointers, *self._rest)
+            for descriptor in self._descriptors.values():
+                descriptor.base = None
 
     def compile(self, *tensors: torch.Tensor | None) -> None:
         """For tensors like these, without a launch, so that none waits for a compiler later. Not in the interpreter."""
@@ -101,18 +111,13 @@ class Launch:
         compiled = self._kernel[self._grid](*arguments, *self._numbers, **self._constants)
         if compiled is None:  # Triton's interpreter ran it
             return
-        self._templates = {index: _with_base(arguments[index], None) for index in self._boxes}
+        with self._lock:
+            self._descriptors = {index: arguments[index] for index in self._boxes}
+            for descriptor in self._descriptors.values():
+                descriptor.base = None
         self._runs[key] = compiled[self._grid]
 
 
 @cache
 def _several_devices() -> bool:
     return torch.cuda.device_count() > 1
-
-
-def _with_base(descriptor: Any, base: torch.Tensor | None) -> Any:
-    """The same descriptor of another tensor, without the checks that this one has passed."""
-    made = object.__new__(type(descriptor))
-    made.__dict__.update(descriptor.__dict__)
-    made.base = base
-    return made

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from rlalign_kernels.launch import Launch, Remembered
+
+
+@dataclass
+class Descriptor:
+    base: torch.Tensor
+    shape: list[int]
 
 
 class Kernel:
@@ -19,17 +25,15 @@ class Kernel:
         self.first, self.again = [], []
 
     def __getitem__(self, grid):
+        def again(*direct):
+            # a descriptor is lent for the call
+            self.again.append((grid, [replace(x) if isinstance(x, Descriptor) else x for x in direct]))
+
         def launch(*arguments, **constants):
-            self.first.append((grid, arguments, constants))
-            return {grid: lambda *direct: self.again.append((grid, direct))}
+            self.first.append((grid, [replace(x) if isinstance(x, Descriptor) else x for x in arguments], constants))
+            return {grid: again}
 
         return launch
-
-
-@dataclass
-class Descriptor:
-    base: torch.Tensor
-    shape: list[int]
 
 
 def describe(x: torch.Tensor) -> Descriptor:
@@ -64,10 +68,10 @@ def test_another_alignment_is_another_first_launch():
     # x[1:] and x[2:] are the same kernel: Triton asks for multiples of 16 bytes only; and None is a constant to it
     assert len(kernel.first) == 4
     assert [direct[:2] for _, direct in kernel.again] == [
-        (x[2:].data_ptr(), x.data_ptr()),
-        (x[1:].data_ptr(), x.data_ptr()),
-        (x.data_ptr(), x.data_ptr()),
-        (x.data_ptr(), 0),
+        [x[2:].data_ptr(), x.data_ptr()],
+        [x[1:].data_ptr(), x.data_ptr()],
+        [x.data_ptr(), x.data_ptr()],
+        [x.data_ptr(), 0],
     ]
 
 

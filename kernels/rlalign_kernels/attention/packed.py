@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of
 from rlalign_kernels.content import cached, content
-from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.dispatch import Backend, Implementations, running
 from rlalign_kernels.native import attention as native
 from rlalign_kernels.reference import attention as reference
 from rlalign_kernels.reference.attention_backward import Saved, Settings, backward
@@ -119,13 +119,13 @@ def _triton(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from rlalign_kernels.attention import triton_calls  # triton may be missing where nobody asks for it
 
+    _IMPLEMENTATIONS.by_backend["triton"] = triton_calls.packed  # later calls need not ask for it again
     return triton_calls.packed(q, k, v, offsets, settings, return_lse)
 
 
 _IMPLEMENTATIONS = Implementations("attention_packed", reference=_reference, native=_native, triton=_triton)
 
 
-@operator
 def attention_packed(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -155,7 +155,11 @@ def attention_packed(
     """
     run = _IMPLEMENTATIONS[backend]
     offsets = Offsets(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
-    out, lse = run(q, k, v, offsets, Settings(scale, causal, window, softcap, key_mask, sinks), return_lse)
+    running.append("attention_packed")  # what @operator does, without packing the keywords twice
+    try:
+        out, lse = run(q, k, v, offsets, Settings(scale, causal, window, softcap, key_mask, sinks), return_lse)
+    finally:
+        running.pop()
     return (out, lse) if return_lse else out
 
 

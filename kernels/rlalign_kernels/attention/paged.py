@@ -10,7 +10,7 @@ import torch
 from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of
 from rlalign_kernels.checks import check_integer
 from rlalign_kernels.content import cached, content
-from rlalign_kernels.dispatch import Backend, Implementations, operator
+from rlalign_kernels.dispatch import Backend, Implementations, running
 from rlalign_kernels.native import attention as native
 from rlalign_kernels.reference import attention as reference
 from rlalign_kernels.reference.attention_backward import Settings
@@ -101,13 +101,13 @@ def _triton(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from rlalign_kernels.attention import triton_calls  # triton may be missing where nobody asks for it
 
+    _IMPLEMENTATIONS.by_backend["triton"] = triton_calls.paged  # later calls need not ask for it again
     return triton_calls.paged(q, k_cache, v_cache, batch, settings, return_lse)
 
 
 _IMPLEMENTATIONS = Implementations("attention_paged", reference=_reference, native=_native, triton=_triton)
 
 
-@operator
 def attention_paged(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -138,7 +138,11 @@ def attention_paged(
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise NotImplementedError("attention_paged: has no gradient; use attention_packed, or torch.no_grad()")
     batch = Batch(block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k)
-    out, lse = run(q, k_cache, v_cache, batch, Settings(scale, causal, window, softcap, sinks=sinks), return_lse)
+    running.append("attention_paged")  # what @operator does, without packing the keywords twice
+    try:
+        out, lse = run(q, k_cache, v_cache, batch, Settings(scale, causal, window, softcap, None, sinks), return_lse)
+    finally:
+        running.pop()
     return (out, lse) if return_lse else out
 
 

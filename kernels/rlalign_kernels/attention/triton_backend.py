@@ -22,8 +22,6 @@ from rlalign_kernels.attention.triton_forward import attention_forward_kernel
 from rlalign_kernels.attention.triton_problem import (
     Keys,
     Masking,
-    integers,
-    layout,
     shape_of,
     workspace,
 )
@@ -72,13 +70,21 @@ def find(
         max_seqlen_q = schedules.MANY_QUERIES
     num_splits = None if max_seqlen_k is None else -(-max_seqlen_k // TilePlan.split)
     if block_tables is None:
-        where = integers(cu_seqlens_k)
+        where = cu_seqlens_k.shape, cu_seqlens_k.stride(), cu_seqlens_k.dtype, cu_seqlens_k.device
         num_splits = num_splits if num_splits is None or num_splits < 2 else 2
     else:
-        where = (integers(block_tables), integers(kv_lens))
+        where = (
+            block_tables.shape, block_tables.stride(), block_tables.dtype, block_tables.device,
+            kv_lens.shape, kv_lens.stride(), kv_lens.dtype, kv_lens.device,
+        )  # fmt: skip
+    # written out, for a function's call costs as much as what it would look up
     key = (
-        layout(q), layout(k), layout(v), integers(cu_seqlens_q), where, sinks if sinks is None else layout(sinks),
-        masking, num_splits, max_seqlen_q, return_lse, tiles,
+        q.shape, q.stride(), q.dtype, q.device, q.data_ptr() % BOX_ALIGNMENT == 0,
+        k.shape, k.stride(), k.dtype, k.device, k.data_ptr() % BOX_ALIGNMENT == 0,
+        v.shape, v.stride(), v.dtype, v.device, v.data_ptr() % BOX_ALIGNMENT == 0,
+        cu_seqlens_q.shape, cu_seqlens_q.stride(), cu_seqlens_q.dtype, cu_seqlens_q.device, where,
+        sinks if sinks is None else (sinks.shape, sinks.dtype, sinks.device), masking, num_splits, max_seqlen_q,
+        return_lse, tiles,
     )  # fmt: skip
     call = _CALLS.get(key)
     if call is None:

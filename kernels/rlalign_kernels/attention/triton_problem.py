@@ -71,7 +71,8 @@ def integers(x: torch.Tensor) -> Hashable:
     return x.shape, x.stride(), x.dtype, x.device
 
 
-_SPACES: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
+# By device and stream: how many floats and counters there are, and those.
+_SPACES: dict[tuple[int, int], tuple[int, int, torch.Tensor, torch.Tensor]] = {}
 
 
 def workspace(device: torch.device, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,14 +80,20 @@ def workspace(device: torch.device, num_floats: int, num_counters: int) -> tuple
 
     While a graph is captured it gets its own, for its replays may run beside anything.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return _space(device, num_floats, num_counters)
+    if torch.cuda.is_current_stream_capturing():
+        return _space(device, num_floats, num_counters)
     # Triton's way to the stream takes a tenth of torch's time
-    key = (device, driver.active.get_current_stream(device.index) if device.type == "cuda" else 0)
-    floats, counters = (None, None) if capturing else _SPACES.get(key, (None, None))
-    if floats is None or floats.numel() < num_floats:
-        floats = torch.empty(num_floats, dtype=torch.float32, device=device)
-    if counters is None or counters.numel() < num_counters:
-        counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
-    if not capturing:
-        _SPACES[key] = (floats, counters)
+    key = (device.index, driver.active.get_current_stream(device.index))
+    has_floats, has_counters, floats, counters = _SPACES.get(key, (-1, -1, None, None))
+    if has_floats < num_floats or has_counters < num_counters:
+        has_floats, has_counters = max(has_floats, num_floats), max(has_counters, num_counters)
+        floats, counters = _space(device, has_floats, has_counters)
+        _SPACES[key] = (has_floats, has_counters, floats, counters)
     return floats, counters
+
+
+def _space(device: torch.device, num_floats: int, num_counters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    floats = torch.empty(num_floats, dtype=torch.float32, device=device)
+    return floats, torch.zeros(num_counters, dtype=torch.int32, device=device)
