@@ -11,14 +11,25 @@ import numpy as np
 
 from rlalign.config import SamplingParams
 
+# a NaN of its own, so that "the engine reported none" and "the engine reported NaN" stay two things
+_MISSING_BITS = 0x7FC04D49
+MISSING = np.array([_MISSING_BITS], np.uint32).view(np.float32)[0]
+"""Stands in ``DumpSequence.logprobs`` for a log-prob that the dump doesn't have; a NaN to everyone else."""
+
+
+def missing(logprobs: np.ndarray) -> np.ndarray:
+    """bool [L]: which log-probs (float32 [L]) the dump doesn't have. A NaN that it does have is not missing."""
+    return logprobs.view(np.uint32) == _MISSING_BITS
+
 
 @dataclass(frozen=True, slots=True)
 class DumpSequence:
     """Token ids and the log-probs that were reported for them.
 
-    prompt_token_ids: int64 [P]. token_ids: int64 [L]. logprobs: float32 [L], NaN where missing. mask: bool [L] of the
-    tokens that the loss sees, None for all. sampling: None where the dump doesn't say. processed: whether the log-probs
-    are those after temperature, top-k, top-p and min-p; None where the dump doesn't say. source: "file:line".
+    prompt_token_ids: int64 [P]. token_ids: int64 [L]. logprobs: float32 [L], NaN (``MISSING``) where missing. mask:
+    bool [L] of the tokens that the loss sees, None for all. sampling: None where the dump doesn't say. processed:
+    whether the log-probs are those after temperature, top-k, top-p and min-p; None where the dump doesn't say.
+    source: "file:line".
 
     Raises ValueError naming ``source`` and the field if a shape or dtype is another one.
     """

@@ -1,0 +1,140 @@
+"""OpenAI-style responses, completions and chat, of servers that also say which token ids they mean.
+
+Ids are taken from ``token_ids`` of a choice (vLLM's ``return_token_ids``), or from tokens written as "token_id:123"
+(``return_tokens_as_token_ids``). Those of the prompt stand in the choice, the response, or beside a recorded
+``response``: ``prompt_token_ids``. Without them, an echoed prompt serves: its first log-prob is null.
+A response without ids is refused: encoding its text again need not give the ids that were sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from rlalign.verifier.dumps import fields, vllm
+from rlalign.verifier.dumps.options import ReadOptions
+from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.dumps.rows import Row
+
+_TOKEN_ID = "token_id:"
+
+
+def matches(values: Mapping[str, Any]) -> bool:
+    """True for a response with choices, or a record of one."""
+    response = values.get("response")
+    return isinstance((response if isinstance(response, dict) else values).get("choices"), list)
+
+
+def read(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
+    """One sequence per choice."""
+    response = row.values["response"] if isinstance(row.values.get("response"), dict) else row.values
+    choices = fields.objects(row, "choices", fields.need(row, "choices", response))
+    name = fields.text(row, "id", response.get("id")) or ""
+    for index, choice in enumerate(choices):
+        own = name if len(choices) == 1 or not name else f"{name}/{choice.get('index', index)}"
+        yield _Choice(row, response, choice, f"choices[{index}].").sequence(own, options)
+
+
+class _Choice:
+    """One choice of a response, with where its errors are to point."""
+
+    def __init__(self, row: Row, response: Mapping[str, Any], choice: Mapping[str, Any], prefix: str) -> None:
+        self.row, self.response, self.choice, self.prefix = row, response, choice, prefix
+
+    def sequence(self, name: str, options: ReadOptions) -> DumpSequence:
+        in_prompt = self._prompt_logprobs()
+        if options.prompt or (in_prompt is not None and self.choice.get("logprobs") is None):
+            return self._of_prompt(name, in_prompt)
+        tokens, logprobs = self._reported()
+        token_ids = self._token_ids(tokens)
+        fields.same_length(self.row, f"{self.prefix}logprobs", logprobs, "token_ids", len(token_ids))
+        prompt, token_ids, logprobs = self._prompt(token_ids, logprobs)
+        message = self.choice.get("message")
+        text = message.get("content") if isinstance(message, dict) else self.choice.get("text")
+        return DumpSequence(
+            id=name,
+            prompt_token_ids=prompt,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            sampling=self._sampling(),
+            processed=fields.processed(self.row),
+            weights_version=fields.whole(self.row, "weights_version", self.row.values.get("weights_version")),
+            finish_reason=fields.text(self.row, f"{self.prefix}finish_reason", self.choice.get("finish_reason")),
+            text=fields.text(self.row, f"{self.prefix}text", text),
+            source=self.row.source,
+        )
+
+    def _reported(self) -> tuple[list[Any], np.ndarray]:
+        """(tokens as written, log-probs) of a completions or a chat choice."""
+        prefix = f"{self.prefix}logprobs"
+        reported = fields.need(self.row, "logprobs", self.choice, self.prefix)
+        if not isinstance(reported, dict):
+            raise self.row.error(f"field '{prefix}' must be an object, is {reported!r:.60}")
+        if isinstance(reported.get("content"), list):
+            content = fields.objects(self.row, f"{prefix}.content", reported["content"])
+            values = [
+                fields.number(self.row, f"{prefix}.content[{i}].logprob", token.get("logprob"))
+                for i, token in enumerate(content)
+            ]
+            return [token.get("token") for token in content], np.array(values, np.float32)
+        listed = fields.need(self.row, "token_logprobs", reported, f"{prefix}.")
+        return reported.get("tokens") or [], fields.logprobs(self.row, f"{prefix}.token_logprobs", listed)
+
+    def _token_ids(self, tokens: list[Any]) -> np.ndarray:
+        if self.choice.get("token_ids") is not None:
+            return fields.ids(self.row, f"{self.prefix}token_ids", self.choice["token_ids"])
+        written = [
+            token[len(_TOKEN_ID) :] for token in tokens if isinstance(token, str) and token.startswith(_TOKEN_ID)
+        ]
+        if len(written) == len(tokens) and all(token.isdecimal() for token in written):
+            return np.array([int(token) for token in written], np.int64)
+        raise self.row.error(
+            f"field '{self.prefix}token_ids' is missing: the response names no token ids. Ask the server for them "
+            "(vLLM: return_token_ids=true or return_tokens_as_token_ids=true)"
+        )
+
+    def _prompt(self, token_ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt ids, token ids, log-probs), an echoed prompt split off."""
+        if (found := self._prompt_ids()) is not None:
+            begin = len(found) if len(token_ids) > len(found) and self._echoed(logprobs) else 0
+            if begin and not np.array_equal(token_ids[:begin], found):
+                raise self.row.error(f"field '{self.prefix}token_ids' echoes another prompt than 'prompt_token_ids'")
+            return found, token_ids[begin:], logprobs[begin:]
+        if self._echoed(logprobs):
+            return token_ids[:1], token_ids[1:], logprobs[1:]
+        raise self.row.error(
+            "field 'prompt_token_ids' is missing: it belongs into the response or beside it (vLLM: "
+            "return_token_ids=true), or ask for echo=true"
+        )
+
+    def _echoed(self, logprobs: np.ndarray) -> bool:
+        reported = self.choice["logprobs"].get("token_logprobs")
+        return len(logprobs) > 0 and isinstance(reported, list) and reported[0] is None
+
+    def _prompt_ids(self) -> np.ndarray | None:
+        for values, name in ((self.choice, f"{self.prefix}prompt_token_ids"), (self.response, "prompt_token_ids"),
+                             (self.row.values, "prompt_token_ids")):  # fmt: skip
+            if values.get("prompt_token_ids") is not None:
+                return fields.ids(self.row, name, values["prompt_token_ids"])
+        return None
+
+    def _prompt_logprobs(self) -> Any:
+        found = self.choice.get("prompt_logprobs")
+        return self.response.get("prompt_logprobs") if found is None else found
+
+    def _of_prompt(self, name: str, listed: Any) -> DumpSequence:
+        if listed is None:
+            raise self.row.error(f"field '{self.prefix}prompt_logprobs' is missing")
+        prompt = self._prompt_ids()
+        if prompt is None:
+            raise self.row.error("field 'prompt_token_ids' is missing: whose log-probs 'prompt_logprobs' are")
+        values = vllm.of_tokens(self.row, f"{self.prefix}prompt_logprobs", listed, prompt)
+        return DumpSequence(name, prompt[:1], prompt[1:], values[1:], processed=False, source=self.row.source)
+
+    def _sampling(self) -> Any:
+        request = self.row.values.get("request")
+        if isinstance(request, dict):
+            return fields.sampling(Row(self.row.path, self.row.line, {"sampling": request}, self.row.item))
+        return fields.sampling(self.row)

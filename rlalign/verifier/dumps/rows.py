@@ -1,0 +1,160 @@
+"""Objects of a dump file, one after another, whatever holds them: JSONL, one JSON document, parquet.
+
+A file's kind is seen from its first bytes, not from its suffix. JSONL and parquet are streamed; a single JSON document
+(an object, or a list of objects, over several lines) is read whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from rlalign.verifier.dumps.record import MISSING
+
+_BATCH_ROWS = 256
+_NOT_TEXT = {b"\x80": "a pickle", b"PK": "a zip archive, such as torch.save writes", b"\x1f\x8b": "gzip"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One object of a file. line: from 1 (rows of a parquet file likewise). item: place in a list, None outside one.
+
+    Lists of numbers are Python lists (JSON) or numpy arrays (parquet).
+    """
+
+    path: Path
+    line: int
+    values: dict[str, Any]
+    item: int | None = None
+
+    @property
+    def source(self) -> str:
+        """ "file:line" """
+        return f"{self.path}:{self.line}" if self.item is None else f"{self.path}:{self.line}[{self.item}]"
+
+    def error(self, reason: str) -> ValueError:
+        """A ValueError that says where."""
+        item = "" if self.item is None else f", item {self.item}"
+        return ValueError(f"{self.path}, line {self.line}{item}: {reason}")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Every object of the file, in order, as a stream.
+
+    Raises FileNotFoundError, or ValueError naming the line for what is not JSONL, JSON or parquet.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    for start, what in _NOT_TEXT.items():
+        if magic.startswith(start):
+            raise ValueError(f"{path}: this is {what}; a dump is JSONL, JSON or parquet")
+    yield from _parquet_rows(path) if magic == b"PAR1" else _json_rows(path)
+
+
+def parse_line(path: Path, line: int, content: bytes) -> Iterator[Row]:
+    """The objects of one line of a JSONL file: one, several if the line is a list, none if it is blank."""
+    if not content.strip():
+        return
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
+        raise ValueError(f"{path}, line {line}: not valid JSON: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {line}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    yield from _objects(path, line, value)
+
+
+def _objects(path: Path, line: int, value: Any) -> Iterator[Row]:
+    if isinstance(value, dict):
+        yield Row(path, line, value)
+        return
+    if not isinstance(value, list):
+        raise ValueError(f"{path}, line {line}: a row must be an object, is {type(value).__name__}")
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise ValueError(f"{path}, line {line}, item {index}: must be an object, is {type(item).__name__}")
+        yield Row(path, line, item, index)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for line, content in enumerate(file, start=1):
+            try:
+                rows = list(parse_line(path, line, content))
+            except ValueError as error:
+                # a document that goes on in the next line ends its first one in the middle of something
+                if line == 1 and _goes_on(error.__cause__, content):
+                    break
+                raise
+            yield from rows
+        else:
+            return
+    yield from _document(path)
+
+
+def _goes_on(cause: BaseException | None, content: bytes) -> bool:
+    return isinstance(cause, json.JSONDecodeError) and cause.pos >= len(content.decode("utf-8-sig").rstrip())
+
+
+def _document(path: Path) -> Iterator[Row]:
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    yield from _objects(path, 1, value)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        with parquet.ParquetFile(path) as file:
+            line = 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                columns = {name: _column(batch.column(name)) for name in batch.schema.names}
+                for index in range(batch.num_rows):
+                    line += 1
+                    yield Row(path, line, {name: values[index] for name, values in columns.items()})
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _column(column: pa.Array) -> list[Any]:
+    """One value per row: numpy arrays of lists of numbers, which no Python list of a million floats would match."""
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return column.to_pylist()
+    numbers = _numbers(column.flatten())
+    if numbers is None or column.null_count or pa.types.is_fixed_size_list(kind):
+        return column.to_pylist()
+    # offsets of a slice start at the slice's first value; flatten() drops what lies before it
+    offsets = column.offsets.to_numpy()
+    offsets = offsets - offsets[0]
+    return [numbers[begin:end] for begin, end in pairwise(offsets.tolist())]
+
+
+def _numbers(child: pa.Array) -> np.ndarray | None:
+    """int64, float32 (null: MISSING) or bool [n]; None for what is none of these."""
+    kind = child.type
+    if pa.types.is_integer(kind) and not child.null_count:
+        return child.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    if pa.types.is_boolean(kind) and not child.null_count:
+        return child.to_numpy(zero_copy_only=False)
+    if not pa.types.is_floating(kind):
+        return None
+    with np.errstate(over="ignore"):
+        values = child.fill_null(0.0).to_numpy(zero_copy_only=False).astype(np.float32)
+    if child.null_count:
+        values[child.is_null().to_numpy(zero_copy_only=False)] = MISSING
+    return values
