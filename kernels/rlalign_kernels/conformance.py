@@ -146,7 +146,7 @@ def difference(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], 
         unequal = _bits(one) != _bits(other)
         a, b = one.detach()[unequal].double(), other.detach()[unequal].double()
         gap = float(((a - b).abs() / torch.maximum(a.abs(), b.abs())).max())
-        return f"{where}: {int(unequal.sum()):,} of {one.numel():,} numbers differ, by up to {gap:.1g} of their size"
+        return f"{where}: {int(unequal.sum()):,} of {one.numel():,} numbers differ by up to {gap:.1g}, relative"
     return None
 
 

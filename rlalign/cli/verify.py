@@ -17,7 +17,7 @@ from rlalign.cli.errors import run_main
 _COMMANDS = (verify_run,)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse prints its usage before an error; here an error is one line, like every other one."""
 
     def error(self, message: str) -> NoReturn:
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _Parser(prog="rlalign-verify", description=__doc__.split("\n\n")[0].partition(": ")[2])
+    parser = Parser(prog="rlalign-verify", description=__doc__.split("\n\n")[0].partition(": ")[2])
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         added = command.add_parser(subparsers)
