@@ -19,9 +19,7 @@ from rlalign_kernels.attention.hopper_tiles import (
 from rlalign_kernels.attention.schedules import HopperTile, Shape
 from rlalign_kernels.attention.tile_plan import TilePlan
 from rlalign_kernels.attention.triton_problem import Masking
-from rlalign_kernels.hopper_common import (
-    WARPGROUP_ROWS,
-)
+from rlalign_kernels.hopper_common import WARPGROUP_ROWS
 from rlalign_kernels.launch import Launch
 
 _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -31,11 +29,12 @@ _UNBOUNDED = 0x7FFF0000
 
 
 def box_descriptor(x: torch.Tensor, num_rows: int) -> TensorDescriptor:
-    """Of x [T, heads, D], for boxes of ``num_rows`` tokens of one head that end where their sequence does.
+    """Of x [T, heads, D] or [pages, page, heads, D], for boxes of ``num_rows`` tokens of one head.
 
-    Coordinates: see hopper_tiles.load_box. The first dimension's stride takes back, modulo 2^64, what the third's
-    coordinate adds for its bound.
+    They end where their sequence does. Coordinates: see hopper_tiles.load_box. The first dimension's stride takes back,
+    modulo 2^64, what the third's coordinate adds for its bound.
     """
+    x = _as_rows(x)
     stride, dim = x.stride(0), x.shape[2]
     return TensorDescriptor(
         x,
@@ -51,8 +50,18 @@ def _box_layout(num_rows: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLa
     return gl.NVMMASharedLayout.get_default_for([1, 1, num_rows, dim], _GLUON_DTYPES[dtype])
 
 
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Pages one after the other."""
+    return x.flatten(0, 1) if x.dim() == 4 else x
+
+
 def in_boxes(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can read each [T, heads, D]: heads side by side, rows apart and on 16-byte boundaries."""
+    """Whether the copy engine can read each [T, heads, D] or [pages, page, heads, D].
+
+    Heads side by side, rows apart and on 16-byte boundaries, pages without gaps.
+    """
+    if any(x.dim() == 4 and x.stride(0) != x.shape[1] * x.stride(1) for x in tensors):
+        return False
     return all(
         x.numel() > 0
         and x.stride(2) == 1
@@ -60,7 +69,7 @@ def in_boxes(*tensors: torch.Tensor) -> bool:
         and x.stride(0) >= x.shape[1] * x.shape[2]
         and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
-        for x in tensors
+        for x in map(_as_rows, tensors)
     )
 
 
@@ -77,16 +86,21 @@ def forward(
     has_sinks: bool,
     has_lse: bool,
     one_split: bool,
+    few_rows: int,
+    page_size: int,
+    stride_table: int,
 ) -> Launch:
-    """Of q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k and a counter: int32, 0 between launches."""
+    """Of q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k, kv_lens, block_tables and a counter: int32, 0 between
+    launches. few_rows, page_size: FEW_ROWS and PAGE of the kernel."""
     num_tiles = (num_tokens // tile.block_m + num_sequences) * num_heads
     rows, keys = (_boxes_of(n) for n in (WARPGROUP_ROWS.value, tile.block_n))
     return Launch(
         hopper_forward_kernel, (min(num_programs, num_tiles),),
-        (masking.multiplier, masking.left or 0, masking.right or 0, num_sequences, num_tiles),
+        (masking.multiplier, masking.left or 0, masking.right or 0, num_sequences, num_tiles, stride_table),
         boxes={0: rows, 1: keys, 2: keys, 3: rows}, HEADS=num_heads, GROUP=shape.group, HEAD_DIM=shape.head_dim,
         SPLIT=plan.split, WIDTH=plan.sum_width, HAS_LEFT=masking.left is not None,
-        HAS_RIGHT=masking.right is not None, HAS_SINK=has_sinks, HAS_LSE=has_lse, ONE_SPLIT=one_split, **_launch(tile),
+        HAS_RIGHT=masking.right is not None, HAS_SINK=has_sinks, HAS_LSE=has_lse, ONE_SPLIT=one_split,
+        PAGE=page_size, FEW_ROWS=few_rows, **_launch(tile),
     )  # fmt: skip
 
 

@@ -50,9 +50,9 @@ from rlalign_kernels.hopper_common import (
 def _producer(
     q_desc, k_desc, v_desc, q_s, k_s, v_s, tile_s,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_full, tile_empty,
-    cu_q_ptr, cu_k_ptr, counter_ptr, left, right, num_sequences, num_tiles,
+    cu_q_ptr, cu_k_ptr, kv_lens_ptr, table_ptr, counter_ptr, left, right, num_sequences, num_tiles, stride_table,
     HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    STAGES: gl.constexpr, PAGE: gl.constexpr, FEW_ROWS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws tiles, tells the consumers, and copies what they need as room comes free."""
     loads = 0
@@ -66,9 +66,12 @@ def _producer(
         row0 = (tile - first_tile) * BLOCK_M
         q_begin = gl.load(cu_q_ptr + b)
         num_queries = gl.load(cu_q_ptr + b + 1) - q_begin
-        if row0 < num_queries:
-            k_begin = gl.load(cu_k_ptr + b)
-            num_keys = gl.load(cu_k_ptr + b + 1) - k_begin
+        if (row0 < num_queries) & (num_queries * GROUP > FEW_ROWS):
+            if PAGE == 0:
+                k_begin = gl.load(cu_k_ptr + b)
+                num_keys = gl.load(cu_k_ptr + b + 1) - k_begin
+            else:
+                num_keys = gl.load(kv_lens_ptr + b)
             begin, _whole, _part, end = tiles_of_keys(
                 row0, num_queries, num_keys, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
             )
@@ -83,14 +86,26 @@ def _producer(
             told += 1
             key_column = head // GROUP * HEAD_DIM
             for tile in range(begin, end):
+                if PAGE == 0:
+                    origin = k_begin
+                    length = num_keys
+                    row = tile * BLOCK_N
+                else:
+                    # a tile lies on one page: what is left of the sequence begins there
+                    seen = tile * BLOCK_N
+                    entry = table_ptr + gl.to_tensor(b).to(gl.int64) * stride_table + seen // PAGE
+                    page = gl.load(entry, mask=seen < num_keys, other=0).to(gl.int32)
+                    origin = page * PAGE + seen % PAGE
+                    length = num_keys - seen
+                    row = 0
                 stage = loads % STAGES
                 phase = (loads // STAGES & 1) ^ 1
                 mbarrier.wait(k_empty.index(stage), phase)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                load_box(k_desc, k_begin, num_keys, tile * BLOCK_N, key_column, k_full.index(stage), k_s.index(stage))
+                load_box(k_desc, origin, length, row, key_column, k_full.index(stage), k_s.index(stage))
                 mbarrier.wait(v_empty.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                load_box(v_desc, k_begin, num_keys, tile * BLOCK_N, key_column, v_full.index(stage), v_s.index(stage))
+                load_box(v_desc, origin, length, row, key_column, v_full.index(stage), v_s.index(stage))
                 loads += 1
         drawn = draw(counter_ptr)
     tell_end(tile_s, tile_full, tile_empty, told)
@@ -333,16 +348,20 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_sequences", "num_tiles"])
+@gluon.jit(do_not_specialize=["num_sequences", "num_tiles", "stride_table"])
 def hopper_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, sink_ptr, cu_q_ptr, cu_k_ptr, counter_ptr,
-    c, left, right, num_sequences, num_tiles,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, sink_ptr, cu_q_ptr, cu_k_ptr, kv_lens_ptr, table_ptr, counter_ptr,
+    c, left, right, num_sequences, num_tiles, stride_table,
     HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     SPLIT: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr, ONE_SPLIT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    HAS_SINK: gl.constexpr, HAS_LSE: gl.constexpr, ONE_SPLIT: gl.constexpr, PAGE: gl.constexpr,
+    FEW_ROWS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Grid: as many programs as fit the GPU, at most. ONE_SPLIT: no sequence has more than SPLIT keys."""
+    """Grid: as many programs as fit the GPU, at most. ONE_SPLIT: no sequence has more than SPLIT keys.
+
+    PAGE: 0, or a multiple of BLOCK_N: k and v are then caches, read through tables by kv_lens. FEW_ROWS: sequences of
+    no more rows (queries x heads of a group) are another launch's.
+    """
     GROUPS: gl.constexpr = BLOCK_M // WARPGROUP_ROWS
     q_s = boxes(q_desc, GROUPS)
     k_s = boxes(k_desc, STAGES)
@@ -378,8 +397,9 @@ def hopper_forward_kernel(
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, q_s, k_s, v_s, tile_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                tile_full, tile_empty, cu_q_ptr, cu_k_ptr, counter_ptr, left, right, num_sequences, num_tiles,
-                HEADS, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, HAS_LEFT, HAS_RIGHT,
+                tile_full, tile_empty, cu_q_ptr, cu_k_ptr, kv_lens_ptr, table_ptr, counter_ptr, left, right,
+                num_sequences, num_tiles, stride_table, HEADS, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, PAGE,
+                FEW_ROWS, HAS_LEFT, HAS_RIGHT,
             )),
         ],
         [4, 1],

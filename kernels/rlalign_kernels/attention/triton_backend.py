@@ -126,13 +126,13 @@ class Forward:
         self.boxes = _boxes(keys.k, keys.v, self.page_size, self.plan.kv_tile)
         self.most_rows = (self.num_tokens if max_seqlen_q is None else max_seqlen_q) * self.shape.group
         self.hopper: Launch | None = None
-        self.prefill: Launch | None = None
+        self.stock: list[Launch] = []
         self.decode: tuple[Launch, int, int] | None = None
         if self.num_tokens and self.num_heads and self.num_sequences:
             self._choose(q, keys, tiles)
 
     def _choose(self, q: torch.Tensor, keys: Keys, tiles: tuple[Tile, Tile] | None) -> None:
-        """The kernels: one for all rows, or one for sequences of few rows beside one for the others."""
+        """The kernels: for sequences of few rows, as decoded ones are, and for the others."""
         processors, paged = num_processors(q.device), self.page_size > 0
         num_splits = triton.cdiv(max(1, keys.longest), self.plan.split)
         places = self.num_sequences * self.kv_heads
@@ -144,12 +144,15 @@ class Forward:
         few = decode.block_m
         if apart:
             self.decode = self._decode(decode, num_splits)
-        if self.most_rows > few:
-            self.hopper = None if tiles or paged else self._hopper(q, keys, processors, num_splits)
-            if self.hopper is None:
-                self.prefill = self._prefill(prefill, few_rows=few if apart else 0, one_split=num_splits == 1)
-        elif not apart:
-            self.prefill = self._prefill(decode)
+        elif paged or self.most_rows <= few:
+            self.stock.append(self._of_few_rows(decode))
+        if self.most_rows <= few:
+            return
+        # packed batches are not looked through for sequences of few rows: there are none to speak of
+        few_rows = few if paged else 0
+        self.hopper = None if tiles else self._hopper(q, keys, few_rows, processors, num_splits)
+        if self.hopper is None:
+            self.stock.append(self._prefill(prefill, few_rows, one_split=num_splits == 1))
 
     def compile_ahead(
         self, q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None
@@ -164,7 +167,7 @@ class Forward:
         for tile in {schedules.decode_tile(self.shape, self.plan, n, processors, True) for n in (1, _MANY_PROGRAMS)}:
             launch, *sizes = self._decode(tile, num_splits=2)
             launch.compile(*tensors, *lengths, *workspace(q.device, *sizes))
-            self._prefill(tile).compile(*tensors, cu_seqlens_q, q, keys.kv_lens, keys.block_tables)
+            self._of_few_rows(tile).compile(*tensors, cu_seqlens_q, q, keys.kv_lens, keys.block_tables)
 
     def __call__(
         self, q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None
@@ -176,34 +179,38 @@ class Forward:
         lse = q.new_empty((self.num_tokens, self.num_heads), dtype=torch.float32) if self.return_lse else None
         # q stands in place of what is absent; it is not read there
         results = (out, q if lse is None else lse, q if sinks is None else sinks)
+        cu_seqlens_k = q if cu_seqlens_k is None else cu_seqlens_k
+        kv_lens, block_tables = (q, q) if block_tables is None else (kv_lens, block_tables)
         if self.hopper is not None:
             _, counter = workspace(q.device, 0, 1)
-            self.hopper(q, k, v, *results, cu_seqlens_q, cu_seqlens_k, counter)
-            return out, lse
+            self.hopper(q, k, v, *results, cu_seqlens_q, cu_seqlens_k, kv_lens, block_tables, counter)
         if self.decode is not None:
             launch, num_floats, num_counters = self.decode
             floats, counters = workspace(q.device, num_floats, num_counters)
             launch(q, k, v, k, v, *results, cu_seqlens_q, kv_lens, block_tables, floats, counters)
-        if self.prefill is not None:
-            if block_tables is None:
-                self.prefill(q, k, v, k, v, *results, cu_seqlens_q, cu_seqlens_k, q, q)
-            else:
-                self.prefill(q, k, v, k, v, *results, cu_seqlens_q, q, kv_lens, block_tables)
+        for launch in self.stock:
+            launch(q, k, v, k, v, *results, cu_seqlens_q, cu_seqlens_k, kv_lens, block_tables)
         return out, lse
 
-    def _prefill(self, tile: Tile, few_rows: int = 0, one_split: bool = False) -> Launch:
+    def _of_few_rows(self, tile: Tile) -> Launch:
+        """A program per sequence of at most ``tile.block_m`` rows, through all of its keys."""
+        return self._forward(tile, self.num_sequences, ONLY_FEW=True, FEW_ROWS=0, ONE_SPLIT=False)
+
+    def _prefill(self, tile: Tile, few_rows: int, one_split: bool) -> Launch:
         """A program per row tile, through all of its keys. few_rows: sequences of no more rows are not its own."""
         num_tiles = self.num_tokens * self.shape.group // tile.block_m + self.num_sequences
+        return self._forward(tile, num_tiles, ONLY_FEW=False, FEW_ROWS=few_rows, ONE_SPLIT=one_split)
+
+    def _forward(self, tile: Tile, num_tiles: int, **constants: bool | int) -> Launch:
         return Launch(
             attention_forward_kernel, (num_tiles * self.kv_heads,),
-            (*self._numbers(), self.num_sequences, *self.strides),
-            **self._constants(tile), FEW_ROWS=few_rows, ONE_SPLIT=one_split,
+            (*self._numbers(), self.num_sequences, *self.strides), **self._constants(tile), **constants,
         )  # fmt: skip
 
-    def _hopper(self, q: torch.Tensor, keys: Keys, processors: int, num_splits: int) -> Launch | None:
+    def _hopper(self, q: torch.Tensor, keys: Keys, few_rows: int, processors: int, num_splits: int) -> Launch | None:
         """Warp-specialised, where that kernel takes the call; the same bits."""
         tile = schedules.hopper_forward_tile(self.shape, self.masking.softcap is not None)
-        if tile is None:
+        if tile is None or 0 < self.page_size < tile.block_n:
             return None
         from rlalign_kernels.attention import hopper_backend
 
@@ -212,7 +219,7 @@ class Forward:
         return hopper_backend.forward(
             self.shape, self.plan, tile, self.masking, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
             num_heads=self.num_heads, num_programs=processors, has_sinks=self.has_sinks, has_lse=self.return_lse,
-            one_split=num_splits == 1,
+            one_split=num_splits == 1, few_rows=few_rows, page_size=self.page_size, stride_table=self.strides[-1],
         )  # fmt: skip
 
     def _decode(self, tile: Tile, num_splits: int) -> tuple[Launch, int, int]:

@@ -131,23 +131,31 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINK: tl.constexpr,
-    HAS_LSE: tl.constexpr, FEW_ROWS: tl.constexpr, ONE_SPLIT: tl.constexpr,
+    HAS_LSE: tl.constexpr, FEW_ROWS: tl.constexpr, ONLY_FEW: tl.constexpr, ONE_SPLIT: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: row tiles x key heads.
+    """Grid: row tiles x key heads, or with ONLY_FEW sequences x key heads.
 
-    FEW_ROWS: sequences of at most that many rows are triton_decode's. ONE_SPLIT: no sequence has more than one split.
+    ONLY_FEW: for sequences of at most BLOCK_M rows, a tile each. FEW_ROWS: sequences of no more rows are another
+    launch's. ONE_SPLIT: no sequence has more than one split.
     """
     pid = tl.program_id(0)
     kv_head = pid % KV_HEADS
-    # the last tiles of a causal sequence have the most keys: they go first
-    tile = tl.num_programs(0) // KV_HEADS - 1 - pid // KV_HEADS
-    b, first_tile = find_sequence(tile, cu_q_ptr, num_sequences, GROUP, BLOCK_M)
-    row0 = (tile - first_tile) * BLOCK_M
+    if ONLY_FEW:
+        b = pid // KV_HEADS
+        row0 = 0
+    else:
+        # the last tiles of a causal sequence have the most keys: they go first
+        tile = tl.num_programs(0) // KV_HEADS - 1 - pid // KV_HEADS
+        b, first_tile = find_sequence(tile, cu_q_ptr, num_sequences, GROUP, BLOCK_M)
+        row0 = (tile - first_tile) * BLOCK_M
     q_begin = tl.load(cu_q_ptr + b)
     num_queries = tl.load(cu_q_ptr + b + 1) - q_begin
     num_rows = num_queries * GROUP
-    if (row0 >= num_rows) | (num_rows <= FEW_ROWS):
+    if ONLY_FEW:
+        if (num_rows == 0) | (num_rows > BLOCK_M):
+            return
+    elif (row0 >= num_rows) | (num_rows <= FEW_ROWS):
         return
     k_begin = 0
     if PAGE == 0:
