@@ -40,8 +40,8 @@ class ScoreSettings:
 
     weights: int = Field(0, ge=0)
     """0: the model; n: the n-th of the previous models."""
-    config: tuple[tuple[str, float], ...] = ()
-    """Numbers of the model's config that are replaced, such as ("rope_theta", 1e6) or ("rms_norm_eps", 1e-5)."""
+    config: tuple[tuple[str, int | float | str], ...] = ()
+    """Fields of config.json that are replaced, such as ("rms_norm_eps", 1e-5); a dot steps into an object."""
     dtype: Dtype | None = None
     """Of weights and activations; None: the scorer's own."""
     native: frozenset[Operator] = frozenset()
@@ -124,5 +124,5 @@ def _shown(value: object) -> str:
     if isinstance(value, frozenset):
         return "+".join(sorted(value))
     if isinstance(value, tuple):
-        return "+".join(f"{name}:{number:g}" for name, number in value)
+        return "+".join(f"{name}:{number}" for name, number in value)
     return str(value)

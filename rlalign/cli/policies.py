@@ -1,0 +1,156 @@
+"""Policies of one checkpoint and its relatives, loaded when a setting asks for them, with operators switched in place.
+
+Legend: a *base* setting is what decides which weights are in memory: checkpoint, config, dtype, and whether the model
+is PyTorch's own throughout.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from transformers.utils import logging as transformers_logging
+
+from rlalign.config import Dtype
+from rlalign.modeling import AuditError, Policy, load_policy
+from rlalign.modeling.inner_attention import InnerAttention, Reference, Sdpa
+from rlalign.modeling.torch_attention import Flex
+from rlalign.verifier.score import Operator, ScoreSettings, UnsupportedSetting
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_Key = tuple[int, tuple[tuple[str, Any], ...], Dtype, bool]
+# class names of aligned modules begin with this; what follows says which operator they run
+_KINDS: tuple[tuple[str, Operator], ...] = (
+    ("RotaryEmbedding", "rotary"), ("Norm", "norm"), ("Linear", "linear"), ("SiLU", "activation"),
+    ("GELU", "activation"),
+)  # fmt: skip
+_KEPT = 2
+
+
+@dataclass(slots=True)
+class Policies:
+    """Policies by setting; the one used last and the one before stay in memory.
+
+    models: checkpoint folders, the model itself first. dtype: what ``ScoreSettings.dtype=None`` means.
+    """
+
+    models: Sequence[Path]
+    dtype: Dtype
+    device: str = "cpu"
+    _loaded: OrderedDict[_Key, Policy] = field(default_factory=OrderedDict)
+
+    @contextmanager
+    def using(self, settings: ScoreSettings) -> Iterator[Policy]:
+        """The policy of ``settings``, its operators switched for the time of the block.
+
+        Raises UnsupportedSetting for a checkpoint that isn't there, or operators that can't be mixed here.
+        """
+        policy = self._policy(settings)
+        with _switched(policy, settings):
+            yield policy
+
+    def _policy(self, settings: ScoreSettings) -> Policy:
+        # PyTorch throughout is loaded as such, so that what is called native is what transformers computes
+        key = (settings.weights, settings.config, settings.dtype or self.dtype, settings.numerics == "native")
+        if key not in self._loaded:
+            while len(self._loaded) >= _KEPT:
+                self._loaded.popitem(last=False)
+            self._loaded[key] = self._load(*key)
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+    def _load(self, weights: int, config: tuple[tuple[str, Any], ...], dtype: Dtype, native: bool) -> Policy:
+        if weights >= len(self.models):
+            raise UnsupportedSetting(f"weights={weights}: {len(self.models) - 1} other checkpoints were given")
+        transformers_logging.disable_progress_bar()
+        with _with_config(self.models[weights], dict(config)) as folder:
+            try:
+                return load_policy(
+                    folder, dtype=dtype, numerics="native" if native else "invariant", device=self.device
+                )
+            except AuditError as error:
+                raise UnsupportedSetting(f"{error}") from error
+
+
+@contextmanager
+def _with_config(folder: Path, changes: Mapping[str, Any]) -> Iterator[Path]:
+    """``folder``, or another one with the same files and a changed config.json."""
+    if not changes:
+        yield folder
+        return
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        *parents, last = name.split(".")
+        target = config
+        for parent in parents:
+            target = target.get(parent)
+            if not isinstance(target, dict):
+                raise UnsupportedSetting(f"config.{name}: {folder / 'config.json'} has no object {parent!r}")
+        target[last] = value
+    with tempfile.TemporaryDirectory(prefix="rlalign-") as scratch:
+        for file in folder.iterdir():
+            if file.name != "config.json" and file.is_file():
+                (Path(scratch) / file.name).symlink_to(file.resolve())
+        (Path(scratch) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield Path(scratch)
+
+
+@contextmanager
+def _switched(policy: Policy, settings: ScoreSettings) -> Iterator[None]:
+    """Modules of ``settings.native`` on PyTorch's operators, attention on what is asked for, and back again."""
+    attention = _attention(policy, settings)
+    modules = list(_to_switch(policy, settings.native)) if policy.backend != "native" else []
+    before = [(module, module.rlalign_backend) for module in modules]
+    layers = [module for module in policy.model.modules() if hasattr(module, "rlalign_attention")]
+    attentions = [(module, module.rlalign_attention) for module in layers]
+    backend = policy.backend
+    try:
+        for module in modules:
+            module.rlalign_backend = "native"
+        for module in layers if attention is not None else ():
+            module.rlalign_attention = attention
+        if "head" in settings.native:
+            policy.backend = "native"
+        yield
+    finally:
+        policy.backend = backend
+        for module, value in before:
+            module.rlalign_backend = value
+        for module, value in attentions:
+            module.rlalign_attention = value
+
+
+def _to_switch(policy: Policy, native: frozenset[Operator]) -> Iterator[nn.Module]:
+    for module in policy.model.modules():
+        kind = type(module).__name__
+        if kind.startswith("Aligned") and next((name for part, name in _KINDS if part in kind), None) in native:
+            yield module
+
+
+def _attention(policy: Policy, settings: ScoreSettings) -> InnerAttention | None:
+    """What replaces the policy's inner attention; None if nothing does."""
+    if settings.attention is None:
+        return Sdpa() if "attention" in settings.native and policy.backend != "native" else None
+    made = {"reference": Reference, "sdpa": Sdpa, "flex": lambda: Flex(compile=False)}[settings.attention]()
+    made.check(policy.device, policy.dtype)
+    return made
+
+
+def checkpoint_dtype(folder: Path) -> Dtype:
+    """What the checkpoint says that its weights are; float32 where it doesn't. ValueError for one that we don't run."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"model folder {folder} has no config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"{path}: dtype={dtype!r} is not supported; give --dtype, one of {', '.join(get_args(Dtype))}")
+    return dtype

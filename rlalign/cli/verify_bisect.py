@@ -1,0 +1,202 @@
+"""``rlalign-verify bisect``: the first module and operator whose output differs between two settings of one model.
+
+Both sides see the same tokens. Every module's output is compared bit by bit, in the order in which the model computes
+them, so that what is named made the difference and did not merely pass it on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
+from rlalign.cli.verify_settings import HELP, NamedSetting, parse_setting
+from rlalign.config import Dtype
+from rlalign.verifier.dumps.record import DumpSequence
+
+if TYPE_CHECKING:
+    from rlalign.cli.forwards import Feed
+    from rlalign.verifier.bisect import Bisection, SiteDifference
+
+_MAX_ROWS = 8192
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add this subcommand; returns its parser."""
+    parser = subparsers.add_parser(
+        "bisect", help="first module whose output differs between two settings", description=__doc__.partition(": ")[2]
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint folder")
+    tokens = parser.add_mutually_exclusive_group(required=True)
+    tokens.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, as rlalign-verify run takes them")
+    tokens.add_argument("--dump", type=Path, metavar="FILE", help="dump of any engine: prompts and responses")
+    parser.add_argument("--format", metavar="NAME", help="the dump's format (default: told by its content)")
+    parser.add_argument("--a", default="invariant", metavar="SETTING", help=f"one side (default: invariant): {HELP}")
+    parser.add_argument("--b", default="native", metavar="SETTING", help="the other side (default: native)")
+    parser.add_argument("--limit", type=_positive, default=8, metavar="N", help="first N sequences (default: 8)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="of both sides (default: the checkpoint's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's own)")
+    parser.add_argument(
+        "--memory-mb", type=_positive, default=1024, metavar="N", help="host memory for recordings (default: 1024)"
+    )
+    parser.add_argument(
+        "--worst", type=_positive, default=10, metavar="K", help="also show the first K sites that differ"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything as JSON, the heat map included")
+    parser.add_argument("--png", type=Path, metavar="OUT", help="also draw the heat map, layer by token")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole subcommand; returns the exit code. Raises ValueError for input that can't be used."""
+    a, b = parse_setting("--a", args.a), parse_setting("--b", args.b)
+    for option in ("json", "png"):
+        if (path := getattr(args, option)) is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{option}: no such folder: {path.absolute().parent}")
+    sequences = _sequences(args)
+    outcome, skipped = bisect_settings(args.model, sequences, a, b, args)
+    show(outcome, a, b, args.worst, Console(), skipped)
+    facts = {"model": str(args.model), "a": a.settings.describe(), "b": b.settings.describe(), "not_recorded": skipped}
+    if args.json is not None:
+        content = {"exit_code": _exit_code(outcome), **facts, **outcome.record()}
+        args.json.write_text(json.dumps(_strict(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if args.png is not None:
+        from rlalign.dashboards.heat_map import draw_heat_map
+
+        title = f"{args.a} against {args.b}"
+        draw_heat_map(outcome.heat_map(), [_station(d) for d in outcome.depth], title=title).savefig(args.png)
+    return _exit_code(outcome)
+
+
+def bisect_settings(
+    model: Path, sequences: Sequence[DumpSequence], a: NamedSetting, b: NamedSetting, args: argparse.Namespace
+) -> tuple[Bisection, list[str]]:
+    """What differs, and the outputs that could not be compared."""
+    import torch
+
+    from rlalign.cli.forwards import check_feeds
+    from rlalign.cli.heads import head_logprobs
+    from rlalign.cli.policies import Policies, checkpoint_dtype
+    from rlalign.cli.recording import Side, recorded_pairs, survey, tokens_of
+    from rlalign.verifier.bisect import bisect
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    dtype = args.dtype or checkpoint_dtype(model)
+    sides = []
+    # each side has policies of its own: switching operators of one must not reach the other
+    stores = [Policies([named.model or model], dtype, args.device) for named in (a, b)]
+    with stores[0].using(a.settings) as policy_a, stores[1].using(b.settings) as policy_b:
+        for policy, named in ((policy_a, a), (policy_b, b)):
+            feeds = [_feed(sequence, named, sequences) for sequence in sequences]
+            check_feeds(policy, feeds)
+            sides.append(Side(policy, feeds, named.settings))
+        tokens = tokens_of(sides[0].feeds)
+        targets = np.concatenate([_all_ids(sequence)[1:] for sequence in sequences])
+        pairs = recorded_pairs(*sides, targets, head_logprobs, max_bytes=args.memory_mb * 2**20, max_rows=_MAX_ROWS)
+        return bisect(pairs, tokens), list(survey(sides[0], _MAX_ROWS).skipped)
+
+
+def _feed(sequence: DumpSequence, named: NamedSetting, sequences: Sequence[DumpSequence]) -> Feed:
+    from rlalign.cli.forwards import make_feed
+
+    longest = max(len(each.prompt_token_ids) for each in sequences)
+    prompt, response = sequence.prompt_token_ids, sequence.token_ids
+    return make_feed(sequence, prompt, response, named.settings, longest_prompt=longest, pad_id=0)
+
+
+def _all_ids(sequence: DumpSequence) -> np.ndarray:
+    return np.concatenate([sequence.prompt_token_ids, sequence.token_ids])
+
+
+def _sequences(args: argparse.Namespace) -> list[DumpSequence]:
+    """The first sequences of the dump; or prompts, whose tokens after the first count as response."""
+    if args.dump is not None:
+        from rlalign.verifier.dumps import read_dump
+
+        read = islice(read_dump(args.dump, format=args.format), args.limit)
+        found = [sequence for sequence in read if sequence.num_tokens >= 2]
+        if not found:
+            raise ValueError(f"{args.dump}: no sequence of at least two tokens")
+        return found
+    from rlalign.cli.verify_prompts import encode_rows, needs_tokenizer, read_prompt_rows
+    from rlalign.modeling import load_tokenizer
+
+    rows = read_prompt_rows(args.prompts, limit=args.limit)
+    tokenizer = load_tokenizer(args.model) if needs_tokenizer(rows) else None
+    found = [
+        DumpSequence(
+            id=str(prompt.prompt_id),
+            prompt_token_ids=prompt.token_ids[:1],
+            token_ids=prompt.token_ids[1:],
+            logprobs=np.zeros(len(prompt.token_ids) - 1, np.float32),
+            source=f"{args.prompts}:{prompt.prompt_id}",
+        )
+        for prompt in encode_rows(rows, tokenizer)
+        if len(prompt.token_ids) >= 2
+    ]
+    if not found:
+        raise ValueError(f"{args.prompts}: no prompt of at least two tokens")
+    return found
+
+
+def show(
+    outcome: Bisection, a: NamedSetting, b: NamedSetting, worst: int, console: Console, skipped: Sequence[str]
+) -> None:
+    """Print the way up, the first sites that differ and, last, the verdict."""
+    table = _table(f"{a.text} against {b.text}: how the difference grows", outcome.depth)
+    console.print(table)
+    differing = [d for d in outcome.sites if d.differing]
+    if differing:
+        title = f"First {min(worst, len(differing))} of {len(differing)} outputs that differ"
+        console.print(_table(title, differing[:worst]))
+    for name in skipped:
+        console.print(f"not compared: {name}: its output has no row per token", markup=False, soft_wrap=True)
+    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if outcome.equal else "red")
+
+
+def _table(title: str, differences: Sequence[SiteDifference]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("output", overflow="fold")
+    table.add_column("operator")
+    for name in ("differing", "tokens", "max |Δ|", "max ULP"):
+        table.add_column(name, justify="right")
+    for d in differences:
+        tokens = f"{d.tokens_differing:,}/{len(d.token_abs):,}"
+        share = "0" if not d.differing else f"{d.share:.2%}" if d.share >= 1e-4 else f"{d.differing:,}"
+        table.add_row(d.site.module, d.site.operator, share, tokens, f"{d.max_abs:.3g}", f"{d.max_ulp:,}")
+    return table
+
+
+def _station(difference: SiteDifference) -> str:
+    site = difference.site
+    return site.module.rpartition(".")[2] if site.layer is None else f"layer {site.layer}"
+
+
+def _exit_code(outcome: Bisection) -> int:
+    if not outcome.sites:
+        return EXIT_UNUSABLE
+    return EXIT_EQUAL if outcome.equal else EXIT_DIFFERENT
+
+
+def _strict(content: dict[str, Any]) -> Any:
+    from rlalign.dashboards.jsonl import to_json
+
+    return to_json(content)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value

@@ -1,0 +1,71 @@
+"""``KEY=VALUE,KEY=VALUE`` of a command line as ``ScoreSettings``, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlalign.verifier.score import OPERATORS, ScoreSettings
+
+_NUMERICS = ("invariant", "native")
+_DTYPES = ("float32", "bfloat16")
+HELP = (
+    "native, invariant, float32, bfloat16, decode, alone, or KEY=VALUE of model, numerics, dtype, native "
+    f"({'+'.join(OPERATORS)}), attention (reference, sdpa, flex), phase (prefill, decode), batch (together, alone), "
+    "chunk, padding (left_seen, middle_seen), position_offset, response_position_offset, logits (bfloat16), "
+    "config.FIELD; several with commas"
+)
+_WORDS = {
+    **{name: ("numerics", name) for name in _NUMERICS},
+    **{name: ("dtype", name) for name in _DTYPES},
+    **{name: ("phase", name) for name in ("prefill", "decode")},
+    **{name: ("batch", name) for name in ("together", "alone")},
+}
+_PLAIN = (
+    "dtype", "attention", "phase", "batch", "chunk", "padding", "position_offset", "response_position_offset", "logits",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NamedSetting:
+    """What a user called a side, and what it means. model: None for the command's own."""
+
+    text: str
+    settings: ScoreSettings
+    model: Path | None
+
+
+def parse_setting(option: str, text: str) -> NamedSetting:
+    """Raises ValueError naming ``option`` and what is known, for a word or key that isn't, or a value out of bounds."""
+    values: dict[str, Any] = {}
+    config: list[tuple[str, Any]] = []
+    model: Path | None = None
+    for part in (piece.strip() for piece in text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            if part not in _WORDS:
+                raise ValueError(f"{option} {text!r}: {part!r} is unknown; a setting is one of: {HELP}")
+            key, value = _WORDS[part]
+        if key == "model":
+            model = Path(value)
+        elif key.startswith("config."):
+            config.append((key.removeprefix("config."), _number(value)))
+        elif key == "numerics" and value in _NUMERICS:
+            values["native"] = OPERATORS if value == "native" else ()
+        elif key == "native":
+            values["native"] = value.split("+")
+        elif key in _PLAIN:
+            values[key] = value
+        else:
+            raise ValueError(f"{option} {text!r}: {part!r} is unknown; a setting is one of: {HELP}")
+    return NamedSetting(text, ScoreSettings(**values, config=tuple(config)), model)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

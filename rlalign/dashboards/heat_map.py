@@ -1,0 +1,44 @@
+"""Heat map of a difference: layer by token (a bisection's), or anything else with two axes. Drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlalign.dashboards.pictures import _figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAX_LABELS = 40
+
+
+def draw_heat_map(
+    values: np.ndarray, rows: Sequence[str], *, title: str, x_label: str = "token", what: str = "max |Δ|"
+) -> Figure:
+    """values: float64 [rows, columns], not negative. Exactly 0 is green, what is not finite red, the rest by decade.
+
+    The first row is at the bottom, so that depth grows upwards.
+    """
+    from matplotlib.colors import LogNorm
+
+    figure, axes = _figure(8.0, max(2.4, 1.4 + 0.16 * min(len(rows), 60)))
+    finite = np.isfinite(values)
+    shown = np.ma.masked_where((values <= 0) | ~finite, values)
+    low, high = (float(shown.min()), float(shown.max())) if shown.count() else (1e-9, 1.0)
+    span = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+    axes.imshow(np.where(finite, 0.0, 1.0), cmap=_two("#bfe3c8", "#c8352b"), vmin=0, vmax=1, **span)
+    image = axes.imshow(shown, cmap="plasma", norm=LogNorm(low, max(high, low * 10)), **span)
+    every = max(1, -(-len(rows) // _MAX_LABELS))
+    axes.set_yticks(range(0, len(rows), every), list(rows)[::every], fontsize=7)
+    axes.set(xlabel=x_label, title=title)
+    figure.colorbar(image, ax=axes, label=f"{what} (green: equal bits)")
+    return figure
+
+
+def _two(zero: str, one: str) -> object:
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap([zero, one])

@@ -1,0 +1,189 @@
+"""``rlalign-verify bisect`` on a tiny model: what may not differ doesn't, and every planted fault is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlalign import modeling
+from rlalign.cli.forwards import Forward, make_feed
+from rlalign.cli.heads import head_logprobs
+from rlalign.cli.recording import Side, recorded_pairs, tokens_of
+from rlalign.cli.verify import main
+from rlalign.cli.verify_settings import parse_setting
+from rlalign.config import ModelConfig
+from rlalign.tasks.sort import make_sort_tokenizer
+from rlalign.verifier.bisect import Bisection, bisect
+from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.score import ScoreSettings
+
+TINY = ModelConfig(hidden_size=32, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=32,
+                   max_position_embeddings=96)  # fmt: skip
+PLAIN = ScoreSettings()
+DECODE = replace(PLAIN, phase="decode")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    modeling.make_tiny_model(TINY, make_sort_tokenizer(max_value=9), path, seed=0)
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"sort {i} 7 3 9 4 1 8 ->\n" for i in range(4)))
+    return path
+
+
+def run(model: Path, prompts: Path, tmp_path: Path, a: str, b: str, *more: str) -> dict[str, Any]:
+    out = tmp_path / "out.json"
+    code = main(
+        ["bisect", "--model", str(model), "--prompts", str(prompts), "--a", a, "--b", b, "--json", str(out), *more]
+    )
+    found = json.loads(out.read_text())
+    assert found["exit_code"] == code
+    return found
+
+
+@pytest.mark.parametrize("b", ["decode", "alone", "chunk=3", "decode,alone,chunk=2", "attention=reference"])
+def test_no_schedule_of_the_invariant_operators_differs(model, prompts, tmp_path, b):
+    found = run(model, prompts, tmp_path, "invariant", b)
+    assert (found["exit_code"], found["equal"], found["first"], found["not_recorded"]) == (0, True, None, [])
+    assert found["depth"][-1]["module"] == "log-prob"
+
+
+@pytest.mark.parametrize(
+    ("b", "module", "operator"),
+    [
+        ("native=attention", "model.layers.0.self_attn", "attention"),
+        ("native=norm", "model.layers.0.input_layernorm", "norm"),
+        ("native=head", "log-prob", "head"),
+        ("logits=bfloat16", "log-prob", "head"),
+        ("position_offset=1", "model.rotary_emb", "rotary tables"),
+        ("config.rope_parameters.rope_theta=500000", "model.rotary_emb", "rotary tables"),
+        ("config.rms_norm_eps=0.001", "model.layers.0.input_layernorm", "norm"),
+        ("bfloat16", "model.embed_tokens", "embedding"),
+    ],
+)
+def test_the_operator_that_differs_is_named(model, prompts, tmp_path, b, module, operator):
+    found = run(model, prompts, tmp_path, "invariant", b)
+    assert found["exit_code"] == 1
+    assert (found["first"]["module"], found["first"]["operator"]) == (module, operator)
+    assert found["first"]["max_ulp"] >= 1
+
+
+def test_another_checkpoint_is_a_setting(model, prompts, tmp_path):
+    other = tmp_path / "other"
+    policy = modeling.load_model(model, dtype="float32", device="cpu")
+    policy.get_parameter("model.layers.1.mlp.up_proj.weight").data.view(torch.int32)[3, 5] ^= 1 << 22
+    modeling.save_checkpoint(policy, None, other)
+    found = run(model, prompts, tmp_path, "invariant", f"model={other}")
+    assert (found["first"]["layer"], found["first"]["module"]) == (1, "model.layers.1.mlp.up_proj")
+
+
+def test_windows_of_memory_change_nothing(model, prompts, tmp_path, monkeypatch):
+    from rlalign.cli import recording
+
+    whole = run(model, prompts, tmp_path, "invariant", "native")
+    windows = recording._windows
+    monkeypatch.setattr(recording, "_windows", lambda plan, tokens, _bytes: windows(plan, tokens, 20_000))
+    assert run(model, prompts, tmp_path, "invariant", "native") == whole
+    assert len(whole["sites"]) == 1 + 1 + 3 * 16 + 1 + 1
+
+
+def test_the_heat_map_is_drawn_and_its_data_written(model, prompts, tmp_path, capsys):
+    png = tmp_path / "heat.png"
+    found = run(model, prompts, tmp_path, "invariant", "native", "--png", str(png), "--worst", "2")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    heat = found["heat_map"]
+    assert heat["stations"] == ["model.embed_tokens", "model.rotary_emb", *(f"model.layers.{i}" for i in range(3)),
+                                "model.norm", "log-prob"]  # fmt: skip
+    assert np.array(heat["max_abs"]).shape == (7, len(heat["token_id"]))
+    assert "first difference at" in capsys.readouterr().out
+
+
+def two_sides(
+    model: Path, settings: ScoreSettings, plant: Callable[[modeling.Policy], None] | None = None, side: type = Side
+) -> Bisection:
+    """The invariant policy against itself with ``plant`` in it, on the same random tokens."""
+    generator = np.random.default_rng(0)
+    sequences = [
+        DumpSequence(str(i), ids[:20], ids[20:], np.zeros(20, np.float32))
+        for i, ids in enumerate(generator.integers(0, 10, (2, 40)))
+    ]
+    sides = []
+    for kind, planted in ((Side, None), (side, plant)):
+        policy = modeling.load_policy(model)
+        if planted is not None:
+            planted(policy)
+        feeds = [
+            make_feed(s, s.prompt_token_ids, s.token_ids, settings, longest_prompt=20, pad_id=0) for s in sequences
+        ]
+        sides.append(kind(policy, feeds, settings))
+    targets = np.concatenate([np.concatenate([s.prompt_token_ids, s.token_ids])[1:] for s in sequences])
+    tokens = tokens_of(sides[0].feeds)
+    return bisect(recorded_pairs(*sides, targets, head_logprobs, max_bytes=2**30, max_rows=8192), tokens)
+
+
+def test_one_layers_norm_epsilon_is_named(model):
+    def plant(policy: modeling.Policy) -> None:
+        policy.model.model.layers[1].post_attention_layernorm.rlalign_eps = 1e-4
+
+    first = two_sides(model, PLAIN, plant).first
+    assert first is not None
+    assert (first.site.layer, first.site.module) == (1, "model.layers.1.post_attention_layernorm")
+
+
+class WrongBlock(Side):
+    """From the fifth decoding step on, the second sequence reads the first one's first page."""
+
+    def forwards(self, max_rows: int) -> Iterator[Forward]:
+        for step, forward in enumerate(super().forwards(max_rows)):
+            if step >= 5:
+                forward.context.block_tables[1, 0] = forward.context.block_tables[0, 0]
+            yield forward
+
+
+def test_a_wrong_kv_block_is_named(model):
+    found = two_sides(model, DECODE, side=WrongBlock)
+    first = found.first
+    assert first is not None
+    assert (first.site.module, first.site.operator) == ("model.layers.0.self_attn", "attention")
+    assert (found.tokens.sequence[first.token], found.tokens.position[first.token]) == (1, 20 + 4)
+    # rows before that step, and the other sequence, are untouched to the end
+    assert found.sites[-1].tokens_differing == 39 - 24
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--a", "nativ"], "--a 'nativ': 'nativ' is unknown; a setting is one of: native, invariant"),
+        (["--b", "batch=both"], "batch='both'"),
+        (["--b", "colour=red"], "'colour=red' is unknown"),
+        (["--json", "/nowhere/out.json"], "--json: no such folder"),
+        (["--model", "/nowhere"], "model folder"),
+    ],
+)
+def test_unusable_input_is_one_line(model, prompts, capsys, options, message):
+    assert main(["bisect", "--model", str(model), "--prompts", str(prompts), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_settings_are_read():
+    named = parse_setting("--a", "native=linear+norm, bfloat16,config.rms_norm_eps=1e-5, chunk=7")
+    assert named.settings == ScoreSettings(
+        native=["linear", "norm"], dtype="bfloat16", config=(("rms_norm_eps", 1e-5),), chunk=7
+    )
+    assert named.settings.describe() == "config=rms_norm_eps:1e-05, dtype=bfloat16, native=linear+norm, chunk=7"
+    assert parse_setting("--a", "native").settings.numerics == "native"
