@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -137,8 +138,13 @@ def _schedules(facts: Mapping[str, Any]) -> Table:
         table.add_column(column)
     for name, schedules in facts["schedules"].items():
         for index, (part, tile) in enumerate(schedules.items()):
-            table.add_row(name if index == 0 else "", part, escape(str(tile)))
+            table.add_row(name if index == 0 else "", part, escape(_short(str(tile))))
     return table
+
+
+def _short(tile: str) -> str:
+    """Without what is off."""
+    return re.sub(r", \w+=(False|0)\b", "", tile).replace("block_", "").replace("num_", "")
 
 
 def _measured(schedules: Mapping[str, Any]) -> list[tuple[str, str]]:
