@@ -1,0 +1,224 @@
+"""End to end on a GPU: what an engine draws, a trainer scores with the same bits, under any schedule of either.
+
+Models have Qwen3's shapes and random weights. 256 requests of up to 4,096 tokens, sampled in every way, go through
+chunked prefill and preemption; a single wrong bit is noticed and found.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from support.engines import MIXED_SAMPLING, flat, outcome
+from support.models import FAMILIES, tiny_model
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from rlalign.actors.faults import flip_weight_bit, kv_page_fault, position_fault
+from rlalign.actors.weight_sync import bundle_weights, unbundle_weights
+from rlalign.algorithms.estimate import estimate_grpo
+from rlalign.config import AlgorithmConfig, EngineConfig, SamplingParams, TrainerConfig
+from rlalign.engine import Engine, sampler
+from rlalign.modeling import Policy, align, audit
+from rlalign.records import Completion, Prompt, Sample
+from rlalign.trainer import Trainer, pack_samples
+from rlalign.trainer.step import score
+from rlalign.verifier.compare import Comparison, compare, pairs_from_samples
+from rlalign.verifier.report import build_report
+
+DEVICE = torch.device("cuda")
+SIZES = {
+    "0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
+    "1.7B": {"hidden_size": 2048, "intermediate_size": 6144},
+}
+LONGEST = 4096
+# pages for a third of the requests, so that prompts come in chunks and late ones are preempted
+TIGHT = EngineConfig(page_size=128, num_pages=300, max_batch_tokens=4096, prefill_chunk=512)
+OTHER = EngineConfig(
+    page_size=16, num_pages=2500, max_batch_tokens=1500, max_num_seqs=48, prefill_chunk=333, prefix_cache=False
+)
+
+
+def random_qwen(size: str, num_layers: int, seed: int = 0) -> Policy:
+    """Qwen3 of that size, aligned on the GPU. Its final norm is enlarged, so that some tokens are far likelier."""
+    config = Qwen3Config(
+        vocab_size=151936, num_hidden_layers=num_layers, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=40960, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6, eos_token_id=None,
+        bos_token_id=None, **SIZES[size],
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.model.norm.weight.mul_(8)
+    return Policy(align(model.to(DEVICE)))
+
+
+def workload(count: int, longest: int, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts of lengths even in their logarithm, a few long responses, every way of sampling in turn."""
+    rng = random.Random(0)
+    prompts, params = [], []
+    for index in range(count):
+        num_response = rng.choices((rng.randint(1, 32), min(200, longest // 2)), (15, 1))[0]
+        num_prompt = min(int(math.exp(rng.uniform(0, math.log(longest)))), longest - num_response)
+        prompts.append([rng.randrange(vocab_size) for _ in range(num_prompt)])
+        settings = MIXED_SAMPLING[index % len(MIXED_SAMPLING)]
+        params.append(SamplingParams(**settings, max_tokens=num_response, seed=rng.randrange(2**64)))
+    return prompts, params
+
+
+def as_samples(completions: Sequence[Completion], params: Sequence[SamplingParams]) -> list[Sample]:
+    return [
+        Sample(0, Prompt(index, completion.prompt_ids, text="", ground_truth=""), completion, its_params)
+        for index, (completion, its_params) in enumerate(zip(completions, params, strict=True))
+    ]
+
+
+@torch.no_grad()
+def trained(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int = 16384) -> list[np.ndarray]:
+    """Log-probs as a trainer computes them, from token ids alone."""
+    found = [np.empty(0, np.float32) for _ in samples]
+    for batch in pack_samples(
+        samples, micro_batch_tokens=micro_batch_tokens, vocab_size=policy.vocab_size,
+        max_positions=policy.max_positions, device=policy.device,
+    ):  # fmt: skip
+        batch.scatter(score(policy, batch).logprob, found)
+    return found
+
+
+def compared(policy: Policy, samples: Sequence[Sample], **packing: int) -> Comparison:
+    return compare(pairs_from_samples(samples, trained(policy, samples, **packing)))
+
+
+@pytest.fixture(scope="module", params=[("0.6B", 2), ("0.6B", 28), ("1.7B", 28)], ids=lambda p: f"{p[0]}-{p[1]}-layers")
+def policy(request: pytest.FixtureRequest) -> Iterator[Policy]:
+    yield random_qwen(*request.param)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.timeout(900)
+def test_engine_and_trainer_agree_under_any_schedule(policy):
+    assert policy.backend == "triton"
+    prompts, params = workload(256, LONGEST, policy.vocab_size)
+    engine = Engine(policy, None, TIGHT)
+    completions = flat(engine.generate(prompts, params))
+    stats = engine.stats
+    assert stats["preemptions"] > 0 and stats["mixed_steps"] > 0 and stats["max_batch_size"] > 32
+    assert max(len(c.prompt_ids) + len(c.token_ids) for c in completions) > LONGEST * 0.9
+    del engine
+    samples = as_samples(completions, params)
+    for micro_batch_tokens in (16384, 5000):
+        comparison = compared(policy, samples, micro_batch_tokens=micro_batch_tokens)
+        assert comparison.num_tokens == sum(len(c.token_ids) for c in completions) > 5000
+        assert comparison.equal, build_report(comparison, samples).verdict
+    again = flat(Engine(policy, None, OTHER).generate(prompts, params))
+    assert outcome(again) == outcome(completions)
+
+
+@pytest.mark.timeout(600)
+def test_a_wrong_bit_is_caught_and_located(policy):
+    prompts, params = workload(24, 600, policy.vocab_size)
+    engine = Engine(policy, None, EngineConfig(num_pages=300, prefix_cache=False))
+    clean = as_samples(flat(engine.generate(prompts, params)), params)
+    assert compared(policy, clean).equal
+    with kv_page_fault(policy):
+        faulty = as_samples(flat(engine.generate(prompts, params)), params)
+    comparison = compared(policy, faulty)
+    (wrong,) = np.unique(comparison.sample[comparison.mismatch])  # one sequence reads that page
+    report = build_report(comparison, faulty)
+    assert not report.equal and {token.key for token in report.worst} == {(0, int(wrong), 0)}
+    with position_fault(policy):
+        comparison = compared(policy, clean)
+    assert len(np.unique(comparison.sample[comparison.mismatch])) == 1
+    before = {name: weight.clone() for name, weight in policy.named_weights().items()}
+    flip_weight_bit(policy)
+    assert compared(policy, clean).mismatch_count > 0
+    policy.load_weights(before)
+    assert compared(policy, clean).equal
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exact(family, dtype):
+    model = align(tiny_model(family, dtype).to(DEVICE))
+    assert model.rlalign_backend == "triton"
+    assert audit(model).exact
+    policy = Policy(model)
+    prompts, params = workload(24, 200, policy.vocab_size)
+    engine = Engine(policy, None, EngineConfig(num_pages=64, max_batch_tokens=96, prefill_chunk=40))
+    assert engine.config.page_size == 128
+    completions = flat(engine.generate(prompts, params))
+    samples = as_samples(completions, params)
+    comparison = compared(policy, samples, micro_batch_tokens=300)
+    assert comparison.equal, build_report(comparison, samples).verdict
+    other = EngineConfig(page_size=16, num_pages=40, max_num_seqs=5, prefix_cache=False)
+    assert outcome(flat(Engine(policy, None, other).generate(prompts, params))) == outcome(completions)
+
+
+def grpo_steps(checkpointing: bool) -> tuple[str, list[Comparison]]:
+    """Two updates with the weights handed over in between; SHA-256 of the masters, and what was compared."""
+    algorithm = AlgorithmConfig(group_size=4, prompts_per_step=4)
+    settings = TrainerConfig(micro_batch_tokens=512, lr=1e-3, gradient_checkpointing=checkpointing)
+    trainer = Trainer(random_qwen("0.6B", 2), settings, algorithm, total_steps=2)
+    engine = Engine(random_qwen("0.6B", 2, seed=1), None, EngineConfig(num_pages=64))
+    params, comparisons, hashes = SamplingParams(n=4, max_tokens=24, seed=3), [], []
+    for step in range(2):
+        weights, version, sha256 = trainer.weights()
+        engine.update_weights(unbundle_weights(bundle_weights(weights, version, sha256)), version, sha256)
+        assert engine.weights_hash() == sha256
+        hashes.append(sha256)
+        prompts = workload(4, 100, engine.policy.vocab_size)[0]
+        samples = [
+            Sample(step, Prompt(i, c.prompt_ids, text="", ground_truth=""), c, params, reward=float(c.token_ids[0] % 7))
+            for i, group in enumerate(engine.generate(prompts, params))
+            for c in group
+        ]
+        trainer.begin_batch()
+        result = trainer.accumulate(samples, estimate_grpo(samples, algorithm).advantages)
+        comparisons.append(compare(pairs_from_samples(samples, result.train_logprobs)))
+        assert trainer.apply_update()["grad_norm"] > 0
+    assert len({*hashes, trainer.weights()[2]}) == 3  # every update changed weights
+    return trainer.masters_sha256(), comparisons
+
+
+@pytest.mark.timeout(600)
+def test_training_agrees_and_is_deterministic():
+    first, again = grpo_steps(checkpointing=False), grpo_steps(checkpointing=False)
+    assert first[0] == again[0]
+    for comparison in (*first[1], *grpo_steps(checkpointing=True)[1]):
+        assert comparison.equal
+
+
+def test_a_decode_step_waits_for_the_gpu_once(monkeypatch):
+    policy = random_qwen("0.6B", 2)
+    engine = Engine(policy, None, EngineConfig())
+    for index in range(5):
+        engine.add(str(index), [1, 2, 3 + index], SamplingParams(max_tokens=32, seed=index))
+    for _ in range(4):
+        engine.step()
+    waits = []
+    real = sampler._to_host
+
+    def to_host(output):
+        waits.append(1)
+        torch.cuda.set_sync_debug_mode("default")
+        found = real(output)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    monkeypatch.setattr(sampler, "_to_host", to_host)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 3
