@@ -4,4 +4,4 @@
 set -euo pipefail
 overrides=("$@")
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-exec "$VENV_PYTHON" recipes/grpo.py ${overrides[@]+"${overrides[@]}"}
+exec "$VENV_PYTHON" recipes/grpo.py cluster.device=cpu ${overrides[@]+"${overrides[@]}"}
