@@ -19,8 +19,8 @@ from rlalign.verifier.dumps.record import MISSING, DumpSequence, missing
 from rlalign.verifier.dumps.rows import Row, parse_line, read_rows
 
 __all__ = [
-    "FORMATS", "MISSING", "DumpSequence", "Format", "ReadOptions", "detect_format", "missing", "read_dump",
-    "read_lines", "write_dump",
+    "FORMATS", "MISSING", "DumpSequence", "Format", "ReadOptions", "choose_format", "detect_format", "missing",
+    "parse_line", "read_dump", "read_sequences", "write_dump",
 ]  # fmt: skip
 
 Convention = Literal["processed", "temperature", "raw"]
@@ -67,27 +67,24 @@ def read_dump(
     """
     number = 0
     for file in _files(Path(path)):
-        rows = read_rows(file)
-        chosen, rows = _choose(file, rows, format)
-        for sequence in _read(chosen, rows, options):
-            yield sequence if sequence.id else replace(sequence, id=str(number))
+        chosen, rows = choose_format(file, read_rows(file), format)
+        for sequence in read_sequences(rows, chosen, options, first_number=number):
+            yield sequence
             number += 1
 
 
-def read_lines(
-    path: Path, lines: list[tuple[int, bytes]], format: Format, options: ReadOptions | None, number: int
+def read_sequences(
+    rows: Iterator[Row], format: Format, options: ReadOptions | None, *, first_number: int
 ) -> Iterator[DumpSequence]:
-    """Sequences of numbered lines of a JSONL file that is still being written. number: of the first sequence."""
-    rows = chain.from_iterable(parse_line(path, line, content) for line, content in lines)
-    for sequence in _read(format, rows, options):
+    """Sequences of rows of one file; one that names no id gets its number, from ``first_number``."""
+    for number, sequence in enumerate(_read(format, rows, options), start=first_number):
         yield sequence if sequence.id else replace(sequence, id=str(number))
-        number += 1
 
 
 def detect_format(path: Path | str, format: str | None = None) -> Format:
     """The format that ``read_dump`` would read the (first) file in. Raises as ``read_dump`` does."""
     file = _files(Path(path))[0]
-    return _choose(file, read_rows(file), format)[0]
+    return choose_format(file, read_rows(file), format)[0]
 
 
 def _read(format: Format, rows: Iterator[Row], options: ReadOptions | None) -> Iterator[DumpSequence]:
@@ -100,7 +97,11 @@ def _read(format: Format, rows: Iterator[Row], options: ReadOptions | None) -> I
         yield from format.read(row, options)
 
 
-def _choose(path: Path, rows: Iterator[Row], name: str | None) -> tuple[Format, Iterator[Row]]:
+def choose_format(path: Path, rows: Iterator[Row], name: str | None) -> tuple[Format, Iterator[Row]]:
+    """The format of a file, by name or by the first row that one knows; and all of its rows again.
+
+    Raises ValueError for no rows, for an unknown name, and for rows that nobody knows.
+    """
     if name is not None and name not in FORMATS:
         raise ValueError(f"format {name!r} is not one of {', '.join(FORMATS)}")
     looked_at: list[Row] = []

@@ -1,0 +1,53 @@
+"""Options that the subcommands on dumps share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rlalign.verifier.thresholds import Thresholds
+
+_THRESHOLDS = ("max_abs", "mean_abs", "mismatch_frac", "k3")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """--json, --html, --worst and the thresholds."""
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
+    parser.add_argument("--worst", type=positive, default=10, metavar="K", help="tokens in the table of the worst")
+    group = parser.add_argument_group("thresholds, beyond which the exit code is 1 (default: --max-abs 0)")
+    group.add_argument("--max-abs", type=float, metavar="X", help="largest |Δ|; 0: every bit must be equal")
+    group.add_argument("--mean-abs", type=float, metavar="X", help="mean |Δ|")
+    group.add_argument("--mismatch-frac", type=float, metavar="X", help="share of tokens whose bits differ")
+    group.add_argument("--k3", type=float, metavar="X", help="mean of e^Δ - Δ - 1, an estimate of KL")
+
+
+def thresholds(args: argparse.Namespace) -> Thresholds:
+    """The thresholds of a command line. Raises ValueError for one that is no bound."""
+    return Thresholds(**{name: getattr(args, name) for name in _THRESHOLDS})
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises FileNotFoundError or ValueError if a result could not be written, before any work is done."""
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
+    if args.html is not None:
+        from rlalign.cli.html import check_html
+
+        check_html(args.html)
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """An argument that is a time span."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
