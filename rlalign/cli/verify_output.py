@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
+from rlalign.cli.html import HtmlOutcome
 from rlalign.dashboards.jsonl import to_json
+from rlalign.dashboards.page import Table as PageTable
+from rlalign.dashboards.pictures import PictureData
 from rlalign.records import Completion
 from rlalign.verifier.report import Report, record
 
@@ -30,6 +34,7 @@ class Outcome:
     metrics: dict[str, float]
     completions: tuple[Completion, ...]
     facts: dict[str, Any]
+    pictures: PictureData | None = None
 
     @property
     def failed(self) -> tuple[Completion, ...]:
@@ -72,16 +77,52 @@ def write_json(outcome: Outcome, path: Path) -> None:
     path.write_text(json.dumps(to_json(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def to_html(outcome: Outcome) -> HtmlOutcome:
+    """The same for ``--html``. What was not compared is named there too."""
+    facts, seconds = outcome.facts, outcome.facts["seconds"]
+    shown = {
+        "model": facts["model"],
+        "rollout": facts["rollout"],
+        "train": facts["train"],
+        "samples": f"{outcome.report.num_samples:,}",
+        "response tokens": f"{outcome.report.num_tokens:,}",
+        "finished by": _finished(outcome),
+        "weights of the rollout, SHA-256": facts["weights_sha256"]["rollout"],
+        "weights of the trainer, SHA-256": facts["weights_sha256"]["train"],
+        "plans differ in": facts["fingerprint_difference"] or "nothing",
+        "settings": " ".join(f"{name}={value}" for name, value in facts["settings"].items() if value is not None),
+        "seconds": _seconds(seconds),
+    }
+    failed = [[completion.request_id, completion.error] for completion in outcome.failed]
+    return HtmlOutcome(
+        title=f"{facts['model']}: rollout {facts['rollout']}, train {facts['train']}",
+        verdict=outcome.report.verdict,
+        good=outcome.exit_code == EXIT_EQUAL,
+        facts=shown,
+        metrics=outcome.metrics if outcome.report.num_tokens else {},
+        pictures=outcome.pictures if outcome.report.num_tokens else None,
+        tables=[("Agreement", PageTable("not compared", ["line", "why"], failed))] if failed else (),
+    )
+
+
 def _summary(outcome: Outcome) -> Table:
     facts, seconds = outcome.facts, outcome.facts["seconds"]
     table = Table(title=f"{facts['model']}: rollout {facts['rollout']}, train {facts['train']}", title_justify="left")
     table.add_column("rollout against train")
     table.add_column("", justify="right")
-    finished = Counter(completion.finish_reason for completion in outcome.completions)
     table.add_row("samples", f"{outcome.report.num_samples:,}")
     table.add_row("response tokens", f"{outcome.report.num_tokens:,}")
-    table.add_row("finished by", ", ".join(f"{reason} {count:,}" for reason, count in sorted(finished.items())))
+    table.add_row("finished by", _finished(outcome))
     for name in _SHOWN:
         table.add_row(name, f"{outcome.metrics[f'align/{name}']:.9g}")
-    table.add_row("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items()))
+    table.add_row("seconds", _seconds(seconds))
     return table
+
+
+def _finished(outcome: Outcome) -> str:
+    finished = Counter(completion.finish_reason for completion in outcome.completions)
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(finished.items()))
+
+
+def _seconds(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())

@@ -43,6 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N prompts")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
     parser.add_argument("--worst", type=_positive, default=10, metavar="K", help="tokens in the table of the worst")
 
     group = parser.add_argument_group("arithmetic")
@@ -86,7 +87,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """The whole subcommand; returns the exit code. Raises ValueError for input that can't be used."""
     # imported when needed: --help should not wait for torch and transformers
-    from rlalign.cli.verify_output import show, write_json
+    from rlalign.cli.html import check_html, write_html
+    from rlalign.cli.verify_output import show, to_html, write_json
     from rlalign.cli.verify_prompts import read_prompt_rows
 
     # everything that can be wrong is looked at before the first weight is loaded
@@ -95,10 +97,14 @@ def run(args: argparse.Namespace) -> int:
     rows = read_prompt_rows(args.prompts, limit=args.limit)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
+    if args.html is not None:
+        check_html(args.html)
     outcome = _verify(args, rows, params, engine, trainer.micro_batch_tokens)
     show(outcome, Console())
     if args.json is not None:
         write_json(outcome, args.json)
+    if args.html is not None:
+        write_html(to_html(outcome), args.html)
     return outcome.exit_code
 
 
@@ -108,6 +114,7 @@ def _verify(
     from rlalign.cli.verify_output import Outcome
     from rlalign.cli.verify_prompts import encode_rows, needs_tokenizer
     from rlalign.engine import Engine
+    from rlalign.run.pictures import picture_data
     from rlalign.verifier.compare import compare, pairs_from_samples
     from rlalign.verifier.metrics import align_metrics
     from rlalign.verifier.report import build_report
@@ -125,13 +132,20 @@ def _verify(
     with _timed(seconds, "rescore"):
         logprobs = rescore(train, samples, micro_batch_tokens=micro_batch_tokens)
     comparison = compare(pairs_from_samples(samples, logprobs))
+    decode = None if tokenizer is None else tokenizer.decode
+    report = build_report(comparison, samples, worst_tokens=args.worst, decode=decode)
     return Outcome(
-        report=build_report(
-            comparison, samples, worst_tokens=args.worst, decode=None if tokenizer is None else tokenizer.decode
-        ),
+        report=report,
         metrics=align_metrics(comparison),
         completions=tuple(completion for _, completion in completions),
         facts=_facts(args, rollout, train, seconds),
+        pictures=picture_data(
+            comparison,
+            report,
+            names=["/".join(map(str, sample.key)) for sample in samples],
+            token_ids=[sample.completion.token_ids for sample in samples],
+            decode=decode,
+        ),
     )
 
 

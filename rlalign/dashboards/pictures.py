@@ -19,7 +19,22 @@ if TYPE_CHECKING:
 _DECADES = (-10, 2)
 _BINS_PER_DECADE = 4
 _MAX_POINTS = 5000
-_GOOD, _BAD, _WORSE = "#2a9d4f", "#2f6fb0", "#c8352b"
+# equal, different, not finite; the same in every renderer
+GOOD, BAD, WORSE = "#2a9d4f", "#2f6fb0", "#c8352b"
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Both log-probs along one sequence, or along a part of it.
+
+    positions: int64 [T], in the response. rollout, train: float32 [T], NaN where missing. tokens: T texts, or ids.
+    """
+
+    name: str
+    positions: np.ndarray
+    rollout: np.ndarray
+    train: np.ndarray
+    tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +42,7 @@ class PictureData:
     """One step's comparison. rollout, train, delta: float32 [N] log-probs and their difference.
 
     nonfinite: bool [N], missing tokens included. worst: flat records of the worst tokens, all with the same keys.
+    position: int64 [N], of each token in its response. trace: along the worst sequence. Both None where nobody says.
     """
 
     rollout: np.ndarray
@@ -34,6 +50,8 @@ class PictureData:
     delta: np.ndarray
     nonfinite: np.ndarray
     worst: Sequence[dict[str, Any]]
+    position: np.ndarray | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +67,8 @@ class Histogram:
 def histogram(data: PictureData) -> Histogram:
     """Every token is in exactly one bin; what lies beyond the edges is in the outermost ones."""
     size = np.abs(data.delta[~data.nonfinite].astype(np.float64))
-    low, high = _DECADES
-    edges = np.linspace(low, high, (high - low) * _BINS_PER_DECADE + 1)
-    logs = np.log10(size[size > 0]).clip(low, high)
+    edges = histogram_edges()
+    logs = np.log10(size[size > 0]).clip(*_DECADES)
     return Histogram(
         zero=int((size == 0).sum()),
         nonfinite=int(data.nonfinite.sum()),
@@ -60,15 +77,21 @@ def histogram(data: PictureData) -> Histogram:
     )
 
 
+def histogram_edges() -> np.ndarray:
+    """Float64 [B+1] of log10 |Δ|: the same for every histogram, so that they add up."""
+    low, high = _DECADES
+    return np.linspace(low, high, (high - low) * _BINS_PER_DECADE + 1)
+
+
 def draw_histogram(data: PictureData, *, title: str) -> Figure:
     """Bar chart of log10 |Δlogp|, exact zero in a bin of its own on the left, non-finite on the right."""
     h = histogram(data)
     figure, axes = _figure(7.0, 3.6)
     centres, width = (h.edges[:-1] + h.edges[1:]) / 2, h.edges[1] - h.edges[0]
     low, high = h.edges[0] - 1.8, h.edges[-1] + 1.8
-    axes.bar(low, h.zero, width=0.8, color=_GOOD)
-    axes.bar(centres, h.counts, width=width * 0.95, color=_BAD)
-    axes.bar(high, h.nonfinite, width=0.8, color=_WORSE)
+    axes.bar(low, h.zero, width=0.8, color=GOOD)
+    axes.bar(centres, h.counts, width=width * 0.95, color=BAD)
+    axes.bar(high, h.nonfinite, width=0.8, color=WORSE)
     for x, count in ((low, h.zero), (high, h.nonfinite)):
         axes.annotate(f"{count:,}", (x, count), ha="center", va="bottom", fontsize=8)
     decades = np.arange(_DECADES[0], _DECADES[1] + 1, 2)
@@ -84,12 +107,12 @@ def draw_histogram(data: PictureData, *, title: str) -> Figure:
 
 def draw_scatter(data: PictureData, *, title: str) -> Figure:
     """Probability of each sampled token: trainer against rollout, on the diagonal when all is well."""
-    chosen = _chosen_points(data)
+    chosen = chosen_points(data)
     figure, axes = _figure(4.6, 4.6)
     rollout, train = (np.exp(side[chosen].astype(np.float64)) for side in (data.rollout, data.train))
     differs = data.delta[chosen] != 0
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=1)
-    for mask, color, label in ((~differs, _GOOD, "equal"), (differs, _BAD, "different")):
+    for mask, color, label in ((~differs, GOOD, "equal"), (differs, BAD, "different")):
         axes.scatter(rollout[mask], train[mask], s=8, color=color, alpha=0.6, linewidths=0, label=label, zorder=2)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel="p of the rollout engine")
     finite = int((~data.nonfinite).sum())
@@ -111,15 +134,15 @@ def table_rows(worst: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[
     return [[_cell(record[column]) for column in columns] for record in worst]
 
 
-def _chosen_points(data: PictureData) -> np.ndarray:
-    """Indices, int64, of at most ``_MAX_POINTS`` finite tokens: the largest differences, then evenly spaced ones."""
+def chosen_points(data: PictureData, limit: int = _MAX_POINTS) -> np.ndarray:
+    """Indices, int64, of at most ``limit`` finite tokens: the largest differences, then evenly spaced ones."""
     finite = np.flatnonzero(~data.nonfinite)
-    if len(finite) <= _MAX_POINTS:
+    if len(finite) <= limit:
         return finite
     by_size = finite[np.argsort(-np.abs(data.delta[finite]), kind="stable")]
-    half = _MAX_POINTS // 2
+    half = limit // 2
     rest = by_size[half:]
-    return np.concatenate([by_size[:half], rest[np.linspace(0, len(rest) - 1, _MAX_POINTS - half).astype(np.int64)]])
+    return np.concatenate([by_size[:half], rest[np.linspace(0, len(rest) - 1, limit - half).astype(np.int64)]])
 
 
 def _cell(value: Any) -> Any:

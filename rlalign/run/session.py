@@ -17,13 +17,15 @@ import numpy as np
 
 from rlalign.config import Config, config_to_dict
 from rlalign.dashboards import MetricsFile, NullSink, PictureData, Sink, make_sink
+from rlalign.dashboards.snapshot import snapshot_to_dict, take_snapshot
 from rlalign.generators import Generators
 from rlalign.records import Sample, derive_seed
 from rlalign.run.facts import git_commit, versions
 from rlalign.run.folder import RunFolder
 from rlalign.run.interrupts import Interrupts
+from rlalign.run.pictures import picture_data
 from rlalign.run.progress import Progress
-from rlalign.verifier.compare import Comparison, compare, pairs_from_samples
+from rlalign.verifier.compare import compare, pairs_from_samples
 from rlalign.verifier.decide import MismatchHalt, enforce, policy_of
 from rlalign.verifier.metrics import Provenance, align_metrics
 from rlalign.verifier.report import Report, build_report, record
@@ -122,8 +124,9 @@ class Run:
             self.folder.begin(self.config)
             self._begin()
             self.progress.say(f"continuing after step {self.totals.steps}")
-        metrics = MetricsFile(self.folder.metrics, first_step=self.totals.steps + 1)
-        self._metrics_file = self._exit.enter_context(closing(metrics))
+        first = self.totals.steps + 1
+        self._metrics_file = self._exit.enter_context(closing(MetricsFile(self.folder.metrics, first_step=first)))
+        self._pictures_file = self._exit.enter_context(closing(MetricsFile(self.folder.pictures, first_step=first)))
         return self.totals.steps
 
     @contextmanager
@@ -181,7 +184,14 @@ class Run:
         comparison = compare(pairs_from_samples(samples, train_logprobs))
         report = build_report(comparison, samples, worst_tokens=self.config.align.worst_tokens, decode=decode)
         self.metrics |= align_metrics(comparison, advantages=advantages, provenance=provenance)
-        self._report, self._pictures = report, _pictures(comparison, report)
+        self._report = report
+        self._pictures = picture_data(
+            comparison,
+            report,
+            names=["/".join(map(str, sample.key)) for sample in samples],
+            token_ids=[sample.completion.token_ids for sample in samples],
+            decode=decode,
+        )
         if not report.equal:
             worst = [record(token) for token in report.worst]
             self.folder.write_json(self.folder.mismatch, {"verdict": report.verdict, "worst_tokens": worst})
@@ -281,7 +291,10 @@ class Run:
     def _log(self, step: int, *, with_pictures: bool) -> None:
         self._metrics_file.log(step, self.metrics)
         self.sink.log(step, self.metrics)
-        if with_pictures and self._pictures is not None:
+        if self._pictures is None:
+            return
+        self._pictures_file.log(step, snapshot_to_dict(take_snapshot(self._pictures, full=with_pictures)))
+        if with_pictures:
             self.sink.pictures(step, self._pictures)
 
     def _summary(self) -> dict[str, Any]:
@@ -332,16 +345,6 @@ def _speed(samples: Sequence[Sample], seconds: Mapping[str, float], stats: Mappi
         "perf/rollout_tokens_per_s": tokens / seconds["rollout"],
         "perf/train_tokens_per_s": total / seconds["train"],
     }
-
-
-def _pictures(comparison: Comparison, report: Report) -> PictureData:
-    return PictureData(
-        rollout=comparison.rollout,
-        train=comparison.train,
-        delta=comparison.delta,
-        nonfinite=comparison.nonfinite,
-        worst=[record(token) for token in report.worst],
-    )
 
 
 def _closing_rows(run: Run) -> list[tuple[str, str]]:

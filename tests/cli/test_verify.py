@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pages import parse
 
 from rlalign import modeling
 from rlalign.cli.verify import main
@@ -283,3 +284,22 @@ def test_the_script_is_the_same_command(tmp_path: Path) -> None:
     done = subprocess.run(missing, capture_output=True, text=True, env=environment, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: no such file: {tmp_path / 'none.txt'}\n"
+
+
+def test_html_shows_the_pictures_of_what_differs(
+    model: Path, prompts: Path, tmp_path: Path, broken_train: list[str]
+) -> None:
+    pytest.importorskip("plotly", reason="HTML reports need plotly, the extra 'report'")
+    assert verify(model, prompts, "--html", str(tmp_path / "page.html")) == 1
+    page = parse(tmp_path / "page.html")
+    assert page.sections == ["Agreement", "Where", "Policy"]
+    assert {"|Δ| of every token", "where in the response", "along the worst sequence", "worst tokens"} <= {*page.titles}
+    assert "rollout and trainer differ on" in page.text
+    assert len(broken_train) == 2
+
+
+def test_html_that_cannot_be_written_is_an_error_before_any_work(
+    model: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(model, prompts, "--html", "no/such/folder/page.html") == 2
+    assert "--html: no such folder" in one_error_line(capsys)

@@ -10,7 +10,7 @@ import pytest
 from rlalign.dashboards.panels import PANELS, Section, definitions, panel_of
 from rlalign.dashboards.pictures import (
     PictureData,
-    _chosen_points,
+    chosen_points,
     draw_histogram,
     draw_scatter,
     histogram,
@@ -103,7 +103,7 @@ def test_scatter_keeps_the_largest_differences_when_it_thins_out() -> None:
     train = rollout.copy()
     train[[7, 19_999]] -= np.float32([1.0, 2.0])
     train[3] = np.inf
-    chosen = _chosen_points(data(rollout, train))
+    chosen = chosen_points(data(rollout, train))
     assert len(set(chosen.tolist())) == 5000
     assert {7, 19_999} <= set(chosen.tolist())
     assert 3 not in chosen

@@ -6,6 +6,7 @@ import json
 import math
 
 import grpo
+import numpy as np
 import ppo
 import pytest
 import ray
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlalign.actors import Controller
 from rlalign.config import config_from_dict
 from rlalign.dashboards.jsonl import read_metrics
+from rlalign.dashboards.run_report import read_run
 from rlalign.modeling import load_policy
 from rlalign.run import resumed_config
 from rlalign.verifier.decide import MismatchHalt
@@ -45,6 +47,15 @@ def test_a_run_agrees_bit_for_bit_and_says_so(plain_run):
     # counted per step: 4 prompts of 7 tokens, prefilled once each for their 4 samples
     assert all(row["perf/engine/prefill_tokens"] == 28 for row in rows)
     assert all(row["perf/engine/tokens_per_forward"] > 4 for row in rows)
+
+
+def test_every_step_leaves_its_pictures(plain_run):
+    run = read_run(plain_run)
+    assert list(run.snapshots) == [1, 2, 3]
+    for one in run.snapshots.values():
+        assert (one.histogram.zero, one.worst) == (one.num_tokens, ())
+        assert one.positions.max_abs.max() == 0
+        assert np.array_equal(one.trace.rollout, one.trace.train) and len(one.trace.tokens) > 1
 
 
 def test_the_folder_holds_what_is_needed_to_look_at_it_again(plain_run):
