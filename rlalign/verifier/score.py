@@ -73,9 +73,18 @@ class ScoreSettings:
     target_shift: Literal[-1, 0, 1] = 0
     """The token's log-prob is read so many rows later than the row that predicts it."""
     prompt: Literal[
-        "as_dumped", "without_first", "with_bos", "without_last", "reencoded", "chat_template", "next", "previous"
+        "as_dumped",
+        "without_first",
+        "with_bos",
+        "without_last",
+        "reencoded",
+        "chat_template",
+        "generation_prompt",
+        "next",
+        "previous",
     ] = "as_dumped"
-    """Another prompt in front of the same response; next, previous: that of the neighbour in the dump."""
+    """Another prompt in front of the same response; generation_prompt: with the template's opening of an answer where
+    it had none, or without it; next, previous: that of the neighbour in the dump."""
     tokens: Literal["as_dumped", "reencoded"] = "as_dumped"
     """reencoded: the response's ids decoded to text and encoded again, where that gives as many."""
 
@@ -108,13 +117,15 @@ def effective_sampling(sequence: DumpSequence, settings: ScoreSettings) -> Sampl
     """The parameters whose transforms the log-probs of ``sequence`` are taken after, under ``settings``.
 
     Greedy ones (temperature 0) mean the untruncated distribution at temperature 1. A dump without parameters is taken
-    to be of temperature 1 with nothing cut off.
+    to be of temperature 1 with nothing cut off. Without transforms, ``min_tokens`` bans nothing either.
     """
     params = sequence.sampling or SamplingParams()
     processed = settings.processed
     if processed is None:
         processed = True if sequence.processed is None else sequence.processed
     off = TRANSFORMS if not processed else [name for name in TRANSFORMS if name in settings.ignore]
+    if not processed:
+        params = replace(params, min_tokens=0)
     if not params.greedy:
         params = replace(params, **{name: _OFF[name] for name in off})
     return params if settings.temperature is None else replace(params, temperature=settings.temperature)
