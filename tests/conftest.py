@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# before anything loads torch, wandb or a hub client
-THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))
+# before anything loads torch, wandb or a hub client; two test processes beside each other have a core each
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ |= {
     "MKL_NUM_THREADS": str(THREADS),
@@ -16,6 +16,7 @@ os.environ |= {
 }
 
 from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
@@ -25,6 +26,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 if TYPE_CHECKING:
     from support.actors import ActorPool
 
+TESTS = Path(__file__).parent
 torch.set_num_threads(THREADS)
 if not torch.cuda.is_available():
     # Triton's kernels run on CPU tensors then; read when they are imported
@@ -32,7 +34,14 @@ if not torch.cuda.is_available():
 transformers_logging.disable_progress_bar()
 
 
+# Folders whose tests share one Ray: they wait more than they compute, so one process takes them all.
+_WITH_RAY = {"actors", "recipes"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(pytest.mark.xdist_group("ray" if folder in _WITH_RAY else str(item.path.relative_to(TESTS))))
     if torch.cuda.is_available():
         return
     for item in items:
