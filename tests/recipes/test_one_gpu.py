@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import grpo
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from support.one_gpu import ROOT, one_gpu, questions
 from support.runs import summary
 
-from rlalign.config import Config, config_from_dict
 from rlalign.dashboards.jsonl import read_metrics
 from rlalign.tasks.byte_tokenizer import make_byte_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
     "model.intermediate_size=48", "model.max_position_embeddings=256", "model.vocab_size=512",
@@ -23,18 +17,6 @@ TINY = (
     "engine.num_pages=8", "engine.max_model_len=256", "eval.num_prompts=1", "cluster.device=cpu", "run.steps=2",
     "tracking=none", "trainer.lr=1e-3",
 )  # fmt: skip
-
-
-def one_gpu(*overrides: str) -> Config:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings = compose("grpo", ["experiment=one_gpu", *overrides])
-    return config_from_dict(OmegaConf.to_container(settings, resolve=True, throw_on_missing=True))
-
-
-def questions(path: Path, count: int) -> Path:
-    rows = [{"question": f"What is {n} + {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(count)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 def test_it_is_what_it_says():
