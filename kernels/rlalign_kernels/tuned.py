@@ -226,9 +226,19 @@ def head_tile(
     num_rows: int, vocab: int, depth: int, dtype: torch.dtype, architecture: tuple[int, int], sample: bool
 ) -> HeadTile | None:
     """The table's, if it has one."""
-    table = in_use(architecture)
-    wanted = (vocab, depth, dtype, sample)
-    for e in table.head if table else ():
-        if (e.vocab, e.depth, e.dtype, e.sample) == wanted and e.first_row <= num_rows <= e.last_row:
-            return e.tile
-    return None
+    found = _head_entries(vocab, depth, dtype, architecture, sample)
+    return next((e.tile for e in found if e.first_row <= num_rows <= e.last_row), None)
+
+
+def head_tiles(
+    vocab: int, depth: int, dtype: torch.dtype, architecture: tuple[int, int], sample: bool
+) -> list[HeadTile]:
+    """All of the table's for this layer."""
+    return [entry.tile for entry in _head_entries(vocab, depth, dtype, architecture, sample)]
+
+
+def _head_entries(
+    vocab: int, depth: int, dtype: torch.dtype, architecture: tuple[int, int], sample: bool
+) -> list[HeadEntry]:
+    table, wanted = in_use(architecture), (vocab, depth, dtype, sample)
+    return [e for e in table.head if (e.vocab, e.depth, e.dtype, e.sample) == wanted] if table else []

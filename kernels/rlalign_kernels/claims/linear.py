@@ -13,7 +13,7 @@ from rlalign_kernels.conformance import Claim, Subject, hard_data
 from rlalign_kernels.gemm.schedules import HopperTile, Tile
 from rlalign_kernels.linear import linear
 
-# Row counts whose schedules are compared: of the tables' every branch.
+# Row counts that every schedule of the table computes: part of a tile, and several.
 _SCHEDULED_ROWS = (7, 200)
 
 
@@ -53,11 +53,13 @@ def _wide(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
 def _schedules(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[Run, list[tuple[object, Run]]]:
     """The chosen, and all others, the table's that is in use among them."""
     from rlalign_kernels import tuned
-    from rlalign_kernels.gemm.space import candidates, layer_of
+    from rlalign_kernels.gemm.space import layer_of, table
     from rlalign_kernels.gemm.triton_backend import forward
+    from rlalign_kernels.gpu import num_processors
 
     layer = layer_of(x, weight)
-    tiles = dict.fromkeys([*candidates(layer, x.shape[0], torch.float32), *tuned.linear_tiles(layer, torch.float32)])
+    known = table(layer, torch.float32, num_processors(x.device))
+    tiles = dict.fromkeys([*known, *tuned.linear_tiles(layer, torch.float32)])
 
     def run(schedule: Tile | HopperTile) -> tuple[torch.Tensor]:
         return (forward(x, weight, bias, out_dtype=torch.float32, schedule=schedule),)

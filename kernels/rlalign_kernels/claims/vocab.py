@@ -66,7 +66,7 @@ def _score_claims(vocab: int, depth: int, setting: Setting) -> list[Claim]:
     mixed = Rows(score, (hidden, targets, *_settings(num_rows, device, mixed=True)), poisonable=False)
     claims.append(Claim("truncated", row_claims(mixed, sizes[:5])[0].cases))
     if setting.backend == "triton" and setting.schedules:
-        claims.append(_schedules(hidden[:_SCHEDULED_ROWS], weight[:_SCHEDULED_IDS]))
+        claims.append(_schedules(hidden[:_SCHEDULED_ROWS], weight[:_SCHEDULED_IDS], vocab))
     few = sizes[-1] // 2
     plain = SamplingRows(*_settings(few, device), truncates=False)
 
@@ -107,10 +107,12 @@ def _drawn_and_scored(
         yield difference([scored], [logprob[:size]], f"{size} rows, drawn and scored")
 
 
-def _schedules(hidden: torch.Tensor, weight: torch.Tensor) -> Claim:
+def _schedules(hidden: torch.Tensor, weight: torch.Tensor, vocab: int) -> Claim:
+    """``weight``: of some of the ``vocab`` ids."""
+    from rlalign_kernels import tuned
     from rlalign_kernels.gpu import architecture
+    from rlalign_kernels.vocab import space
     from rlalign_kernels.vocab import triton_launches as launches
-    from rlalign_kernels.vocab.space import known_tiles
 
     head, num_rows = launches.Head.of(weight, None, None), hidden.shape[0]
     settings = launches.Settings(*_settings(num_rows, hidden.device))
@@ -121,7 +123,8 @@ def _schedules(hidden: torch.Tensor, weight: torch.Tensor) -> Claim:
         return (launches.scan(hidden, head, settings, None, tile=tile, **drawing),)
 
     def table(sample: bool) -> tuple[Run, list[tuple[object, Run]]]:
-        tiles = sorted(known_tiles(hidden.dtype, architecture(hidden.device), sample), key=str)
+        where = hidden.dtype, architecture(hidden.device)
+        tiles = dict.fromkeys([*space.table(*where, sample), *tuned.head_tiles(vocab, hidden.shape[1], *where, sample)])
         return partial(run, sample), [(tile, partial(run, sample, tile)) for tile in tiles]
 
     return schedules_claim(table(False), table(True))

@@ -1,4 +1,4 @@
-"""Schedules of ``linear`` that are worth a look: what doctor.py compares and tune.py chooses from.
+"""Schedules of ``linear``: the table that doctor.py compares, and what tune.py chooses from.
 
 None may change a bit; which of them a GPU has the shared memory for shows when it is launched.
 """
@@ -19,6 +19,8 @@ _STAGE_BYTES = 225_000
 # Rows that a tile may cover in vain.
 _FEWEST = 16
 _MANY = 1 << 20
+# On both sides of every bound of the choosers'.
+_TABLE_ROWS = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1024, 16384)
 
 
 def layer_of(x: torch.Tensor, weight: torch.Tensor) -> Layer:
@@ -35,6 +37,14 @@ def chosen(layer: Layer, num_rows: int, out_dtype: torch.dtype, num_processors: 
     if schedules.takes_hopper_tiles(layer, out_dtype):
         found = schedules.hopper_tile(layer, num_rows, out_dtype, num_processors)
     return found or schedules.tile(layer, num_rows)
+
+
+def table(layer: Layer, out_dtype: torch.dtype, num_processors: int) -> list[Tile | HopperTile]:
+    """All that ``chosen`` takes for some number of rows."""
+    found = [chosen(layer, num_rows, out_dtype, num_processors) for num_rows in _TABLE_ROWS]
+    if schedules.takes_hopper_tiles(layer, out_dtype):
+        found += [schedules.fitted(tile, out_dtype) for tile in HOPPER_TILES]
+    return list(dict.fromkeys(found))
 
 
 def candidates(layer: Layer, num_rows: int, out_dtype: torch.dtype) -> list[Tile | HopperTile]:

@@ -1,4 +1,4 @@
-"""Schedules of the output layer that are worth a look: what doctor.py compares and tune.py chooses from."""
+"""Schedules of the output layer: the table that doctor.py compares, and what tune.py chooses from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from collections.abc import Iterator
 import torch
 
 from rlalign_kernels.vocab.plan import HEAD_PLAN
-from rlalign_kernels.vocab.schedules import HeadTile
+from rlalign_kernels.vocab.schedules import HeadTile, head_tile
 
 # Rows that a tile may cover in vain.
 _FEWEST = 16
+# On both sides of every bound of the chooser's.
+_TABLE_ROWS = (1, 16, 17, 32, 33, 64, 65, 128, 129, 4096)
+
+
+def table(dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> list[HeadTile]:
+    """All that the chooser takes for some number of rows."""
+    found = (head_tile(num_rows, dtype, architecture, sample) for num_rows in _TABLE_ROWS)
+    return list(dict.fromkeys(found))
 
 
 def candidates(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> list[HeadTile]:
