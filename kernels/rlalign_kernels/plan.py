@@ -117,7 +117,7 @@ def fingerprint(backend: str, device: torch.device | str) -> Fingerprint:
         raise ValueError(f"fingerprint: backend={backend!r} is unknown; supported: {list(BACKENDS)}")
     device = torch.device(device)
     fields = {"backend": backend, "device": device.type, "sources": _sources_sha256(), "torch": torch.__version__}
-    fields["triton"] = _version("triton")
+    fields["triton"] = version("triton")
     for name, plan in asdict(GpuPlan() if backend == "triton" else Plan()).items():
         fields[f"plan.{name}"] = ",".join(f"{key}={value}" for key, value in sorted(plan.items()))
     fields.update(_cpu_fields() if device.type == "cpu" else _gpu_fields(device))
@@ -149,7 +149,8 @@ def _gpu_fields(device: torch.device) -> dict[str, str]:
     return {"gpu.architecture": f"sm_{major}{minor}", "cuda": str(torch.version.cuda)}
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package, or ``(none)``."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

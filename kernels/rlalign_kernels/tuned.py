@@ -9,7 +9,6 @@ so is a table for another architecture, plan or Triton. Layers, row counts and l
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from rlalign_kernels.gemm import space as gemm_space
 from rlalign_kernels.gemm.chain_plan import FLOAT32_BLOCK
 from rlalign_kernels.gemm.schedules import HopperTile, Layer, Tile, fitted, takes_hopper_tiles
 from rlalign_kernels.gpu_plan import GpuPlan
+from rlalign_kernels.plan import version
 from rlalign_kernels.vocab import space as head_space
 from rlalign_kernels.vocab.plan import HEAD_PLAN
 from rlalign_kernels.vocab.schedules import HeadTile
@@ -95,7 +95,7 @@ def plan_fields(architecture: tuple[int, int]) -> dict[str, str]:
     }
     return {
         "architecture": f"sm_{architecture[0]}{architecture[1]}",
-        "triton": importlib.metadata.version("triton"),
+        "triton": version("triton"),
         **named,
     }
 

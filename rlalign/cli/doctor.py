@@ -76,9 +76,11 @@ def _examine(args: argparse.Namespace, console: Console) -> Outcome:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads}: at least 1")
         torch.set_num_threads(args.threads)
-    if args.tuned is not None:
-        tuned.use(args.tuned)
     setting = _setting(args)
+    if args.tuned is not None:
+        if setting.backend != "triton":
+            raise ValueError(f"--tuned {args.tuned}: backend {setting.backend} takes no table; only triton does")
+        tuned.use(args.tuned)
     shapes = _shapes(args, setting)
     subjects = [subject for subject in all_subjects(shapes, setting) if args.only in subject.operator]
     if not subjects:

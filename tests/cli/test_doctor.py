@@ -190,6 +190,7 @@ def test_nothing_that_could_be_checked_exits_2(
     (["--model", "/no/such/place"], "--model /no/such/place: no config.json there"),
     (["--dtype", "float16"], "--dtype float16 is not supported with backend reference"),
     (["--threads", "0"], "--threads 0: at least 1"),
+    (["--tuned", "t.json"], "--tuned t.json: backend reference takes no table; only triton does"),
     (["--backend", "fast"], "argument --backend: invalid choice: 'fast'"),
 ])  # fmt: skip
 def test_unusable_input_is_one_line_and_exits_2(
