@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
-from rlalign_kernels import Fingerprint, fingerprint
+from rlalign_kernels import Fingerprint, fingerprint, tuned
 from transformers.utils import logging as transformers_logging
 
 from rlalign.config import Config
@@ -16,12 +18,13 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Environment of an actor's process, read by the maths libraries when they are loaded."""
+    """Environment of an actor's process: what maths libraries read when they are loaded, and a table of schedules."""
     return {
         **dict.fromkeys(_THREAD_VARIABLES, str(threads)),
         "OMP_WAIT_POLICY": "PASSIVE",  # see rlalign/__init__.py
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **({tuned.VARIABLE: str(Path(table).absolute())} if (table := os.environ.get(tuned.VARIABLE)) else {}),
     }
 
 

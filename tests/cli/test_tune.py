@@ -170,3 +170,13 @@ def test_a_default_that_can_not_run_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="the default schedule can't run here: out of memory"):
         search(Fake(), Bucket(1, 1), measure, 1)
+
+
+def test_actors_take_the_table_that_the_run_was_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rlalign.actors.process import environment
+
+    monkeypatch.delenv(tuned.VARIABLE, raising=False)
+    assert tuned.VARIABLE not in environment(1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(tuned.VARIABLE, "t.json")
+    assert environment(1)[tuned.VARIABLE] == str(tmp_path / "t.json")
