@@ -1,0 +1,167 @@
+"""Configuration files of rlalign, verl, TRL and vLLM as sides, by tables of their keys.
+
+A key is judged, known to be harmless, or listed as not judged; none is ignored. Tables follow the public arguments of
+vLLM 0.10 and later, TRL 0.20 and later, and verl 0.5 and later; a key that they don't know is listed, never guessed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Container, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlalign.config import config_from_dict, config_to_dict
+from rlalign.verifier.preflight.side import Name, Setting, Side
+from rlalign.verifier.preflight.tables import BOTH, FORMATS, Format
+
+Role = Literal["rollout", "train"]
+
+
+def read_sides(path: Path, *, format: str | None = None) -> dict[Role, Side]:
+    """The sides that a file describes: both, or only the rollout of an engine's own arguments.
+
+    format: "rlalign", "verl", "trl" or "vllm"; None tells by content. Raises FileNotFoundError, or ValueError naming
+    the file and what in it can't be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"{path}: a configuration is a mapping of settings, this is {type(values).__name__}")
+    name = format or _detect(path, values)
+    if name not in ("rlalign", *FORMATS):
+        raise ValueError(f"format={name!r} is not one of rlalign, {', '.join(FORMATS)}")
+    return _read_ours(path, values) if name == "rlalign" else _read_table(path, values, FORMATS[name])
+
+
+def _detect(path: Path, values: Mapping[str, Any]) -> str:
+    """The framework whose unmistakable key is there; several or none is a ValueError that says how to choose."""
+    flat = {_snake(key) for key in _flat(values)}
+    if "numerics" in values or ({"engine", "trainer", "align"} & values.keys() and "actor_rollout_ref" not in values):
+        return "rlalign"
+    found = [name for name, one in FORMATS.items() if any(_covers(mark, key) for mark in one.marks for key in flat)]
+    if not found:
+        raise ValueError(
+            f"{path}: not recognised as rlalign, {', '.join(FORMATS)}; give --rollout-format, --train-format"
+        )
+    # TRL's vllm_* settings stand in a file of TRL's: the first match of the table is the more particular one
+    return found[0]
+
+
+def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Role, Side]:
+    found: dict[Role, dict[Name, Setting]] = {role: {} for role in table.roles}
+    rest: list[str] = []
+    harmless: list[str] = []
+    for raw, value in _flat(values, whole=table.keys).items():
+        key = _snake(raw)
+        if key in table.keys:
+            for role, name, read in _targets(table, key):
+                _put(found[role], name, Setting(_read(path, raw, value, read), raw))
+        elif any(_covers(pattern, key) for pattern in table.harmless):
+            harmless.append(raw)
+        else:
+            rest.append(raw)
+    for role, defaults in table.defaults.items():
+        for name, value in defaults.items():
+            if role in found and name not in found[role]:
+                found[role][name] = Setting(value, f"{table.name}'s own", is_default=True)
+    table.finish(found)
+    title = f"{path} ({table.name})"
+    return {role: Side(title, settings, tuple(rest), tuple(harmless)) for role, settings in found.items()}
+
+
+def _put(settings: dict[Name, Setting], name: Name, setting: Setting) -> None:
+    """Several keys may feed one setting: edits of logits add up, of update counts the larger one tells."""
+    before = settings.get(name)
+    if before is not None and isinstance(before.value, tuple) and isinstance(setting.value, tuple):
+        setting = Setting((*before.value, *setting.value), f"{before.key}, {setting.key}")
+    elif before is not None and name == "updates_per_sync":
+        setting = max(before, setting, key=lambda one: one.value)
+    elif before is not None and setting.value is None:  # a switch that is off takes nothing back
+        return
+    settings[name] = setting
+
+
+def _targets(table: Format, key: str) -> Iterator[tuple[Role, Name, Callable[[str, Any], Any]]]:
+    role, name, read = table.keys[key]
+    for one in table.roles if role == BOTH else (role,):
+        yield one, name, read
+
+
+def _read(path: Path, key: str, value: Any, read: Callable[[str, Any], Any]) -> Any:
+    try:
+        return read(key, value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {key}={value!r}: {error}") from error
+
+
+def _read_ours(path: Path, values: Mapping[str, Any]) -> dict[Role, Side]:
+    """Both sides of a file of ours: a run's config.yaml, or a part of it over the defaults."""
+    known = config_to_dict(config_from_dict({}))
+    if "defaults" in values:
+        raise ValueError(
+            f"{path}: a page that hydra composes; give settings that are resolved: a run's config.yaml, or what "
+            "python recipes/grpo.py --cfg job prints"
+        )
+    if unknown := [key for key in values if key not in known]:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{path}: {unknown[0]}: no such setting{hint}")
+    try:
+        config = config_from_dict(dict(values))
+    except ValueError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    model, sampling, algorithm = config.model, config.sampling, config.algorithm
+    stated = set(_flat(values))
+    settings: dict[Name, Setting] = {}
+
+    def say(name: Name, value: Any, key: str) -> None:
+        if value is not None:
+            settings[name] = Setting(value, key, is_default=key not in stated)
+
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        say(name, getattr(sampling, name), f"sampling.{name}")  # type: ignore[arg-type]
+    invariant = config.numerics == "invariant"
+    say("model", None if model.path is None else str(model.path), "model.path")
+    say("dtype", model.dtype, "model.dtype")
+    say("numerics", "rlalign, invariant" if invariant else "native", "numerics")
+    say("prefix_cache", config.engine.prefix_cache, "engine.prefix_cache")
+    say("chunked_prefill", True, "engine.prefill_chunk")
+    say("attention", None if config.attention is None else config.attention["_target_"], "attention")
+    say("updates_per_sync", algorithm.epochs * algorithm.minibatches, "algorithm.minibatches")
+    say("seed", config.run.seed, "run.seed")
+    say("logprobs", "processed", "")
+    say("max_length", config.engine.max_model_len, "engine.max_model_len")
+    # every key of ours is either above or changes no log-prob: that is what the schedule's tests show
+    judged = {setting.key for setting in settings.values()}
+    harmless = tuple(sorted(stated - judged))
+    side = Side(f"{path} (rlalign)", settings, (), harmless)
+    return {"rollout": side, "train": side}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "", *, whole: Container[str] = ()) -> dict[str, Any]:
+    """Dotted keys of nested mappings; an empty one, or one that is named in ``whole``, is a value of its own."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value and _snake(f"{prefix}{key}") not in whole:
+            flat |= _flat(value, f"{prefix}{key}.", whole=whole)
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _snake(key: str) -> str:
+    """A command line's spelling as a file's, ``tensor-parallel-size``; hydra's ``+`` of an added key is dropped."""
+    return key.removeprefix("--").replace("-", "_").replace("+", "")
+
+
+def _covers(pattern: str, key: str) -> bool:
+    return fnmatchcase(key, pattern)

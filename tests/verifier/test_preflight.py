@@ -1,0 +1,166 @@
+"""Each cause in a configuration of each framework, and that nothing in a file passes without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlalign.config import config_from_dict, config_to_dict
+from rlalign.verifier.preflight import check, not_stated, read_sides
+
+# an engine and a trainer between which no rule finds anything but their operators
+VLLM = {
+    "model": "m", "dtype": "bfloat16", "seed": 0, "enforce_eager": True, "enable_prefix_caching": False,
+    "enable_chunked_prefill": False, "logprobs_mode": "processed_logprobs", "max_model_len": 4096,
+}  # fmt: skip
+TRL = {"model_name_or_path": "m", "bf16": True, "use_vllm": True, "num_generations": 8}
+
+
+def sides(tmp_path: Path, rollout: dict[str, Any], train: dict[str, Any]) -> tuple[Any, Any]:
+    for name, values in (("rollout", rollout), ("train", train)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return read_sides(tmp_path / "rollout.yaml")["rollout"], read_sides(tmp_path / "train.yaml")["train"]
+
+
+def found(tmp_path: Path, rollout: dict[str, Any], train: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(one.severity, one.setting) for one in check(*sides(tmp_path, rollout, train))}
+
+
+OPERATORS = {("differs", "numerics")}
+
+
+def test_the_quiet_pair_differs_only_in_its_operators(tmp_path: Path) -> None:
+    assert found(tmp_path, VLLM, TRL) == OPERATORS
+
+
+@pytest.mark.parametrize(("rollout", "train", "expected"), [
+    ({"model": "other"}, {}, {("wrong", "model")}),
+    ({"dtype": "half"}, {}, {("wrong", "dtype")}),
+    ({}, {"bf16": False, "model_init_kwargs": {"torch_dtype": "float32"}}, {("wrong", "dtype")}),
+    ({"quantization": "fp8"}, {}, {("wrong", "quantization")}),
+    ({"kv-cache-dtype": "fp8_e5m2"}, {}, {("wrong", "kv_cache_dtype")}),
+    ({"temperature": 0.7}, {}, {("wrong", "temperature")}),
+    ({"temperature": 0.7}, {"temperature": 0.7}, set()),
+    ({"temperature": 0.7, "logprobs_mode": "raw_logprobs"}, {"temperature": 0.7}, {("wrong", "temperature")}),
+    ({"sampling_params": {"top_p": 0.9}}, {}, {("wrong", "top_p")}),
+    ({"top_p": 0.9, "logprobs_mode": "raw_logprobs"}, {}, {("note", "top_p")}),
+    ({"top_k": -1, "min_p": 0.1}, {}, {("wrong", "min_p")}),
+    ({"repetition_penalty": 1.1, "presence_penalty": 0}, {}, {("wrong", "penalties")}),
+    ({"logit_bias": {5: -100}}, {}, {("wrong", "logit_edits")}),
+    ({"generation_config": "auto"}, {}, {("note", "sampling_defaults")}),
+    ({"enable_chunked_prefill": True}, {}, {("differs", "chunked_prefill")}),
+    ({"enable_prefix_caching": True}, {}, {("differs", "prefix_cache")}),
+    ({"enforce_eager": False}, {}, {("differs", "cuda_graphs")}),
+    ({"speculative_config": {"method": "ngram"}}, {}, {("differs", "speculative")}),
+    ({"tensor-parallel-size": 2}, {}, {("differs", "tensor_parallel")}),
+    ({"attention_backend": "FLASHINFER"}, {"attn_implementation": "sdpa"}, {("differs", "attention")}),
+    ({}, {"cast_lm_head_to_fp32": True}, {("note", "logits_dtype")}),
+    ({}, {"use_liger_kernel": True}, {("differs", "fused_kernels")}),
+    ({}, {"torch_compile": True}, {("differs", "compile")}),
+    ({"hf_overrides": {"rope_scaling": {"factor": 2}}}, {}, {("note", "model_overrides")}),
+    ({}, {"num_iterations": 1, "steps_per_generation": 4}, {("note", "updates_per_sync")}),
+    ({}, {"vllm_importance_sampling_correction": True}, {("note", "correction")}),
+    ({"enable_lora": True}, {}, {("differs", "lora")}),
+    ({"seed": None}, {}, {("note", "seed")}),
+])  # fmt: skip
+def test_each_cause_is_found_alone(
+    tmp_path: Path, rollout: dict[str, Any], train: dict[str, Any], expected: set[tuple[str, str]]
+) -> None:
+    assert found(tmp_path, VLLM | rollout, TRL | train) == OPERATORS | expected
+
+
+def test_batch_invariance_silences_the_schedule_but_not_the_other_kernels(tmp_path: Path) -> None:
+    invariant = VLLM | {"enforce_eager": False, "enable_prefix_caching": True, "env": {"VLLM_BATCH_INVARIANT": 1}}
+    (finding,) = check(*sides(tmp_path, invariant, TRL))
+    assert (finding.setting, finding.rollout, finding.train) == (
+        "numerics",
+        "vLLM, batch-invariant",
+        "native (default)",
+    )
+
+
+VERL = {
+    "actor_rollout_ref": {
+        "model": {"path": "m"},
+        "actor": {"fsdp_config": {"dtype": "bfloat16"}},
+        "rollout": {"name": "vllm", "temperature": 0.8, "enforce_eager": True, "enable_prefix_caching": False,
+                    "enable_chunked_prefill": False, "seed": 1, "logprobs_mode": "processed_logprobs"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), [
+    ("rollout.dtype", "float16", ("wrong", "dtype")),
+    ("rollout.top_p", 0.9, ("wrong", "top_p")),
+    ("rollout.logprobs_mode", "raw_logprobs", ("wrong", "temperature")),
+    ("rollout.engine_kwargs", {"vllm": {"kv_cache_dtype": "fp8"}}, ("wrong", "kv_cache_dtype")),
+    ("rollout.tensor_model_parallel_size", 2, ("differs", "tensor_parallel")),
+    ("actor.ulysses_sequence_parallel_size", 4, ("differs", "sequence_parallel")),
+    ("actor.ppo_epochs", 2, ("note", "updates_per_sync")),
+    ("model.override_config", {"rope_theta": 1e6}, None),
+])  # fmt: skip
+def test_one_file_of_verl_is_both_sides(tmp_path: Path, key: str, value: Any, expected: tuple[str, str] | None) -> None:
+    values = yaml.safe_load(yaml.safe_dump(VERL))
+    group, name = key.split(".")
+    values["actor_rollout_ref"][group][name] = value
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    both = read_sides(tmp_path / "a.yaml")
+    findings = {(one.severity, one.setting) for one in check(both["rollout"], both["train"])}
+    assert findings == OPERATORS | ({expected} if expected else set())
+
+
+def test_staleness_is_told_from_numerics(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(VERL | {"async_training": {"staleness_threshold": 0.5}}))
+    both = read_sides(tmp_path / "a.yaml")
+    assert check(both["rollout"], both["train"])[0].setting == "staleness"
+
+
+def test_our_settings_have_no_findings_and_native_ones_have(tmp_path: Path) -> None:
+    for numerics in ("invariant", "native"):
+        values = config_to_dict(
+            config_from_dict({"numerics": numerics, "sampling": {"top_p": 0.9, "temperature": 0.7}})
+        )
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+        both = read_sides(tmp_path / "config.yaml")
+        settings = {one.setting for one in check(both["rollout"], both["train"])}
+        assert settings == (set() if numerics == "invariant" else {"numerics", "chunked_prefill", "prefix_cache"})
+        assert both["rollout"].not_judged == ()
+        assert not_stated(both["rollout"], both["train"]) == []
+
+
+def test_no_key_passes_without_a_word(tmp_path: Path) -> None:
+    keys = {"brand_new_setting": 1, "port": 8000}
+    rollout, train = sides(tmp_path, VLLM | keys, TRL | {"something": {"else": 1}})
+    assert (rollout.not_judged, rollout.harmless) == (("brand_new_setting",), ("port",))
+    assert train.not_judged == ("something.else",)
+    stated = {setting.key for setting in rollout.settings.values() if not setting.is_default}
+    assert stated | {*rollout.not_judged, *rollout.harmless} == {*VLLM, *keys}
+
+
+def test_what_nobody_states_is_listed(tmp_path: Path) -> None:
+    silent = dict(not_stated(*sides(tmp_path, VLLM, TRL)))
+    assert silent["max_length"] == "train"
+    assert silent["attention"] == "rollout and train"
+    assert "dtype" not in silent
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("a: [1", "not readable as YAML"),
+    ("- 1\n", "is a mapping of settings, this is list"),
+    ("", "is a mapping of settings"),
+    ("color: red\n", "not recognised as rlalign, verl, trl, vllm"),
+    ("enforce_eager: maybe\n", "enforce_eager='maybe': must be true or false"),
+    ("tensor_parallel_size: 1.5\n", "tensor_parallel_size=1.5: must be a whole number"),
+    ("logprobs_mode: cooked\n", "logprobs_mode='cooked': must be raw_logprobs"),
+    ("numerics: exact\n", "Input should be 'invariant' or 'native'"),
+    ("numerics: native\nengin: {}\n", "engin: no such setting; did you mean engine"),
+    ("numerics: native\ndefaults: [model]\n", "a page that hydra composes"),
+])  # fmt: skip
+def test_unusable_files_are_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.yaml") as caught:
+        read_sides(tmp_path / "a.yaml")
+    assert message in str(caught.value)
