@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from rlalign_kernels import LogprobOutput, SampleOutput, SamplingRows, linear_logprob, linear_sample, probe, sweep
+from rlalign_kernels.claims import AttentionShape, Shapes
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -166,17 +167,25 @@ class Policy:
         """
         if (self.backend, self.device.type) not in (("reference", "cpu"), ("triton", "cuda")):
             return
-        shapes: set[tuple[str, tuple[int, ...]]] = {("attention", shape) for shape in layers.attention}
-        for module in self.model.modules():
-            if isinstance(module, AlignedRMSNorm):
-                shapes.add(("rms_norm", tuple(module.weight.shape)))
-            elif isinstance(module, AlignedLinear) and module is not self.head:
-                shapes.add(("linear", tuple(module.weight.shape)))
-        found = [*sorted(shapes), ("linear_logprob", tuple(self.head.weight.shape))]
-        if self.backend == "reference":
-            probe(found)
-        else:
-            sweep(found, backend=self.backend, dtype=self.dtype, device=self.device)
+        modules = list(self.model.modules())
+        linears = {tuple(m.weight.shape) for m in modules if isinstance(m, AlignedLinear) and m is not self.head}
+        norms = {m.weight.shape[0] for m in modules if isinstance(m, AlignedRMSNorm)}
+        head = tuple(self.head.weight.shape)
+        if self.backend == "triton":
+            attention = tuple(AttentionShape(*heads) for heads in sorted(layers.attention))
+            widest = max((width for width, _ in linears), default=head[1])
+            shapes = Shapes(tuple(sorted(linears)), head, attention, tuple(sorted(norms)) or head[1:], widest)
+            sweep(shapes, backend="triton", dtype=self.dtype, device=self.device)
+            return
+        groups = sorted((dim, value_dim, heads // kv_heads) for heads, kv_heads, dim, value_dim in layers.attention)
+        probe(
+            [
+                *(("attention", group) for group in groups),
+                *(("linear", shape) for shape in sorted(linears)),
+                *(("rms_norm", (size,)) for size in sorted(norms)),
+                ("linear_logprob", head),
+            ]
+        )
 
     def _probe_rows(self) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor([0, 1], device=self.device)
@@ -208,12 +217,12 @@ class Policy:
 class _KVRecorder:
     """A context that remembers what shape each layer's keys and values have.
 
-    attention: (head_dim, value_dim, query heads per key head) of all layers.
+    attention: (query heads, key heads, head_dim, value_dim) of all layers.
     """
 
     inner: PackedContext
     shapes: dict[int, KVShape] = field(default_factory=dict)
-    attention: set[tuple[int, int, int]] = field(default_factory=set)
+    attention: set[tuple[int, int, int, int]] = field(default_factory=set)
 
     def kv_layout(self) -> list[KVShape]:
         layers = sorted(self.shapes)
@@ -223,7 +232,7 @@ class _KVRecorder:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         self.shapes[call.layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
-        self.attention.add((key.shape[2], value.shape[2], query.shape[1] // key.shape[1]))
+        self.attention.add((query.shape[1], key.shape[1], key.shape[2], value.shape[2]))
         return self.inner.attend(query, key, value, call)
 
 
