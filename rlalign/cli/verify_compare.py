@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlalign.cli.dump_options import add_output, check_outputs, thresholds
-from rlalign.verifier.dumps import FORMATS, ReadOptions, detect_format, read_dump
+from rlalign.verifier.dumps import FORMATS, ReadOptions, detect_format
 
 if TYPE_CHECKING:
     from rlalign.cli.dump_output import Verdict
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> Verdict:
     from rlalign.cli.dump_output import Verdict
+    from rlalign.verifier.dumps.ahead import read_ahead
     from rlalign.verifier.stream.join import join_by_id, join_by_order
     from rlalign.verifier.stream.pieces import of_dumps
     from rlalign.verifier.stream.tally import Tally
@@ -68,7 +69,7 @@ def _compare(args: argparse.Namespace) -> Verdict:
     formats = [detect_format(getattr(args, side), getattr(args, f"format_{name}") or args.format).name
                for side, name in (("rollout", "a"), ("train", "b"))]  # fmt: skip
     readers = [
-        read_dump(
+        read_ahead(
             getattr(args, side),
             format=format,
             options=ReadOptions(

@@ -7,6 +7,7 @@ in which every engine computes them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -127,11 +128,16 @@ def sampling(row: Row) -> SamplingParams | None:
     if found.get("top_k") == -1:
         found["top_k"] = 0
     try:
-        return SamplingParams(**found)
+        return _params(**found)
     except ValueError as error:
         field = error.errors()[0] if hasattr(error, "errors") else {"loc": ("?",), "msg": str(error)}
         where = ".".join(map(str, (*([name] if name else []), *field["loc"])))
         raise row.error(f"field '{where}': {field['msg']}, is {_short(field.get('input'))}") from error
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _params(**found: float) -> SamplingParams:
+    return SamplingParams(**found)
 
 
 def processed(row: Row) -> bool | None:
