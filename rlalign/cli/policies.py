@@ -32,19 +32,20 @@ _KINDS: tuple[tuple[str, Operator], ...] = (
     ("RotaryEmbedding", "rotary"), ("Norm", "norm"), ("Linear", "linear"), ("SiLU", "activation"),
     ("GELU", "activation"),
 )  # fmt: skip
-_KEPT = 2
 
 
 @dataclass(slots=True)
 class Policies:
-    """Policies by setting; the one used last and the one before stay in memory.
+    """Policies by setting; those used last stay in memory.
 
-    models: checkpoint folders, the model itself first. dtype: what ``ScoreSettings.dtype=None`` means.
+    models: checkpoint folders, the model itself first. dtype: what ``ScoreSettings.dtype=None`` means. kept: how many
+    policies are in memory at once.
     """
 
     models: Sequence[Path]
     dtype: Dtype
     device: str = "cpu"
+    kept: int = 2
     _loaded: OrderedDict[_Key, Policy] = field(default_factory=OrderedDict)
 
     @contextmanager
@@ -61,7 +62,7 @@ class Policies:
         # PyTorch throughout is loaded as such, so that what is called native is what transformers computes
         key = (settings.weights, settings.config, settings.dtype or self.dtype, settings.numerics == "native")
         if key not in self._loaded:
-            while len(self._loaded) >= _KEPT:
+            while len(self._loaded) >= self.kept:
                 self._loaded.popitem(last=False)
             self._loaded[key] = self._load(*key)
         self._loaded.move_to_end(key)

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlalign.cli import verify_bisect, verify_compare, verify_dump, verify_run
+from rlalign.cli import verify_attribute, verify_bisect, verify_compare, verify_dump, verify_preflight, verify_run
 from rlalign.cli.errors import run_main
 
-_COMMANDS = (verify_run, verify_dump, verify_compare, verify_bisect)
+_COMMANDS = (verify_run, verify_dump, verify_compare, verify_attribute, verify_bisect, verify_preflight)
 
 
 class Parser(argparse.ArgumentParser):

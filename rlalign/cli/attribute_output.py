@@ -1,0 +1,185 @@
+"""What an attribution shows: a table for people, JSON for programs, a page for both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlalign.dashboards.jsonl import to_json
+from rlalign.verifier.attribution import Attribution, Effect, rounding_line
+from rlalign.verifier.dumps import DumpSequence
+from rlalign.verifier.residue import Finding
+
+_NOTABLE = 0.01
+
+
+def show(
+    outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence], console: Console, worst: int
+) -> None:
+    """Print the causes that were tried, those that were kept with what removes them, what is left and, last, the
+    verdict."""
+    title = f"{facts['dump']} against {facts['model']} ({facts['numerics']}, {facts['dtype']})"
+    if outcome.effects:
+        console.print(_alone(outcome, title, worst))
+    if outcome.steps:
+        console.print(_kept(outcome))
+    for line in _lines(outcome, facts, sequences):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if outcome.equal else "red")
+
+
+def write_json(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence], path: Path) -> None:
+    """All of it as strict JSON; NaN and infinities are strings."""
+    text = json.dumps(to_json(record(outcome, facts, sequences)), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def record(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence]) -> dict[str, Any]:
+    """The outcome as plain values."""
+    from rlalign.cli.verify_attribute import exit_code
+
+    return {
+        "exit_code": exit_code(outcome),
+        "equal": outcome.equal,
+        "explained": outcome.explained,
+        "verdict": outcome.verdict,
+        **facts,
+        "base": asdict(outcome.base),
+        "rest": asdict(outcome.rest),
+        "causes": [
+            {
+                "name": step.cause.name, "kind": step.cause.kind, "what": step.cause.what, "remedy": step.cause.remedy,
+                "before": asdict(step.before), "after": asdict(step.after),
+                "sequences": None if step.sequences is None else [_named(sequences, p) for p in step.sequences],
+            }
+            for step in outcome.steps
+        ],
+        "alone": [_effect(effect) for effect in outcome.effects],
+        "rounding": None if outcome.rounding is None else asdict(outcome.rounding),
+        "broken": [_found(finding, sequences) for finding in outcome.broken],
+        "findings": [_found(finding, sequences) for finding in outcome.findings],
+    }  # fmt: skip
+
+
+def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence], path: Path) -> None:
+    """The page with the causes in the section "Where"."""
+    from rlalign.cli.html import HtmlOutcome, write_html
+    from rlalign.dashboards.page import Table as PageTable
+
+    kept = [
+        [step.cause.name, step.cause.what, f"{step.before.mean_abs:.4g}", f"{step.after.mean_abs:.4g}",
+         f"{step.after.mismatches:,}", step.cause.remedy]
+        for step in outcome.steps
+    ]  # fmt: skip
+    tried = [
+        [e.cause.name, e.cause.what, f"{e.removes:.1%}", f"{e.after.mean_abs:.4g}", f"{e.after.mismatches:,}",
+         f"{e.moves:.4g}"]
+        for e in _tried(outcome)
+    ]  # fmt: skip
+    left = [[f.name, f.what, f"{f.tokens:,}", _places(f, sequences)] for f in (*outcome.broken, *outcome.findings)]
+    tables = [
+        PageTable("causes", ["cause", "what", "mean |Δ| before", "after", "differing after", "what removes it"], kept),
+        PageTable("left", ["finding", "what", "tokens", "where"], left),
+        PageTable("every cause alone", ["cause", "what", "removes", "mean |Δ|", "differing", "moves by"], tried),
+    ]
+    page = HtmlOutcome(
+        title=f"Attribution of {facts['dump']}",
+        verdict=outcome.verdict,
+        good=outcome.equal,
+        facts={name: value for name, value in facts.items() if value is not None},
+        tables=[("Where", table) for table in tables if table.rows],
+    )
+    write_html(page, path)
+
+
+def _alone(outcome: Attribution, title: str, worst: int) -> Table:
+    table = Table(title=f"{title}\nEach cause alone", title_justify="left")
+    table.add_column("cause", overflow="fold")
+    for name in ("removes", "mean |Δ|", "differing", "moves by"):
+        table.add_column(name, justify="right")
+    base = outcome.base
+    table.add_row("as the dump says", "", f"{base.mean_abs:.4g}", f"{base.mismatches:,} of {base.tokens:,}", "")
+    for effect in _tried(outcome)[:worst]:
+        after = effect.after
+        table.add_row(
+            effect.cause.name,
+            f"{effect.removes:.1%}" if effect.removes > -1 else "none",
+            f"{after.mean_abs:.4g}",
+            f"{after.mismatches:,} of {after.tokens:,}",
+            f"{effect.moves:.3g}",
+        )
+    return table
+
+
+def _kept(outcome: Attribution) -> Table:
+    table = Table(title="Together, the largest first", title_justify="left")
+    table.add_column("cause", overflow="fold")
+    for name in ("mean |Δ|", "differing"):
+        table.add_column(name, justify="right")
+    table.add_column("what removes it", overflow="fold", ratio=1)
+    for step in outcome.steps:
+        numbers = f"{step.before.mean_abs:.3g} → {step.after.mean_abs:.3g}"
+        differing = f"{step.before.mismatches:,} → {step.after.mismatches:,}"
+        table.add_row(step.cause.name, numbers, differing, step.cause.remedy)
+    return table
+
+
+def _lines(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence]) -> Iterator[str]:
+    skipped = [effect for effect in outcome.effects if effect.skipped is not None]
+    if skipped:
+        reasons: dict[str, list[str]] = {}
+        for effect in skipped:
+            reasons.setdefault(str(effect.skipped), []).append(effect.cause.name)
+        for reason, names in reasons.items():
+            yield f"not tried: {', '.join(names)}: {reason}"
+    for effect in _tried(outcome):
+        if effect.same_as is not None and effect.removes > _NOTABLE:
+            yield f"{effect.cause.name} gives the very same log-probs as {effect.same_as}: can't be told apart here"
+    trips = facts["round_trips"]
+    if trips is not None and any(trips.values()):
+        yield (
+            f"{trips['prompts_that_do_not']} prompts and {trips['responses_that_do_not']} responses of "
+            f"{facts['sequences']} are not what encoding their own text gives: a trainer that tokenises again disagrees"
+        )
+    for finding in (*outcome.broken, *outcome.findings):
+        yield f"{finding.name}: {finding.tokens:,} tokens, {_places(finding, sequences)}"
+    if outcome.rounding is not None:
+        yield f"rounding: {rounding_line(outcome.rest, outcome.rounding)}"
+
+
+def _tried(outcome: Attribution) -> list[Effect]:
+    """Causes that were tried, those that remove most first."""
+    return sorted((e for e in outcome.effects if e.skipped is None), key=lambda e: -e.removes)
+
+
+def _effect(effect: Effect) -> dict[str, Any]:
+    cause = {name: getattr(effect.cause, name) for name in ("name", "kind", "what", "remedy")}
+    if effect.skipped is not None:
+        return cause | {"skipped": effect.skipped}
+    return cause | {
+        "removes": effect.removes,
+        "before": asdict(effect.before),
+        "after": asdict(effect.after),
+        "moves": effect.moves,
+        "same_as": effect.same_as,
+    }
+
+
+def _found(finding: Finding, sequences: Sequence[DumpSequence]) -> dict[str, Any]:
+    where = [{**_named(sequences, place), "position": position} for place, position in finding.where]
+    return {"name": finding.name, "what": finding.what, "tokens": finding.tokens, "where": where}
+
+
+def _places(finding: Finding, sequences: Sequence[DumpSequence]) -> str:
+    first = [f"{sequences[place].source or place} position {position}" for place, position in finding.where]
+    return ", ".join(first) + (", …" if finding.tokens > len(first) else "")
+
+
+def _named(sequences: Sequence[DumpSequence], place: int) -> dict[str, Any]:
+    return {"place": place, "id": sequences[place].id, "source": sequences[place].source}

@@ -1,0 +1,178 @@
+"""``rlalign-verify attribute``: why a dump's log-probs differ from a model's, by scoring it in other ways.
+
+Every cause that is known (docs/disagree.md lists them) is tried alone and then on top of those that were kept. What no
+cause explains is said, beside what rounding alone gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+from rich.console import Console
+
+from rlalign.cli.dump_options import check_outputs, positive
+from rlalign.config import Dtype, Numerics, SamplingParams
+from rlalign.verifier.dumps import FORMATS, DumpSequence, ReadOptions, detect_format, read_dump
+from rlalign.verifier.score import OPERATORS, ScoreSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlalign.verifier.attribution import Attribution
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add this subcommand; returns its parser."""
+    parser = subparsers.add_parser(
+        "attribute", help="why a dump's log-probs differ, cause by cause", description=__doc__.partition(": ")[2]
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--dump", type=Path, required=True, metavar="FILE", help="dump of any engine")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint folder")
+    parser.add_argument(
+        "--previous-model",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="an older checkpoint, or one with another config.json; repeatable, the latest first",
+    )
+    parser.add_argument("--limit", type=positive, default=16, metavar="N", help="first N sequences (default: 16)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page that opens offline")
+    parser.add_argument("--worst", type=positive, default=12, metavar="K", help="causes in the table (default: 12)")
+    group = parser.add_argument_group("arithmetic of scoring")
+    group.add_argument("--numerics", choices=get_args(Numerics), default="invariant")
+    group.add_argument("--dtype", choices=get_args(Dtype), help="default: the checkpoint's")
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own)")
+    group.add_argument(
+        "--no-decode", action="store_true", help="leave out token-by-token scoring, a forward per response token"
+    )
+    group = parser.add_argument_group("what the dump holds (default: what it says)")
+    group.add_argument("--format", choices=FORMATS, help="default: by content")
+    group.add_argument("--logprobs", metavar="FIELD", help="field of the log-probs, such as old_log_probs")
+    group.add_argument("--pad-token-id", type=int, metavar="ID", help="of padded batches without attention masks")
+    group.add_argument("--temperature", type=float, metavar="T", help="that the tokens were sampled at")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--min-p", type=float, metavar="P")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--processed", action="store_true", default=None, help="log-probs are after these transforms")
+    which.add_argument("--raw", action="store_false", dest="processed", default=None, help="log-probs are before them")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole subcommand; returns the exit code. Raises ValueError for input that can't be used."""
+    from rlalign.cli.attribute_output import show, write_json, write_page
+
+    check_outputs(args)
+    base, sequences = _sequences(args)
+    outcome, facts = _attribute(args, base, sequences)
+    show(outcome, facts, sequences, Console(), args.worst)
+    if args.json is not None:
+        write_json(outcome, facts, sequences, args.json)
+    if args.html is not None:
+        write_page(outcome, facts, sequences, args.html)
+    return exit_code(outcome)
+
+
+def exit_code(outcome: Attribution) -> int:
+    """0 equal, 1 different, 2 nothing compared."""
+    from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
+
+    if outcome.broken:
+        return EXIT_DIFFERENT
+    if outcome.base.tokens == 0:
+        return EXIT_UNUSABLE
+    return EXIT_EQUAL if outcome.equal else EXIT_DIFFERENT
+
+
+def _sequences(args: argparse.Namespace) -> tuple[ScoreSettings, list[DumpSequence]]:
+    """The first sequences, with what the command line says of them; and how they are scored to begin with."""
+    flags = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    SamplingParams(**flags)  # bounds, before any file is read
+    format = detect_format(args.dump, args.format)
+    options = ReadOptions(args.logprobs, args.pad_token_id)
+    read = read_dump(args.dump, format=format.name, options=options)
+    native = OPERATORS if args.numerics == "native" else ()
+    # a format whose log-probs are after temperature alone, where neither the dump nor the user says
+    ignore = ("top_k", "top_p", "min_p") if format.convention == "temperature" and args.processed is None else ()
+    sequences = []
+    for sequence in islice(read, args.limit):
+        sampling = replace(sequence.sampling or SamplingParams(), **flags) if flags else sequence.sampling
+        processed = sequence.processed if args.processed is None else args.processed
+        processed = format.convention != "raw" if processed is None else processed
+        sequences.append(replace(sequence, sampling=sampling, processed=processed))
+    return ScoreSettings(native=native, ignore=ignore), sequences
+
+
+def _attribute(
+    args: argparse.Namespace, base: ScoreSettings, sequences: Sequence[DumpSequence]
+) -> tuple[Attribution, dict[str, Any]]:
+    import torch
+
+    from rlalign.cli.policies import Policies, checkpoint_dtype
+    from rlalign.cli.scoring import PolicyScorer
+    from rlalign.modeling import load_tokenizer
+    from rlalign.verifier.attribute import attribute
+    from rlalign.verifier.causes import config_changes
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    dtype = args.dtype or checkpoint_dtype(args.model)
+    models = [args.model, *args.previous_model]
+    try:
+        tokenizer = load_tokenizer(args.model)
+    except FileNotFoundError:
+        tokenizer = None
+    scorer = PolicyScorer(Policies(models, dtype, args.device), tokenizer)
+    configs = [_config(folder) for folder in models]
+    with Console(stderr=True).status("scoring") as status:
+        outcome = attribute(
+            sequences,
+            scorer,
+            base=base,
+            dtype=dtype,
+            num_previous=len(args.previous_model),
+            config_changes=config_changes(configs[0], configs[1:]),
+            decode=not args.no_decode,
+            progress=lambda what: status.update(f"scoring: {what}"),
+        )
+    facts = {
+        "dump": str(args.dump),
+        "model": str(args.model),
+        "previous_models": [str(folder) for folder in args.previous_model],
+        "numerics": args.numerics,
+        "dtype": dtype,
+        "sequences": len(sequences),
+        "round_trips": None if tokenizer is None else _round_trips(sequences, tokenizer),
+    }
+    return outcome, facts
+
+
+def _round_trips(sequences: Sequence[DumpSequence], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """How many prompts and responses decoding and encoding does not give back."""
+    from rlalign.cli.contents import round_trips
+
+    found = np.array([round_trips(sequence, tokenizer) for sequence in sequences], np.bool_).reshape(-1, 2)
+    return {"prompts_that_do_not": int((~found[:, 0]).sum()), "responses_that_do_not": int((~found[:, 1]).sum())}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"model folder {folder} has no config.json")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,235 @@
+"""Why do the log-probs of a dump differ from a model's? By scoring in other ways, until one of them agrees.
+
+Every cause of verifier/causes.py is a change to how a sequence is scored. Each is tried alone, and then greedily: the
+one that removes most is kept, and the others are tried on top of it, until nothing removes a considerable part of what
+is left. The rest is set beside what rounding alone gives. Legend: N tokens that count, of all sequences one after
+another; r reported log-probs, t those of scoring, both float32 [N]; Δ = t - r.
+
+A cause is kept if it removes at least ``MIN_SHARE`` of the mean |Δ| by a margin that chance does not give; one of
+arithmetic alone ``MIN_NUMERIC_SHARE``, since two roundings of the same size always hide a part of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from rlalign.config import Dtype
+from rlalign.verifier import causes as catalogue
+from rlalign.verifier.attribution import Attribution, Effect, Rounding, Step
+from rlalign.verifier.causes import Cause, Way
+from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.residue import broken, describe_rest
+from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
+from rlalign.verifier.scores import Gap, Scores, fitted_temperature, swaps
+
+MIN_SHARE = 0.05
+MIN_NUMERIC_SHARE = 0.25
+_MIN_STANDARD_ERRORS = 4.0
+_MAX_STEPS = 5
+# one sequence by itself can be lucky: it needs some tokens, and to have been far off
+_MIN_TOKENS = 4
+_FAR_OFF = 3.0
+# what the verdict on a rest compares; they go the way of every other cause
+_NATIVE = catalogue.setting_cause("", "numerics", "", "", native=catalogue.OPERATORS)
+_FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
+
+
+def attribute(
+    sequences: Sequence[DumpSequence],
+    scorer: Scorer,
+    *,
+    base: ScoreSettings | None = None,
+    dtype: Dtype = "float32",
+    num_previous: int = 0,
+    config_changes: Sequence[tuple[str, int | float | str, str]] = (),
+    decode: bool = True,
+    progress: Callable[[str], None] = lambda _what: None,
+) -> Attribution:
+    """Attribute the difference between the dump's log-probs and the scorer's.
+
+    base: how scoring is done to begin with. dtype: what the scorer computes in where settings don't say. num_previous:
+    older checkpoints that the scorer has. config_changes: as ``causes.config_changes`` gives them. decode: also score
+    token by token, which takes as many forwards as the longest response has tokens. progress: told what is scored.
+    Raises what the scorer raises for ``base``; a cause that it can't imitate is listed with the reason.
+    """
+    scores = Scores(sequences, scorer)
+    ways = [Way(base or ScoreSettings())] * len(sequences)
+    progress("as the dump says")
+    now = scores.of(ways) if len(sequences) else np.zeros(0, np.float32)
+    whole = scores.gap(now)
+    damaged = broken(sequences, now, scores.place)
+    if whole.tokens == 0 or whole.mismatches == 0:
+        return Attribution(len(sequences), whole, (), (), whole, None, damaged, ())
+    found = [
+        *catalogue.shift_causes(),
+        *swaps(scores, now),
+        *catalogue.sampling_causes(),
+        *catalogue.weight_causes(num_previous),
+        *catalogue.config_causes(config_changes),
+        *catalogue.token_causes(),
+        *catalogue.position_causes(),
+        *catalogue.numeric_causes(dtype, decode=decode),
+    ]
+    found += fitted_temperature(scores, ways, now, whole)
+    effects = _alone(scores, ways, now, found, progress)
+    usable = [effect.cause for effect in effects if effect.skipped is None]
+    floor = next((e.moves for e in effects if e.cause.name == "operators.native" and e.skipped is None), 0.0)
+    steps, ways, now = _greedily(scores, ways, now, usable, floor, progress)
+    rest = scores.gap(now)
+    rounding = None if rest.mismatches == 0 else _rounding(scores, ways, now, dtype, progress)
+    findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts)
+    return Attribution(len(sequences), whole, tuple(effects), tuple(steps), rest, rounding, damaged, findings)
+
+
+def _alone(
+    scores: Scores, ways: list[Way], now: np.ndarray, found: Sequence[Cause], progress: Callable[[str], None]
+) -> list[Effect]:
+    effects: list[Effect] = []
+    seen: dict[bytes, str] = {now.tobytes(): ""}
+    nothing = Gap(0, 0, 0.0, 0.0)
+    for cause in found:
+        progress(cause.name)
+        changed = [cause.change(way, place) for place, way in enumerate(ways)]
+        if reason := _changes_nothing(scores.sequences, ways, changed):
+            effects.append(Effect(cause, nothing, nothing, 0.0, reason))
+            continue
+        try:
+            other = scores.of(changed)
+        except (ValueError, NotImplementedError) as error:  # the scorer can't imitate it: listed, not hidden
+            effects.append(Effect(cause, nothing, nothing, 0.0, " ".join(str(error).split())))
+            continue
+        twin = seen.setdefault(other.tobytes(), cause.name)
+        both = np.isfinite(scores.distance(now)) & np.isfinite(scores.distance(other))
+        moves = scores.distance(other, now)[both]
+        effects.append(
+            Effect(
+                cause,
+                scores.gap(now, both),
+                scores.gap(other, both),
+                float(moves.mean()) if len(moves) else 0.0,
+                "changes no log-prob here" if twin == "" else None,
+                twin if twin not in ("", cause.name) else None,
+            )
+        )
+    return effects
+
+
+def _changes_nothing(sequences: Sequence[DumpSequence], before: Sequence[Way], after: Sequence[Way]) -> str | None:
+    """Why a change is none, for what can be told without scoring."""
+    if list(before) == list(after):
+        return "changes nothing here"
+    head = {"processed", "ignore", "temperature"}
+    same = [
+        effective_sampling(s, a.settings) == effective_sampling(s, b.settings)
+        for s, a, b in zip(sequences, before, after, strict=True)
+    ]
+    pairs = zip(before, after, strict=True)
+    if all(same) and all(_differ_in(a.settings, b.settings) <= head and (a.shift, a.partner) == (b.shift, b.partner)
+                         for a, b in pairs):  # fmt: skip
+        return "no sequence of the dump was sampled with it"
+    if all(_differ_in(a.settings, b.settings) == {"filters_first"} for a, b in zip(before, after, strict=True)):
+        params = [effective_sampling(s, way.settings) for s, way in zip(sequences, before, strict=True)]
+        if not any(p.truncated and p.temperature != 1 for p in params):
+            return "no sequence of the dump was sampled with both a temperature and a filter"
+    return None
+
+
+def _differ_in(a: ScoreSettings, b: ScoreSettings) -> set[str]:
+    return {name for name in a.__dataclass_fields__ if getattr(a, name) != getattr(b, name)}
+
+
+def _greedily(
+    scores: Scores,
+    ways: list[Way],
+    now: np.ndarray,
+    usable: Sequence[Cause],
+    floor: float,
+    progress: Callable[[str], None],
+) -> tuple[list[Step], list[Way], np.ndarray]:
+    steps: list[Step] = []
+    while len(steps) < _MAX_STEPS and scores.gap(now).mismatches:
+        best: tuple[float, Cause, list[Way], np.ndarray, tuple[int, ...] | None] | None = None
+        for cause in usable:
+            progress(f"{cause.name} on top of {len(steps)} others" if steps else cause.name)
+            for changed, chosen in _candidates(scores, ways, now, cause, floor):
+                other = scores.of(changed)
+                gain = _gain(scores, now, other, cause)
+                # a cause further down the list must be better, not as good
+                if gain > 0 and (best is None or gain > best[0] * (1 + 1e-9)):
+                    best = (gain, cause, changed, other, chosen)
+        if best is None:
+            break
+        _, cause, ways, other, chosen = best
+        steps.append(Step(cause, scores.gap(now), scores.gap(other), chosen))
+        now = other
+    return steps, ways, now
+
+
+def _candidates(
+    scores: Scores, ways: list[Way], now: np.ndarray, cause: Cause, floor: float
+) -> list[tuple[list[Way], tuple[int, ...] | None]]:
+    """The cause in all sequences, and in those that it brings close by itself."""
+    changed = [cause.change(way, place) for place, way in enumerate(ways)]
+    if changed == ways:
+        return []
+    try:
+        other = scores.of(changed)
+    except (ValueError, NotImplementedError):  # beside the causes kept by now; alone it was possible
+        return []
+    touched = tuple(place for place, (a, b) in enumerate(zip(ways, changed, strict=True)) if a != b)
+    found: list[tuple[list[Way], tuple[int, ...] | None]] = [(changed, None if len(touched) == len(ways) else touched)]
+    helped = tuple(place for place in touched if _helps(scores, now, other, place, floor))
+    if cause.kind != "numerics" and helped and len(helped) < len(touched):
+        found.append(([changed[p] if p in helped else way for p, way in enumerate(ways)], helped))
+    return found
+
+
+def _helps(scores: Scores, now: np.ndarray, other: np.ndarray, place: int, floor: float) -> bool:
+    """Whether one sequence is brought so close that it can't be luck."""
+    mine = scores.place == place
+    before, after = scores.distance(now)[mine], scores.distance(other)[mine]
+    both = np.isfinite(before) & np.isfinite(after)
+    if both.sum() < _MIN_TOKENS:
+        return False
+    start, end = float(before[both].mean()), float(after[both].mean())
+    return end <= 0.5 * start and (start > _FAR_OFF * floor)
+
+
+def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> float:
+    """Sum of |Δ| that goes; 0 if it is too small a part, or may be chance."""
+    before, after = scores.distance(now), scores.distance(other)
+    both = np.isfinite(before) & np.isfinite(after)
+    if not both.any():
+        return 0.0
+    better = before[both] - after[both]
+    total, share = float(better.sum()), float(better.sum()) / max(float(before[both].sum()), 1e-300)
+    if share < (MIN_NUMERIC_SHARE if cause.kind == "numerics" else MIN_SHARE):
+        return 0.0
+    error = float(better.std()) * len(better) ** 0.5
+    exact = scores.gap(other, both).mismatches < scores.gap(now, both).mismatches // 2
+    return total if exact or total > _MIN_STANDARD_ERRORS * error else 0.0
+
+
+def _rounding(
+    scores: Scores, ways: Sequence[Way], now: np.ndarray, dtype: str, progress: Callable[[str], None]
+) -> Rounding:
+    progress("what rounding alone gives")
+
+    def mean(values: np.ndarray) -> float | None:
+        return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+    def scored(cause: Cause) -> np.ndarray | None:
+        try:
+            return scores.of([cause.change(way, place) for place, way in enumerate(ways)])
+        except (ValueError, NotImplementedError):
+            return None
+
+    native, single = scored(_NATIVE), scored(_FLOAT32) if dtype != "float32" else None
+    return Rounding(
+        dtype=dtype,
+        other_order=None if native is None else mean(scores.distance(native, now)),
+        engine_error=None if single is None else mean(scores.distance(single)),
+        own_error=None if single is None else mean(scores.distance(single, now)),
+    )

@@ -1,0 +1,132 @@
+"""What ``attribute`` finds, as records: each cause's effect, the steps that were kept, and what is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlalign.verifier.causes import Cause
+from rlalign.verifier.residue import Finding
+from rlalign.verifier.scores import Gap
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One cause alone. before, after: over the tokens that have a log-prob in both ways. moves: mean |Δ| between the
+    two ways of scoring, whatever the dump says. skipped: why it was not tried; None if it was. same_as: causes before
+    it in the list that give the very same log-probs."""
+
+    cause: Cause
+    before: Gap
+    after: Gap
+    moves: float
+    skipped: str | None = None
+    same_as: str | None = None
+
+    @property
+    def removes(self) -> float:
+        """Share of the mean |Δ| that goes; negative if there is more than before."""
+        return 1.0 - self.after.mean_abs / self.before.mean_abs if self.before.mean_abs else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One cause that was kept, on top of those before it. sequences: places in the dump; None for all."""
+
+    cause: Cause
+    before: Gap
+    after: Gap
+    sequences: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What arithmetic alone gives, with all kept causes in place. engine_error, own_error: mean |Δ| of r and of t to
+    float32 scoring; None where scoring is float32 itself. other_order: between t and PyTorch's operators."""
+
+    dtype: str
+    other_order: float | None
+    engine_error: float | None
+    own_error: float | None
+
+    @property
+    def alone(self) -> float:
+        """Mean |Δ| that two correct implementations may have."""
+        return max(self.other_order or 0.0, self.own_error or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """All of it. broken: log-probs that are no numbers. findings: what is left looks like."""
+
+    num_sequences: int
+    base: Gap
+    effects: tuple[Effect, ...]
+    steps: tuple[Step, ...]
+    rest: Gap
+    rounding: Rounding | None
+    broken: tuple[Finding, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def equal(self) -> bool:
+        return self.base.tokens > 0 and self.base.mismatches == 0 and not self.broken
+
+    @property
+    def explained(self) -> bool:
+        """Nothing is left that a named cause or rounding doesn't account for."""
+        if self.rest.mismatches == 0:
+            return True
+        return self.rounding is not None and within_rounding(self.rest, self.rounding)
+
+    @property
+    def verdict(self) -> str:
+        """A line or two: how much, by what, and what is left."""
+        if self.base.tokens == 0:
+            return "nothing was compared: no token has a log-prob on both sides"
+        if self.equal:
+            return f"bit for bit equal on {self.base.tokens:,} tokens: nothing to attribute"
+        parts = [f"mean |Δ| {self.base.mean_abs:.3g} on {self.base.tokens:,} tokens, {self.base.mismatches:,} differ"]
+        parts += [f"{finding.name}: {finding.what}" for finding in self.broken]
+        parts += [
+            f"{step.cause.name}: {step.cause.what}{_on(step.sequences)}, |Δ| {step.before.mean_abs:.3g} → "
+            f"{step.after.mean_abs:.3g}"
+            for step in self.steps
+        ]
+        return "; ".join([*parts, self._rest_line()])
+
+    def _rest_line(self) -> str:
+        rest = self.rest
+        if rest.mismatches == 0:
+            return "nothing is left"
+        named = [f"{finding.name}: {finding.what}" for finding in self.findings]
+        line = f"left: mean |Δ| {rest.mean_abs:.3g}, {rest.mismatches:,} tokens differ"
+        if self.rounding is not None:
+            line += f" ({rounding_line(rest, self.rounding)})"
+        return "; ".join([line, *named])
+
+
+def rounding_line(rest: Gap, rounding: Rounding) -> str:
+    """What rounding alone gives, in words."""
+    parts = []
+    if rounding.other_order is not None:
+        parts.append(f"another order of summation alone gives {rounding.other_order:.3g}")
+    if rounding.engine_error is not None and rounding.own_error is not None:
+        errors = f"the dump has {rounding.engine_error:.3g}, {rounding.dtype} scoring {rounding.own_error:.3g}"
+        parts.append(f"to float32 scoring of the same weights {errors}")
+    told = "rounding explains it" if within_rounding(rest, rounding) else "more than rounding: unexplained"
+    return "; ".join([*parts, told])
+
+
+def within_rounding(rest: Gap, rounding: Rounding) -> bool:
+    """Whether two implementations of the same arithmetic may be this far apart."""
+    if rounding.engine_error is not None and rounding.own_error is not None:
+        # each is held against float32 by itself: a dump that rounds as we do is no further from it than we are
+        return rounding.engine_error <= 1.5 * max(rounding.own_error, rounding.other_order or 0.0)
+    return rest.mean_abs <= 2.0 * rounding.alone
+
+
+def _on(sequences: tuple[int, ...] | None) -> str:
+    if sequences is None:
+        return ""
+    shown = ", ".join(map(str, sequences[:5])) + (", …" if len(sequences) > 5 else "")
+    return f" (in {len(sequences)} sequences: {shown})" if len(sequences) > 1 else f" (in sequence {shown})"

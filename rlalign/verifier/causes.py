@@ -1,0 +1,246 @@
+"""The causes that ``attribute`` can tell apart: what each one is, how scoring imitates it, and what removes it.
+
+A cause is a change to the way in which a sequence is scored. If scoring in that way gives the log-probs that a dump
+reports, the engine (or the pipeline behind it) did just that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from rlalign.config import Dtype
+from rlalign.verifier.score import OPERATORS, Operator, ScoreSettings
+
+Kind = Literal["data", "sampling", "weights", "tokens", "positions", "numerics"]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one sequence's log-probs come about. shift: they are those of the token so many places later. partner: they
+    are those of this other sequence, by its place; None for its own."""
+
+    settings: ScoreSettings = field(default_factory=ScoreSettings)
+    shift: int = 0
+    partner: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """change: the way of the sequence at a place, with this cause in it."""
+
+    name: str
+    kind: Kind
+    what: str
+    remedy: str
+    change: Callable[[Way, int], Way]
+
+
+def setting_cause(name: str, kind: Kind, what: str, remedy: str, **values: Any) -> Cause:
+    """A cause that is a change of ``ScoreSettings``, by field."""
+
+    def change(way: Way, _place: int) -> Way:
+        merged = dict(values)
+        if "ignore" in merged:
+            merged["ignore"] = way.settings.ignore | frozenset(merged["ignore"])
+        if "config" in merged:
+            merged["config"] = (*way.settings.config, *merged["config"])
+        return replace(way, settings=replace(way.settings, **merged))
+
+    return Cause(name, kind, what, remedy, change)
+
+
+_PROCESSED = "vLLM: logprobs_mode=processed_logprobs; SGLang: leave SGLANG_RETURN_ORIGINAL_LOGPROB unset; or score raw"
+_FILTER = "sample with top_p=1, top_k off, min_p=0; or report log-probs after the filters (vLLM: processed_logprobs)"
+_PROMPT = "hand the engine's own prompt_token_ids to the trainer; never render or encode a prompt twice"
+_POSITIONS = "derive position_ids from the attention mask (cumsum - 1) on both sides"
+_OURS = "same numerics on both sides (rlalign: numerics=invariant)"
+
+
+def sampling_causes() -> list[Cause]:
+    """Transforms between logits and log-prob."""
+    c = setting_cause
+    return [
+        c("temperature", "sampling", "the log-probs leave the temperature out", _PROCESSED, ignore=["temperature"]),
+        c("top_p", "sampling", "the log-probs are not renormalised over the top-p set", _FILTER, ignore=["top_p"]),
+        c("top_k", "sampling", "the log-probs are not renormalised over the top-k set", _FILTER, ignore=["top_k"]),
+        c("min_p", "sampling", "the log-probs are not renormalised over the min-p set", _FILTER, ignore=["min_p"]),
+        c(
+            "filters", "sampling", "temperature is in the log-probs, top-k, top-p and min-p are not", _FILTER,
+            ignore=["top_k", "top_p", "min_p"],
+        ),
+        c("raw", "sampling", "the log-probs are those of the raw logits, before any transform", _PROCESSED,
+          processed=False),
+        c("processed", "sampling", "the log-probs are those after all transforms, though the dump says raw",
+          "mark the dump as processed, or ask for raw log-probs (vLLM: logprobs_mode=raw_logprobs)", processed=True),
+        c("filters_first", "sampling", "top-k, top-p and min-p were taken at temperature 1, the temperature after them",
+          "use one order of transforms: temperature, top-k, top-p, min-p", filters_first=True),
+    ]  # fmt: skip
+
+
+def weight_causes(num_previous: int) -> list[Cause]:
+    """Older checkpoints, the latest first."""
+    return [
+        setting_cause(
+            f"stale_weights[{n}]", "weights", f"sampled by previous model {n}, not by the model",
+            "finish the weight sync before sampling, or score each sample with the version that sampled it "
+            "(rlalign: align/policy_age)", weights=n,
+        )
+        for n in range(1, num_previous + 1)
+    ]  # fmt: skip
+
+
+def config_causes(changes: Sequence[tuple[str, int | float | str, str]]) -> list[Cause]:
+    """One cause per (field of config.json, value, where that value is from)."""
+    return [
+        setting_cause(
+            f"config.{name}={value}", "weights", f"computed with {name}={value} ({origin})",
+            f"give both sides the same config.json: {name} differs", config=[(name, value)],
+        )
+        for name, value, origin in changes
+    ]  # fmt: skip
+
+
+def token_causes() -> list[Cause]:
+    """Other tokens than those that were sampled, or another prompt in front of them."""
+    c = setting_cause
+    prompts = {
+        "with_bos": "the engine put a BOS token in front of the prompt",
+        "without_first": "the engine dropped the prompt's first token (such as a second BOS)",
+        "without_last": "the engine dropped the prompt's last token",
+        "reencoded": "the prompt was decoded and encoded again, to other tokens",
+        "chat_template": "the engine put the prompt into the chat template",
+        "generation_prompt": "the template's generation prompt is there on one side only",
+        "next": "each response belongs to the prompt of the next sequence",
+        "previous": "each response belongs to the prompt of the previous sequence",
+    }
+    return [
+        *(c(f"prompt.{name}", "tokens", what, _PROMPT, prompt=name) for name, what in prompts.items()),
+        c("tokenisation", "tokens", "the response was decoded and encoded again, to other tokens",
+          "train on the sampled token ids, not on their text (verl: rollout token ids; TRL: completion_ids)",
+          tokens="reencoded"),
+    ]  # fmt: skip
+
+
+def position_causes() -> list[Cause]:
+    """Which row, which position, which padding."""
+    c = setting_cause
+    return [
+        c("target_shift[+1]", "positions", "each log-prob is read one row too late, from the token's own row",
+          "read token i's log-prob from the logits at i - 1", target_shift=1),
+        c("target_shift[-1]", "positions", "each log-prob is read one row too early",
+          "read token i's log-prob from the logits at i - 1", target_shift=-1),
+        c("response_positions[+1]", "positions", "position ids of the response are one too large", _POSITIONS,
+          response_position_offset=1),
+        c("response_positions[-1]", "positions", "position ids of the response are one too small", _POSITIONS,
+          response_position_offset=-1),
+        c("positions[+1]", "positions", "all position ids are one too large", _POSITIONS, position_offset=1),
+        c("positions[-1]", "positions", "all position ids are one too small", _POSITIONS, position_offset=-1),
+        c("padding.left", "positions", "padding before the prompt is attended to as if it were text",
+          "pass the attention mask with left-padded prompts", padding="left_seen"),
+        c("padding.middle", "positions", "padding between prompt and response is attended to as if it were text",
+          "pad prompts on the left, or pass the attention mask", padding="middle_seen"),
+    ]  # fmt: skip
+
+
+def numeric_causes(dtype: Dtype, *, decode: bool) -> list[Cause]:
+    """Arithmetic. dtype: what scoring uses. decode: also token by token, which takes a forward per token."""
+    c = setting_cause
+    other: Dtype = "bfloat16" if dtype == "float32" else "float32"
+    operators: dict[Operator, str] = {
+        "attention": "attention (PyTorch's SDPA; vLLM: VLLM_ATTENTION_BACKEND, SGLang: --attention-backend)",
+        "linear": "matrix products (PyTorch's)",
+        "norm": "norms (PyTorch's)",
+        "rotary": "rotary tables (PyTorch's)",
+        "activation": "activations (PyTorch's)",
+        "head": "the output head (PyTorch's)",
+    }
+    found = [
+        c("logits.bfloat16", "numerics", "logits are rounded to bfloat16 before the softmax",
+          'float32 logits: vLLM hf_overrides={"head_dtype": "float32"}, SGLang --enable-fp32-lm-head',
+          logits="bfloat16"),
+        c("logits.bfloat16_softmax", "numerics", "logits and their log-softmax are in bfloat16",
+          "convert logits to float32 before log_softmax", logits="bfloat16_softmax"),
+        c(f"dtype.{other}", "numerics", f"the engine computes in {other}, scoring in {dtype}",
+          f"one dtype on both sides (vLLM, SGLang: --dtype {dtype})", dtype=other),
+        *(c(f"operator.{name}", "numerics", f"another implementation of {what}", _OURS, native=[name])
+          for name, what in operators.items()),
+        c("operators.native", "numerics", "PyTorch's operators throughout", _OURS, native=OPERATORS),
+        c("batch", "numerics", "PyTorch's operators, one sequence at a time rather than beside others", _OURS,
+          native=OPERATORS, batch="alone"),
+    ]  # fmt: skip
+    if decode:
+        what = "PyTorch's operators, decoded token by token from a cache rather than in one forward"
+        found += [
+            c("decode", "numerics", what, _OURS, native=OPERATORS, phase="decode"),
+            c("decode.alone", "numerics", f"{what}, one sequence at a time", _OURS, native=OPERATORS, phase="decode",
+              batch="alone"),
+        ]  # fmt: skip
+    return found
+
+
+def shift_causes() -> list[Cause]:
+    """Log-probs stored one place off their tokens."""
+
+    def moved(shift: int) -> Callable[[Way, int], Way]:
+        return lambda way, _place: replace(way, shift=shift)
+
+    remedy = "store the log-prob beside its own token: index i of both lists (TRL, verl: check the shift by one)"
+    return [
+        Cause("shifted_index[+1]", "data", "each token carries the log-prob of the next token", remedy, moved(1)),
+        Cause("shifted_index[-1]", "data", "each token carries the log-prob of the previous token", remedy, moved(-1)),
+    ]
+
+
+def swap_cause(partners: Mapping[int, int]) -> Cause:
+    """Log-probs that belong to other sequences: partners[i] is whose the i-th sequence carries."""
+    pairs = ", ".join(f"{a} carries those of {b}" for a, b in sorted(partners.items()))
+    return Cause(
+        "swapped_sequences", "data", f"log-probs of other sequences (by place in the dump: {pairs})",
+        "match log-probs to sequences by request id, not by order of arrival",
+        lambda way, place: replace(way, partner=partners.get(place)),
+    )  # fmt: skip
+
+
+def temperature_cause(temperature: float) -> Cause:
+    """A temperature that the dump does not name, found by fitting."""
+    return setting_cause(
+        f"temperature={temperature:g}", "sampling", f"the log-probs are at temperature {temperature:g}",
+        "score at the temperature that the engine sampled at (verl: rollout.temperature; TRL: temperature)",
+        temperature=temperature,
+    )  # fmt: skip
+
+
+def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
+    """(field, value, origin) of config.json that may explain a difference: what other checkpoints have instead, then
+    common values of the RoPE base and the norm's epsilon."""
+    mine = _flat(own)
+    found: list[tuple[str, Any, str]] = []
+    for n, other in enumerate(others, start=1):
+        theirs = _flat(other)
+        names = [name for name in theirs if name in mine and theirs[name] != mine[name] and _matters(name)]
+        found += [(name, theirs[name], f"as previous model {n}") for name in names]
+    for ending, values in (("rope_theta", (10_000.0, 500_000.0, 1_000_000.0)), ("_norm_eps", (1e-6, 1e-5))):
+        for name in (name for name in mine if name.endswith(ending)):
+            found += [(name, value, "a common value") for value in values if value != mine[name]]
+    unique = {(name, value): (name, value, origin) for name, value, origin in reversed(found)}
+    return list(reversed(unique.values()))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    found: dict[str, int | float | str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float | str):
+            found[prefix + name] = value
+    return found
+
+
+_IGNORED = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "vocab_size", "hidden_size")
+
+
+def _matters(name: str) -> bool:
+    """Whether a field can change a log-prob of the same weights without changing their shapes."""
+    return not name.startswith(("num_", "max_", "_", "architectures")) and not name.endswith(("_token_id", *_IGNORED))

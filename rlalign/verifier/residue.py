@@ -1,0 +1,160 @@
+"""What a difference looks like that no cause removes: in which tokens it is, and what that points to.
+
+Legend: N tokens of all sequences one after another; places count sequences of the dump from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlalign.verifier.compare import ulp_distance
+from rlalign.verifier.dumps.record import DumpSequence, missing
+
+_SHOWN = 5
+# a token is far off if it lies beyond so many medians, where most tokens differ a little
+_MEDIANS = 20.0
+_FEW = 0.02
+_ONE_SIDED = 0.95
+_MIN_TOKENS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """tokens: how many it is about. where: (place of the sequence, position in the response) of the first few."""
+
+    name: str
+    what: str
+    tokens: int
+    where: tuple[tuple[int, int], ...]
+
+
+def broken(sequences: Sequence[DumpSequence], scored: np.ndarray, place: np.ndarray) -> tuple[Finding, ...]:
+    """Log-probs that are no numbers, or no log-probabilities. scored: float32 [N]; place: int64 [N]."""
+    reported = np.concatenate([*(s.logprobs for s in sequences), np.zeros(0, np.float32)])
+    absent = missing(reported)
+    kinds = (
+        ("missing", "the dump has no log-prob", absent),
+        ("nan", "the dump's log-prob is NaN", np.isnan(reported) & ~absent),
+        ("-inf", "the dump's log-prob is -inf: a token that could not be sampled", np.isneginf(reported)),
+        ("positive", "the dump's log-prob is above 0: no log-probability", reported > 1e-3),
+        ("scored_nan", "the model's own log-prob is NaN", np.isnan(scored)),
+    )
+    position = _positions(place)
+    masks = np.concatenate([*(_mask(s) for s in sequences), np.zeros(0, np.bool_)])
+    return tuple(
+        _finding(name, what, found & masks, place, position) for name, what, found in kinds if (found & masks).any()
+    )
+
+
+def describe_rest(
+    sequences: Sequence[DumpSequence], size: np.ndarray, scored: np.ndarray, place: np.ndarray, counts: np.ndarray
+) -> tuple[Finding, ...]:
+    """Patterns of what is left. size: |Δ| float64 [N], NaN where a token does not count. scored: float32 [N]. counts:
+    bool [N], tokens that do."""
+    reported = np.concatenate([*(s.logprobs for s in sequences), np.zeros(0, np.float32)])
+    valid = counts & np.isfinite(size)
+    differs = valid & (reported.view(np.int32) != scored.view(np.int32))
+    if not differs.any():
+        return ()
+    exact = differs.sum() < 0.5 * valid.sum()
+    threshold = 0.0 if exact else _MEDIANS * float(np.median(size[valid]))
+    far = (differs if exact else valid & (size > threshold)) & valid
+    position = _positions(place)
+    found = [_outside(scored, reported, valid, place, position)]
+    if far.any() and far.sum() < 0.5 * valid.sum():
+        found += _clusters(far, valid, place, position, reported, scored)
+    elif not far.any():
+        found += _trends(size, scored, reported, valid, place, position)
+    return tuple(each for each in found if each is not None)
+
+
+def _outside(
+    scored: np.ndarray, reported: np.ndarray, valid: np.ndarray, place: np.ndarray, position: np.ndarray
+) -> Finding | None:
+    outside = valid & np.isneginf(scored)
+    what = "tokens that the sampling parameters leave out under these weights, yet were sampled"
+    return _finding("outside_support", what, outside, place, position) if outside.any() else None
+
+
+def _clusters(
+    far: np.ndarray,
+    valid: np.ndarray,
+    place: np.ndarray,
+    position: np.ndarray,
+    reported: np.ndarray,
+    scored: np.ndarray,
+) -> list[Finding]:
+    """Tokens that are off, one finding per kind: from a position on, whole sequences, or here and there."""
+    groups: dict[str, np.ndarray] = {name: np.zeros_like(far) for name in ("from_position", "sequence", "isolated")}
+    for sequence in np.unique(place[far]):
+        mine = far & (place == sequence)
+        first = int(position[mine].min())
+        after = valid & (place == sequence) & (position >= first)
+        whole = mine.sum() >= 3 and mine.sum() >= 0.5 * after.sum()
+        groups["isolated" if not whole else "sequence" if first <= 1 else "from_position"] |= mine
+    says = {
+        "from_position": "agrees up to a token and differs from there on: what it attends to changed, such as a wrong "
+        "or stale KV block, a prefix-cache hit after a weight update, or a preempted request (bisect --dump shows the "
+        "layer)",
+        "sequence": "whole sequences differ and the others agree: other prompt, weights or padding in these",
+        "isolated": f"single tokens differ, by up to {_ulp(reported, scored, groups['isolated'])} ULP, and their "
+        "neighbours agree: the log-prob was changed after it was computed (conversion, rounding, storage)",
+    }
+    return [_finding(name, says[name], mask, place, position) for name, mask in groups.items() if mask.any()]
+
+
+def _trends(
+    size: np.ndarray,
+    scored: np.ndarray,
+    reported: np.ndarray,
+    valid: np.ndarray,
+    place: np.ndarray,
+    position: np.ndarray,
+) -> list[Finding]:
+    """What all tokens have in common."""
+    if valid.sum() < _MIN_TOKENS:
+        return []
+    found: list[Finding] = []
+    delta = scored[valid].astype(np.float64) - reported[valid]
+    low = float((delta < 0).mean())
+    if max(low, 1 - low) >= _ONE_SIDED:
+        what = "the dump's log-probs are nearly all {} than scoring gives: {}"
+        lower = "higher", "as when renormalised over a top-k or top-p set, or a lower temperature, that it doesn't name"
+        higher = "lower", "as at a higher temperature, or with a penalty, that it doesn't name"
+        found.append(_finding("one_sided", what.format(*(lower if low > 0.5 else higher)), valid, place, position))
+    length = np.array([position[place == p].max() + 1 for p in np.unique(place)])
+    relative = position / np.repeat(length, [(place == p).sum() for p in np.unique(place)])
+    start, end = (size[valid & part] for part in (relative < 0.25, relative >= 0.75))
+    if min(len(start), len(end)) >= _MIN_TOKENS // 4:
+        if start.mean() > 3 * end.mean():
+            what = "largest at the start of responses: another prompt or chat template"
+            found.append(_finding("at_the_start", what, valid & (relative < 0.25), place, position))
+        elif end.mean() > 3 * start.mean():
+            what = "grows along responses: positions, RoPE scaling, or what is in the KV cache (such as its dtype)"
+            found.append(_finding("grows", what, valid & (relative >= 0.75), place, position))
+    return found
+
+
+def _ulp(reported: np.ndarray, scored: np.ndarray, mask: np.ndarray) -> str:
+    finite = mask & np.isfinite(reported) & np.isfinite(scored)
+    return f"{int(ulp_distance(reported[finite], scored[finite]).max()):,}" if finite.any() else "inf"
+
+
+def _finding(name: str, what: str, mask: np.ndarray, place: np.ndarray, position: np.ndarray) -> Finding:
+    first = np.flatnonzero(mask)[:_SHOWN]
+    where = tuple((int(place[i]), int(position[i])) for i in first)
+    return Finding(name, what, int(mask.sum()), where)
+
+
+def _positions(place: np.ndarray) -> np.ndarray:
+    """int64 [N], each token's position in its sequence."""
+    starts = np.flatnonzero(np.diff(place, prepend=-1))
+    lengths = np.diff(np.append(starts, len(place)))
+    return np.arange(len(place)) - np.repeat(starts, lengths)
+
+
+def _mask(sequence: DumpSequence) -> np.ndarray:
+    return np.ones(len(sequence.token_ids), np.bool_) if sequence.mask is None else sequence.mask

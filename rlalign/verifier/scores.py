@@ -1,0 +1,143 @@
+"""A dump's log-probs beside those of scoring it in any way, and what can be guessed before any cause is tried.
+
+Legend: N tokens of all sequences one after another; places count sequences from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from rlalign.verifier import causes as catalogue
+from rlalign.verifier.causes import Cause, Way
+from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
+
+# a token whose log-prob is -inf on one side must not hide all the others: e**-20 is never sampled
+CAP = 20.0
+_TEMPERATURES = (0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
+_FIT_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Difference over some tokens. mean_abs, max_abs: of |Δ|, counted as ``CAP`` at most. mismatches: other bits."""
+
+    tokens: int
+    mismatches: int
+    mean_abs: float
+    max_abs: float
+
+
+@dataclass(slots=True)
+class Scores:
+    """The dump flattened, and every way's log-probs as they are asked for."""
+
+    sequences: Sequence[DumpSequence]
+    scorer: Scorer
+    reported: np.ndarray = field(init=False)
+    place: np.ndarray = field(init=False)
+    counts: np.ndarray = field(init=False)
+    _known: dict[ScoreSettings, list[np.ndarray]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = [len(sequence.token_ids) for sequence in self.sequences]
+        self.reported = _joined([sequence.logprobs for sequence in self.sequences])
+        self.place = np.repeat(np.arange(len(lengths)), lengths)
+        masks = [
+            np.ones(n, np.bool_) if s.mask is None else s.mask for s, n in zip(self.sequences, lengths, strict=True)
+        ]
+        seen = np.concatenate([*masks, np.zeros(0, np.bool_)])
+        self.counts = seen & np.isfinite(self.reported)
+
+    def of(self, ways: Sequence[Way]) -> np.ndarray:
+        """Log-probs float32 [N] with the i-th sequence scored by ways[i]. All sequences are scored in every setting, so
+        that neighbours stay what they are."""
+        return _joined([self._one(place, way) for place, way in enumerate(ways)])
+
+    def _one(self, place: int, way: Way) -> np.ndarray:
+        if way.settings not in self._known:
+            self._known[way.settings] = self.scorer(self.sequences, way.settings)
+        length = len(self.sequences[place].token_ids)
+        source = self._known[way.settings][place if way.partner is None else way.partner]
+        found = np.full(length, np.nan, np.float32)
+        begin, end = max(0, -way.shift), min(length, len(source) - way.shift)
+        if begin < end:
+            found[begin:end] = source[begin + way.shift : end + way.shift]
+        return found
+
+    def distance(self, scored: np.ndarray, reported: np.ndarray | None = None) -> np.ndarray:
+        """|Δ| float64 [N], at most ``CAP``; NaN where a token does not count or has none."""
+        reported = self.reported if reported is None else reported
+        with np.errstate(invalid="ignore"):
+            size = np.abs(scored.astype(np.float64) - reported.astype(np.float64))
+        size = np.where(np.isnan(scored), np.nan, np.minimum(size, CAP))
+        return np.where(self.counts, size, np.nan)
+
+    def gap(self, scored: np.ndarray, among: np.ndarray | None = None) -> Gap:
+        """among: bool [N], the tokens to look at; None for all that have a log-prob."""
+        size = self.distance(scored)
+        chosen = np.isfinite(size) if among is None else among & np.isfinite(size)
+        differs = scored[chosen].view(np.int32) != self.reported[chosen].view(np.int32)
+        values = size[chosen]
+        if not len(values):
+            return Gap(0, 0, 0.0, 0.0)
+        return Gap(len(values), int(differs.sum()), float(values.mean()), float(values.max()))
+
+
+def swaps(scores: Scores, now: np.ndarray) -> list[Cause]:
+    """The cause that sequences carry each other's log-probs, if any do: their |Δ| to the other's scores is far smaller
+    than to their own."""
+    ends = np.cumsum([0, *(len(s.token_ids) for s in scores.sequences)])
+    scored = [now[a:b] for a, b in pairwise(ends.tolist())]
+    own = scores.distance(now)
+    partners: dict[int, int] = {}
+    for place, sequence in enumerate(scores.sequences):
+        mine = own[ends[place] : ends[place + 1]]
+        if np.isfinite(mine).sum() < 2 or not np.nanmean(mine):
+            continue
+        others = [
+            (_mean_distance(sequence.logprobs, scored[other]), other)
+            for other in range(len(scored))
+            if other != place and len(scored[other]) == len(mine)
+        ]
+        nearest = min(others, default=(np.inf, -1))
+        if nearest[0] <= 0.25 * np.nanmean(mine):
+            partners[place] = nearest[1]
+    return [catalogue.swap_cause(partners)] if partners else []
+
+
+def _mean_distance(a: np.ndarray, b: np.ndarray) -> float:
+    both = np.isfinite(a) & np.isfinite(b)
+    return float(np.abs(a[both].astype(np.float64) - b[both]).mean()) if both.sum() >= 2 else float("inf")
+
+
+def fitted_temperature(scores: Scores, ways: list[Way], now: np.ndarray, whole: Gap) -> list[Cause]:
+    """The temperature that fits best, where it is another than the one that the dump names."""
+    few: list[DumpSequence] = []
+    for sequence in scores.sequences:
+        if sum(len(each.token_ids) for each in few) < _FIT_TOKENS:
+            few.append(sequence)
+    part = scores if len(few) == len(scores.sequences) else Scores(few, scores.scorer)
+
+    def error(temperature: float) -> float:
+        cause = catalogue.temperature_cause(temperature)
+        return part.gap(part.of([cause.change(way, i) for i, way in enumerate(ways[: len(few)])])).mean_abs
+
+    tried = {temperature: error(temperature) for temperature in _TEMPERATURES}
+    for width in (0.05, 0.02, 0.01):
+        middle = min(tried, key=lambda t: (tried[t], abs(t - 1)))
+        around = [round(middle + sign * width, 2) for sign in (-1, 1)]
+        tried |= {t: error(t) for t in around if t > 0 and t not in tried}
+    best = min(tried, key=lambda t: (tried[t], abs(t - 1)))
+    named = {effective_sampling(s, w.settings).temperature for s, w in zip(scores.sequences, ways, strict=True)}
+    if named == {best} or tried[best] > 0.9 * part.gap(part.of(ways[: len(few)])).mean_abs:
+        return []
+    return [catalogue.temperature_cause(best)]
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.float32, copy=False) if len(parts) else np.zeros(0, np.float32)

@@ -1,0 +1,316 @@
+"""Every cause planted with a scorer made of numbers: it is named, alone and beside another, and nothing else is."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from rlalign.config import SamplingParams
+from rlalign.verifier import causes as catalogue
+from rlalign.verifier.attribute import attribute
+from rlalign.verifier.attribution import Attribution
+from rlalign.verifier.causes import Cause, config_changes
+from rlalign.verifier.dumps.record import MISSING, DumpSequence
+from rlalign.verifier.score import OPERATORS, ScoreSettings, UnsupportedSetting, effective_sampling
+
+LENGTHS = (20, 17, 20, 12)
+SAMPLING = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, min_p=0.1)
+BASE = ScoreSettings()
+CONFIG = [("rope_theta", 5e5, "a common value"), ("rms_norm_eps", 1e-5, "as previous model 1")]
+# how far a switch moves a log-prob, at most
+_SIZE = {"native": 1e-4, "logits": 1e-2, "dtype": 1e-3, "batch": 1e-5, "phase": 1e-5, "position_offset": 1e-4}
+
+
+class Numbers:
+    """Log-probs that are a hash of the sequence, plus another for each switch: no setting gives what another does."""
+
+    def __init__(self, refuses: Sequence[str] = ()) -> None:
+        self.refuses = refuses
+        self.calls: list[ScoreSettings] = []
+
+    def __call__(self, sequences: Sequence[DumpSequence], settings: ScoreSettings) -> list[np.ndarray]:
+        self.calls.append(settings)
+        for name in self.refuses:
+            if getattr(settings, name) != getattr(BASE, name):
+                raise UnsupportedSetting(f"no {name} here")
+        return [self._one(sequence, settings) for sequence in sequences]
+
+    def _one(self, sequence: DumpSequence, settings: ScoreSettings) -> np.ndarray:
+        length = len(sequence.token_ids)
+        found = _noise(sequence.id, "", length) * 3 - 40
+        params = effective_sampling(sequence, settings)
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            if (value := getattr(params, name)) != getattr(SamplingParams(), name):
+                # as a smooth function of the value, so that a temperature can be fitted
+                found = found + _noise(sequence.id, name, length) * (float(value) - getattr(SamplingParams(), name))
+        for name in settings.__dataclass_fields__:
+            value = getattr(settings, name)
+            if name in ("processed", "ignore", "temperature") or value == getattr(BASE, name):
+                continue
+            shown = "+".join(sorted(value)) if isinstance(value, frozenset) else str(value)
+            found = found + _noise(sequence.id, f"{name}={shown}", length) * _SIZE.get(name, 1.0)
+        return found.astype(np.float32)
+
+
+@cache
+def _noise(sequence: str, what: str, length: int) -> np.ndarray:
+    return np.random.default_rng([zlib.crc32(f"{sequence}/{what}".encode())]).uniform(-1, 1, length)
+
+
+def sequences(sampling: SamplingParams | None = SAMPLING) -> list[DumpSequence]:
+    return [
+        DumpSequence(str(i), np.arange(3), np.arange(n), np.zeros(n, np.float32), sampling=sampling, source=f"d:{i}")
+        for i, n in enumerate(LENGTHS)
+    ]
+
+
+def reported(found: Sequence[DumpSequence], logprobs: Sequence[np.ndarray]) -> list[DumpSequence]:
+    return [replace(s, logprobs=values.astype(np.float32)) for s, values in zip(found, logprobs, strict=True)]
+
+
+def planted(*causes: Cause, sampling: SamplingParams | None = SAMPLING) -> list[DumpSequence]:
+    """A dump whose log-probs are those of scoring with these causes."""
+    found = sequences(sampling)
+    way = catalogue.Way()
+    for cause in causes:
+        way = cause.change(way, 0)
+    return reported(found, Numbers()(found, way.settings))
+
+
+def run(dump: Sequence[DumpSequence], **options: object) -> Attribution:
+    given = {"dtype": "float32", "num_previous": 2, "config_changes": CONFIG} | options
+    return attribute(dump, Numbers(), **given)
+
+
+CAUSES = {
+    cause.name: cause
+    for cause in (
+        *catalogue.sampling_causes(), *catalogue.weight_causes(2), *catalogue.config_causes(CONFIG),
+        *catalogue.token_causes(), *catalogue.position_causes(), *catalogue.numeric_causes("float32", decode=True),
+    )
+    if cause.name != "processed"
+}  # fmt: skip
+
+
+def test_a_dump_that_agrees_has_no_cause():
+    dump = planted()
+    found = run(dump)
+    assert found.equal
+    assert (found.effects, found.steps, found.rest.mismatches) == ((), (), 0)
+    assert found.verdict == "bit for bit equal on 69 tokens: nothing to attribute"
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_each_cause_is_named_alone(name):
+    found = run(planted(CAUSES[name]))
+    assert [step.cause.name for step in found.steps] == [name]
+    assert (found.rest.mismatches, found.steps[0].sequences) == (0, None)
+    assert found.explained
+    assert found.verdict.endswith("nothing is left")
+    [effect] = [effect for effect in found.effects if effect.cause.name == name]
+    assert effect.removes == 1.0
+    assert effect.moves == effect.before.mean_abs > 0
+    assert found.steps[0].cause.remedy
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("temperature", "stale_weights[1]"), ("prompt.with_bos", "logits.bfloat16"), ("top_p", "target_shift[+1]")],
+)
+def test_two_causes_are_separated(names):
+    found = run(planted(*(CAUSES[name] for name in names)))
+    assert {step.cause.name for step in found.steps} == set(names)
+    assert found.rest.mismatches == 0
+    means = [step.before.mean_abs for step in found.steps]
+    assert means == sorted(means, reverse=True)
+
+
+@pytest.mark.parametrize(("shift", "name"), [(1, "shifted_index[+1]"), (-1, "shifted_index[-1]")])
+def test_a_shifted_index_is_named(shift, name):
+    found = sequences()
+    scored = Numbers()(found, BASE)
+    outcome = run(reported(found, [np.roll(values, -shift) for values in scored]))
+    assert [step.cause.name for step in outcome.steps] == [name]
+    assert outcome.rest.mismatches == 0
+    # the token at the end has nobody's log-prob to be compared with
+    assert outcome.rest.tokens == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_a_swapped_pair_is_named():
+    found = sequences()
+    scored = Numbers()(found, BASE)
+    scored[0], scored[2] = scored[2], scored[0]
+    outcome = run(reported(found, scored))
+    assert [(step.cause.name, step.sequences) for step in outcome.steps] == [("swapped_sequences", (0, 2))]
+    assert "0 carries those of 2, 2 carries those of 0" in outcome.steps[0].cause.what
+    assert outcome.rest.mismatches == 0
+
+
+def test_a_cause_of_some_sequences_is_found_in_these():
+    found = sequences()
+    stale, fresh = (Numbers()(found, replace(BASE, weights=n)) for n in (1, 0))
+    outcome = run(reported(found, [*fresh[:1], *stale[1:2], *fresh[2:]]))
+    assert [(step.cause.name, step.sequences) for step in outcome.steps] == [("stale_weights[1]", (1,))]
+    assert "(in sequence 1)" in outcome.verdict
+
+
+def test_an_unnamed_temperature_is_fitted():
+    found = sequences(SamplingParams(temperature=0.85))
+    dump = [replace(s, sampling=None) for s in reported(found, Numbers()(found, BASE))]
+    outcome = run(dump)
+    assert [step.cause.name for step in outcome.steps] == ["temperature=0.85"]
+    assert outcome.rest.mismatches == 0
+
+
+def plant_values(change: Callable[[np.ndarray], None], place: int = 1) -> list[DumpSequence]:
+    dump = planted()
+    values = dump[place].logprobs.copy()
+    change(values)
+    dump[place] = replace(dump[place], logprobs=values)
+    return dump
+
+
+def put(position: int, value: float) -> Callable[[np.ndarray], None]:
+    def change(values: np.ndarray) -> None:
+        values[position] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [(MISSING, "missing"), (np.float32(np.nan), "nan"), (-np.inf, "-inf"), (0.5, "positive")]
+)
+def test_a_log_prob_that_is_no_number_is_named_with_its_place(value, name):
+    outcome = run(plant_values(put(4, value)))
+    assert [(f.name, f.tokens, f.where) for f in outcome.broken] == [(name, 1, ((1, 4),))]
+    assert not outcome.equal
+    assert name in outcome.verdict
+
+
+def test_one_ulp_at_one_token_is_named():
+    dump = plant_values(lambda values: values.__setitem__(6, np.nextafter(values[6], np.float32(0))))
+    outcome = run(dump)
+    assert outcome.steps == ()
+    assert [(f.name, f.tokens, f.where) for f in outcome.findings] == [("isolated", 1, ((1, 6),))]
+    assert "up to 1 ULP" in outcome.findings[0].what
+
+
+def test_a_difference_from_one_token_on_is_named():
+    def change(values: np.ndarray) -> None:
+        values[7:] -= np.linspace(0.1, 0.4, len(values) - 7, dtype=np.float32)
+
+    outcome = run(plant_values(change))
+    assert [(f.name, f.tokens, f.where[0]) for f in outcome.findings] == [("from_position", 10, (1, 7))]
+    assert "KV block" in outcome.findings[0].what
+    assert not outcome.explained
+
+
+def test_a_whole_sequence_is_named():
+    outcome = run(plant_values(lambda values: values.__isub__(_noise("x", "y", len(values)).astype(np.float32) ** 2)))
+    assert [(f.name, f.where[0]) for f in outcome.findings] == [("sequence", (1, 0))]
+
+
+def test_a_mask_leaves_tokens_out():
+    dump = plant_values(put(4, np.nan))
+    mask = np.ones(LENGTHS[1], np.bool_)
+    mask[4] = False
+    dump[1] = replace(dump[1], mask=mask)
+    outcome = run(dump)
+    assert outcome.equal
+    assert outcome.base.tokens == sum(LENGTHS) - 1
+
+
+def noisy(seed: int, size: float) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    found = sequences()
+    return [v + generator.normal(0, size, len(v)) for v in Numbers()(found, BASE)]
+
+
+def test_noise_has_no_cause_and_is_unexplained_if_it_is_larger_than_rounding():
+    outcome = run(reported(sequences(), noisy(0, 0.05)))
+    assert outcome.steps == ()
+    assert not outcome.explained
+    assert outcome.rounding.other_order < 1e-4
+    assert "unexplained" in outcome.verdict
+
+
+def test_noise_as_large_as_rounding_is_explained_by_it():
+    outcome = run(reported(sequences(), noisy(0, 5e-5)))
+    assert outcome.steps == ()
+    assert outcome.explained
+    assert "rounding explains it" in outcome.verdict
+
+
+def test_against_bfloat16_both_sides_are_held_against_float32():
+    found = sequences()
+    exact = Numbers()(found, replace(BASE, dtype="float32"))
+    generator = np.random.default_rng(0)
+    outcome = run(reported(found, [v + generator.normal(0, 6e-4, len(v)) for v in exact]), dtype="bfloat16")
+    assert outcome.rounding.engine_error == pytest.approx(5e-4, rel=0.3)
+    assert outcome.rounding.own_error == pytest.approx(5e-4, rel=0.3)
+    assert outcome.explained
+
+
+def test_what_a_scorer_can_not_do_is_listed_with_the_reason():
+    dump = planted(CAUSES["temperature"])
+    outcome = attribute(dump, Numbers(refuses=("prompt", "tokens")), num_previous=1)
+    assert [step.cause.name for step in outcome.steps] == ["temperature"]
+    skipped = {e.cause.name: e.skipped for e in outcome.effects if e.skipped is not None}
+    assert skipped["prompt.with_bos"] == "no prompt here"
+    assert skipped["tokenisation"] == "no tokens here"
+
+
+def test_transforms_that_no_sequence_had_are_not_tried():
+    outcome = run(planted(CAUSES["stale_weights[1]"], sampling=SamplingParams()))
+    skipped = {e.cause.name for e in outcome.effects if e.skipped == "no sequence of the dump was sampled with it"}
+    assert skipped == {"temperature", "top_p", "top_k", "min_p", "filters", "raw", "processed"}
+    assert [step.cause.name for step in outcome.steps] == ["stale_weights[1]"]
+
+
+def test_equal_causes_are_said_to_be():
+    # with a temperature alone, raw log-probs are those without it
+    outcome = run(planted(CAUSES["raw"], sampling=SamplingParams(temperature=0.7)))
+    assert [step.cause.name for step in outcome.steps] == ["temperature"]
+    assert {e.cause.name: e.same_as for e in outcome.effects}["raw"] == "temperature"
+
+
+def test_nothing_to_compare_is_said():
+    outcome = run([])
+    assert not outcome.equal
+    assert outcome.verdict.startswith("nothing was compared")
+    blank = [replace(s, logprobs=np.full(len(s.token_ids), MISSING)) for s in sequences()]
+    assert run(blank).broken[0].tokens == sum(LENGTHS)
+
+
+def test_a_scorer_that_fails_on_the_plain_case_fails():
+    def scorer(_sequences: Sequence[DumpSequence], _settings: ScoreSettings) -> list[np.ndarray]:
+        raise ValueError("d:1: token id 99 is outside the model's vocabulary of 10")
+
+    with pytest.raises(ValueError, match="token id 99"):
+        attribute(planted(), scorer)
+
+
+def test_no_setting_is_scored_twice():
+    scorer = Numbers()
+    attribute(planted(CAUSES["top_p"], CAUSES["stale_weights[1]"]), scorer, num_previous=2, config_changes=CONFIG)
+    assert len(scorer.calls) == len(set(scorer.calls))
+
+
+def test_config_changes_are_those_of_other_checkpoints_and_common_ones():
+    own = {"rope_parameters": {"rope_theta": 1e4}, "rms_norm_eps": 1e-6, "num_layers": 2, "dtype": "float32"}
+    other = {"rope_parameters": {"rope_theta": 3e4}, "rms_norm_eps": 1e-6, "num_layers": 3, "dtype": "bfloat16"}
+    found = config_changes(own, [other])
+    assert found[0] == ("rope_parameters.rope_theta", 3e4, "as previous model 1")
+    assert {(name, value) for name, value, _ in found[1:]} == {
+        ("rope_parameters.rope_theta", 5e5), ("rope_parameters.rope_theta", 1e6), ("rms_norm_eps", 1e-5),
+    }  # fmt: skip
+
+
+def test_operators_together_are_native():
+    settings = catalogue.setting_cause("", "numerics", "", "", native=OPERATORS).change(catalogue.Way(), 0).settings
+    assert settings.numerics == "native"
