@@ -174,6 +174,8 @@ def _plain(sequence: DumpSequence, *, arrays: bool = True) -> dict[str, Any]:
 
 
 def _number(value: float) -> str:
+    if value == 0:
+        return repr(value)  # "-0" would come back as the integer 0, which has no sign
     return f"{value:.9g}" if np.isfinite(value) else '"NaN"' if value != value else f'"{"-" * (value < 0)}Infinity"'
 
 

@@ -158,7 +158,9 @@ class Tally:
         values = {
             "mismatch_count": float(self._mismatch),
             "nonfinite_count": float(self._nonfinite),
-            "bitwise_match_frac": 1 - self._mismatch / self._num_tokens if self._num_tokens else math.nan,
+            "bitwise_match_frac": (self._num_tokens - self._mismatch) / self._num_tokens
+            if self._num_tokens
+            else math.nan,
             "logp_diff/mean": mean["delta"],
             "logp_abs_diff/mean": mean["size"],
             "logp_abs_diff/std": standard_deviation(self._sums["size"], self._sums["size2"]),
