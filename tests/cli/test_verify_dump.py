@@ -1,0 +1,383 @@
+"""``dump`` and ``compare`` as a user runs them, in process, with faults planted into what an engine reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from rlalign import modeling
+from rlalign.cli.dump_scoring import score_plain
+from rlalign.cli.dump_watch import WatchedFolder
+from rlalign.cli.verify import main
+from rlalign.config import ModelConfig, SamplingParams
+from rlalign.tasks.sort import make_sort_tokenizer
+from rlalign.verifier.dumps import MISSING, DumpSequence, write_dump
+
+REAL = Path("/work/shared/data/vllm_dump")
+TINY = ModelConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=32,
+                   max_position_embeddings=64)  # fmt: skip
+WARM = SamplingParams(temperature=0.5, top_k=3)
+Change = Callable[[list[DumpSequence]], list[DumpSequence]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    modeling.make_tiny_model(TINY, make_sort_tokenizer(max_value=9), path, seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def policy(model: Path) -> modeling.Policy:
+    return modeling.load_policy(model)
+
+
+def scored(policy: modeling.Policy, params: SamplingParams | None, *, processed: bool = True) -> list[DumpSequence]:
+    """What an exact engine would have dumped: most likely tokens, with the trainer's own log-probs."""
+    random = np.random.default_rng(0)
+    bare = [
+        DumpSequence(f"r{i}", random.integers(0, policy.vocab_size, 3 + i), random.integers(0, policy.vocab_size, 6),
+                     np.zeros(6, np.float32), sampling=params, source=f"r{i}")
+        for i in range(4)
+    ]  # fmt: skip
+    under = params if params is not None and processed else SamplingParams()
+    if under.truncated:
+        bare = [_within_support(policy, sequence, under) for sequence in bare]
+    values = score_plain(policy, bare, [under] * 4, micro_batch_tokens=64)
+    return [replace(sequence, logprobs=value) for sequence, value in zip(bare, values, strict=True)]
+
+
+def _within_support(policy: modeling.Policy, sequence: DumpSequence, params: SamplingParams) -> DumpSequence:
+    """Tokens that top-k keeps, found by trying every id."""
+    ids = sequence.token_ids.copy()
+    for position in range(len(ids)):
+        for candidate in range(policy.vocab_size):
+            ids[position] = candidate
+            (values,) = score_plain(policy, [replace(sequence, token_ids=ids)], [params], micro_batch_tokens=64)
+            if np.isfinite(values[position]):
+                break
+    return replace(sequence, token_ids=ids)
+
+
+@pytest.fixture(scope="module")
+def plain(policy: modeling.Policy) -> list[DumpSequence]:
+    return scored(policy, None)
+
+
+def run(command: list[str], tmp_path: Path, *more: str) -> dict[str, Any]:
+    out = tmp_path / "out.json"
+    code = main([*command, "--json", str(out), *more])
+    result = json.loads(out.read_text())
+    assert result["exit_code"] == code
+    return result
+
+
+def dump(model: Path, sequences: list[DumpSequence], tmp_path: Path, *more: str) -> dict[str, Any]:
+    path = tmp_path / "dump.jsonl"
+    write_dump(path, sequences)
+    return run(["dump", str(path), "--model", str(model)], tmp_path, *more)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_an_exact_dump_is_equal(
+    model: Path, plain: list[DumpSequence], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = dump(model, plain, tmp_path, "--micro-batch-tokens", "9")
+    assert (result["exit_code"], result["equal"], result["num_sequences"], result["num_tokens"]) == (0, True, 4, 24)
+    assert (result["formats"], result["dtype"], result["numerics"]) == (["rlalign"], "float32", "invariant")
+    assert "the sides agree bit for bit on 24 tokens of 4 sequences" in capsys.readouterr().out
+
+
+def with_logprob(value: float) -> Change:
+    def change(sequences: list[DumpSequence]) -> list[DumpSequence]:
+        logprobs = sequences[2].logprobs.copy()
+        logprobs[3] = value
+        return [*sequences[:2], replace(sequences[2], logprobs=logprobs), sequences[3]]
+
+    return change
+
+
+def one_ulp(sequences: list[DumpSequence]) -> list[DumpSequence]:
+    return with_logprob(np.nextafter(sequences[2].logprobs[3], np.float32(-np.inf)))(sequences)
+
+
+@pytest.mark.parametrize(("change", "kind"), [
+    (one_ulp, "differs"), (with_logprob(MISSING), "missing"), (with_logprob(np.nan), "nonfinite"),
+    (with_logprob(-np.inf), "nonfinite"),
+], ids=["one_ulp", "missing", "nan", "inf"])  # fmt: skip
+def test_one_bad_token_is_named(
+    model: Path, plain: list[DumpSequence], tmp_path: Path, change: Change, kind: str
+) -> None:
+    result = dump(model, change(plain), tmp_path)
+    assert result["exit_code"] == 1
+    (token,) = result["worst_tokens"]
+    assert (token["id"], token["position"], token["kind"]) == ("r2", 3, kind)
+    assert token["source"].endswith("dump.jsonl:3")
+    assert result["num_missing"] == (kind == "missing")
+    if kind == "differs":
+        assert (result["metrics"]["align/mismatch_count"], token["ulp"]) == (1, 1)
+    else:
+        assert result["metrics"]["align/logp_abs_diff/max"] == "Infinity"
+        # no threshold forgives it
+        assert dump(model, change(plain), tmp_path, "--max-abs", "100")["exit_code"] == 1
+
+
+def shifted(sequences: list[DumpSequence]) -> list[DumpSequence]:
+    return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in sequences]
+
+
+def swapped(sequences: list[DumpSequence]) -> list[DumpSequence]:
+    a, b, *rest = sequences
+    return [replace(a, logprobs=b.logprobs), replace(b, logprobs=a.logprobs), *rest]
+
+
+@pytest.mark.parametrize(("change", "tokens"), [(shifted, 24), (swapped, 12)])
+def test_shifted_and_swapped_logprobs_differ(
+    model: Path, plain: list[DumpSequence], tmp_path: Path, change: Change, tokens: int
+) -> None:
+    result = dump(model, change(plain), tmp_path, "--max-abs", "1e-3")
+    assert (result["exit_code"], result["metrics"]["align/mismatch_count"]) == (1, tokens)
+    assert {token["id"] for token in result["worst_tokens"]} <= (
+        {"r0", "r1"} if change is swapped else set("r0 r1 r2 r3".split())
+    )
+
+
+def test_masked_tokens_and_empty_rows_do_not_count(model: Path, plain: list[DumpSequence], tmp_path: Path) -> None:
+    mask = np.ones(6, np.bool_)
+    mask[3] = False
+    one = with_logprob(np.nan)(plain)
+    one[2] = replace(one[2], mask=mask)
+    empty = replace(plain[0], id="padding", token_ids=np.zeros(0, np.int64), logprobs=np.zeros(0, np.float32),
+                    prompt_token_ids=np.zeros(0, np.int64))  # fmt: skip
+    result = dump(model, [*one, empty], tmp_path)
+    assert (result["exit_code"], result["num_tokens"], result["num_sequences"]) == (0, 23, 5)
+    assert dump(model, [empty], tmp_path)["exit_code"] == 2
+
+
+def test_thresholds_decide(model: Path, plain: list[DumpSequence], tmp_path: Path) -> None:
+    sequences = with_logprob(plain[2].logprobs[3] + 0.25)(plain)
+    assert dump(model, sequences, tmp_path)["exceeded"] == ["1 of 24 tokens differ in their bits"]
+    accepted = dump(model, sequences, tmp_path, "--max-abs", "0.3", "--mismatch-frac", "0.1", "--k3", "0.1")
+    assert (accepted["exit_code"], accepted["equal"]) == (0, False)
+    assert dump(model, sequences, tmp_path, "--mean-abs", "0.001")["exit_code"] == 1
+
+
+def test_sampling_from_the_dump_or_from_flags(model: Path, policy: modeling.Policy, tmp_path: Path) -> None:
+    warm = scored(policy, WARM)
+    assert dump(model, warm, tmp_path)["exit_code"] == 0
+    assert dump(model, warm, tmp_path)["notes"][0].startswith("4 sequences don't say what their log-probs are")
+    assert dump(model, warm, tmp_path, "--raw")["exit_code"] == 1
+    assert dump(model, warm, tmp_path, "--top-k", "0")["exit_code"] == 1
+    silent = [replace(s, sampling=None, processed=True) for s in warm]
+    assert dump(model, silent, tmp_path)["exit_code"] == 1
+    told = dump(model, silent, tmp_path, "--temperature", "0.5", "--top-k", "3")
+    assert (told["exit_code"], told["notes"]) == (0, [])
+    raw = [replace(s, processed=False) for s in scored(policy, SamplingParams(temperature=0.5), processed=False)]
+    assert dump(model, raw, tmp_path)["exit_code"] == 0
+    assert dump(model, raw, tmp_path, "--processed")["exit_code"] == 1
+    greedy = [replace(s, processed=True) for s in raw]
+    assert dump(model, greedy, tmp_path, "--temperature", "0")["exit_code"] == 0
+
+
+def test_a_sequence_the_model_cannot_take_is_named_and_the_rest_compared(
+    model: Path, plain: list[DumpSequence], tmp_path: Path
+) -> None:
+    alien = replace(plain[1], token_ids=np.full(6, 9999))
+    result = dump(model, [plain[0], alien, *plain[2:]], tmp_path)
+    assert (result["exit_code"], result["num_tokens"], result["num_failed"]) == (2, 18, 1)
+    assert result["failed"][0]["id"] == "r1"
+    assert "dump.jsonl:2: response token id 9999 is outside the vocabulary" in result["failed"][0]["error"]
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ((), "dump takes either FILE or --watch DIR"),
+    (("FILE", "--watch", "."), "dump takes either FILE or --watch DIR"),
+    (("FILE", "--watch-seconds", "1"), "--watch-seconds belongs to --watch"),
+    (("FILE", "--max-abs", "-1"), "--max-abs -1.0: a threshold is a number >= 0"),
+    (("FILE", "--temperature", "-1"), "temperature=-1.0: Input should be"),
+    (("FILE", "--raw", "--processed"), "not allowed with argument"),
+    (("FILE", "--format", "vllm", "--logprobs", "x"), "vllm dumps have one field of log-probs"),
+    (("none.jsonl",), "no such file"),
+    (("FILE", "--json", "no/such/out.json"), "--json: no such folder"),
+    (("--watch", "nowhere"), "--watch: no such folder: nowhere"),
+])  # fmt: skip
+def test_unusable_arguments_exit_2_in_one_line(
+    model: Path,
+    plain: list[DumpSequence],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    path = tmp_path / "dump.jsonl"
+    write_dump(path, plain)
+    assert main(["dump", "--model", str(model), *(str(path) if part == "FILE" else part for part in more)]) == 2
+    assert message in error_line(capsys)
+
+
+def test_watch_reads_what_is_there_and_says_what_is_unfinished(
+    model: Path, plain: list[DumpSequence], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    write_dump(folder / "a.jsonl", plain[:2])
+    write_dump(folder / "b.parquet", one_ulp(plain)[2:])
+    with (folder / "a.jsonl").open("a") as file:
+        file.write('{"id": "torn", "prompt_')
+    result = run(["dump", "--watch", str(folder), "--model", str(model)], tmp_path, "--watch-seconds", "0")
+    assert (result["exit_code"], result["num_sequences"]) == (1, 4)
+    assert result["notes"] == [f"{folder / 'a.jsonl'} is unfinished; its end was not compared"]
+    assert f"{folder / 'a.jsonl'}: 2 sequences, 12 tokens, 0 differ" in capsys.readouterr().out
+
+
+def test_watched_files_grow_line_by_line(plain: list[DumpSequence], tmp_path: Path) -> None:
+    write_dump(tmp_path / "whole.jsonl", plain)
+    content = (tmp_path / "whole.jsonl").read_bytes()
+    (tmp_path / "whole.jsonl").unlink()
+    folder, grows, table = WatchedFolder(tmp_path), tmp_path / "grows.jsonl", tmp_path / "late.parquet"
+    seen = []
+    for end in (0, 10, 200, len(content) - 5, len(content)):
+        grows.write_bytes(content[:end])
+        seen += [s for _, _, sequences in folder.look() for s in sequences]
+    assert [s.id for s in seen] == ["r0", "r1", "r2", "r3"]
+    assert [s.source for s in seen] == [f"{grows}:{line}" for line in range(1, 5)]
+    table.write_bytes(b"PAR1 still being written")
+    assert (list(folder.look()), folder.unfinished) == ([], [table])
+    write_dump(table, plain[:1])
+    assert [s.id for _, _, sequences in folder.look() for s in sequences] == ["r0"]
+    grows.write_bytes(b"")
+    with pytest.raises(ValueError, match="the file shrank"):
+        list(folder.look())
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here")
+def test_what_vllm_reported_on_a_gpu(tmp_path: Path) -> None:
+    """2 of the 64 completions: bf16 on an H200 by vLLM's kernels, against our bf16 forward on a CPU."""
+    command = ["dump", str(REAL / "vllm_native_t1.jsonl"), "--model", str(REAL / "qwen3-tiny"), "--limit", "2"]
+    result = run(command, tmp_path, "--max-abs", "0.3", "--mean-abs", "0.05")
+    assert (result["exit_code"], result["formats"], result["dtype"]) == (0, ["vllm"], "bfloat16")
+    metrics = result["metrics"]
+    assert 0.02 < metrics["align/logp_abs_diff/mean"] < 0.05
+    assert 0.1 < metrics["align/logp_abs_diff/max"] < 0.25
+    assert metrics["align/nonfinite_count"] == 0
+
+
+def compare(tmp_path: Path, a: Path, b: Path, *more: str) -> dict[str, Any]:
+    return run(["compare", str(a), str(b)], tmp_path, *more)
+
+
+def test_compare_by_id_and_by_order(plain: list[DumpSequence], tmp_path: Path) -> None:
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.parquet"
+    write_dump(a, plain)
+    write_dump(b, plain[::-1])
+    assert compare(tmp_path, a, b)["exit_code"] == 0
+    by_order = compare(tmp_path, a, b, "--by-order")
+    assert (by_order["exit_code"], by_order["num_unmatched"]) == (1, 4)
+    write_dump(b, [replace(s, id=f"other{s.id}") for s in plain])
+    nothing = compare(tmp_path, a, b)
+    assert (nothing["exit_code"], nothing["num_unmatched"]) == (2, 8)
+    assert nothing["verdict"] == "nothing was compared: no sequence is on both sides"
+    assert compare(tmp_path, a, b, "--by-order")["exit_code"] == 0
+
+
+@pytest.mark.parametrize(("change", "place"), [(one_ulp, ("r2", 3)), (with_logprob(MISSING), ("r2", 3))])
+def test_compare_names_the_token(
+    plain: list[DumpSequence], tmp_path: Path, change: Change, place: tuple[str, int]
+) -> None:
+    a, b = tmp_path / "a.parquet", tmp_path / "b.jsonl"
+    write_dump(a, plain)
+    write_dump(b, change(plain))
+    result = compare(tmp_path, a, b)
+    (token,) = result["worst_tokens"]
+    assert (result["exit_code"], token["id"], token["position"]) == (1, *place)
+
+
+def test_compare_names_what_does_not_match(
+    plain: list[DumpSequence], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_dump(a, plain)
+    short = replace(plain[1], token_ids=plain[1].token_ids[:4], logprobs=plain[1].logprobs[:4])
+    write_dump(b, [short, replace(plain[2], token_ids=plain[2].token_ids[::-1].copy()), plain[3]])
+    result = compare(tmp_path, a, b, "--max-abs", "100")
+    assert result["exit_code"] == 1
+    reasons = {one["id"]: one["reason"] for one in result["unmatched"]}
+    assert reasons.keys() == {"r0", "r1", "r2"}
+    assert reasons["r0"] == f"only in {a} ({a}:1)"
+    assert reasons["r1"] == "different lengths (6 and 4 tokens)"
+    assert reasons["r2"].startswith("different token ids from position 0 on")
+    assert "sequence r1 doesn't match: different lengths" in capsys.readouterr().out
+    assert (result["num_tokens"], result["num_missing"]) == (18, 8)
+
+
+def test_compare_two_columns_of_one_file(tmp_path: Path) -> None:
+    row = {"token_ids": [1, 2, 3], "loss_mask": [False, True, True], "inference_logprobs": [0.0, -1.0, -2.0],
+           "trainer_logprobs": [0.0, -1.0, -2.5], "step": 1}  # fmt: skip
+    path = tmp_path / "rank_0.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    result = compare(tmp_path, path, path, "--logprobs-b", "trainer_logprobs")
+    assert (result["exit_code"], result["metrics"]["align/logp_diff/mean"]) == (1, -0.25)
+    assert result["formats"] == ["prime-rl", "prime-rl"]
+
+
+def test_compare_errors_name_file_line_and_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    row = {"id": "a", "prompt_token_ids": [1], "token_ids": [2], "logprobs": [-1.0]}
+    good.write_text(json.dumps(row) + "\n")
+    bad.write_text(json.dumps(row) + "\n" + json.dumps({**row, "id": "b", "logprobs": ["x"]}) + "\n")
+    assert main(["compare", str(good), str(bad)]) == 2
+    assert f"{bad}, line 2: field 'logprobs[0]' must be a log-prob" in error_line(capsys)
+    bad.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    assert main(["compare", str(good), str(bad)]) == 2
+    assert f"{bad}:2: a second sequence of the id 'a'" in error_line(capsys)
+
+
+def test_large_text_is_read_by_another_process(
+    plain: list[DumpSequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlalign.verifier.dumps import ahead
+
+    monkeypatch.setattr(ahead, "_WORTH_BYTES", 1)
+    path = tmp_path / "a.jsonl"
+    write_dump(path, plain)
+    assert [s.id for s in ahead.read_ahead(path, format="rlalign")] == ["r0", "r1", "r2", "r3"]
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(ValueError, match="a.jsonl, line 5: not valid JSON"):
+        list(ahead.read_ahead(path, format="rlalign"))
+
+
+def test_compare_needs_no_torch(plain: list[DumpSequence], tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_dump(path, plain)
+    code = (
+        "import sys\nfrom rlalign.cli.verify import main\n"
+        f"code = main(['compare', {str(path)!r}, {str(path)!r}])\n"
+        "print(sorted({'torch', 'transformers', 'ray', 'wandb'} & set(sys.modules)))\nsys.exit(code)"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels")))}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done.stderr
+
+
+def test_parquet_of_an_exact_dump_keeps_float32(plain: list[DumpSequence], tmp_path: Path) -> None:
+    write_dump(tmp_path / "a.parquet", plain)
+    assert str(parquet.read_schema(tmp_path / "a.parquet").field("logprobs").type) == "list<element: float>"
