@@ -44,6 +44,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N prompts")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
+    parser.add_argument("--dump", type=Path, metavar="OUT", help="also write the samples as .jsonl or .parquet")
     parser.add_argument("--worst", type=_positive, default=10, metavar="K", help="tokens in the table of the worst")
 
     group = parser.add_argument_group("arithmetic")
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from rlalign.cli.html import check_html, write_html
     from rlalign.cli.verify_output import show, to_html, write_json
     from rlalign.cli.verify_prompts import read_prompt_rows
+    from rlalign.verifier.dumps.native import check_dump_path
 
     # everything that can be wrong is looked at before the first weight is loaded
     params, engine = _sampling(args), _engine_config(args.engine)
@@ -99,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
     if args.html is not None:
         check_html(args.html)
+    if args.dump is not None:
+        check_dump_path(args.dump)
     outcome = _verify(args, rows, params, engine, trainer.micro_batch_tokens)
     show(outcome, Console())
     if args.json is not None:
@@ -129,6 +133,8 @@ def _verify(
     # a request that the engine refused has no tokens, and its prompt may not fit the trainer either
     served = [(prompt, completion) for prompt, completion in completions if completion.finish_reason != "error"]
     samples = [Sample(0, prompt, completion, params) for prompt, completion in served]
+    if args.dump is not None:
+        _dump(args.dump, samples)
     with _timed(seconds, "rescore"):
         logprobs = rescore(train, samples, micro_batch_tokens=micro_batch_tokens)
     comparison = compare(pairs_from_samples(samples, logprobs))
@@ -145,6 +151,29 @@ def _verify(
             names=["/".join(map(str, sample.key)) for sample in samples],
             token_ids=[sample.completion.token_ids for sample in samples],
             decode=decode,
+        ),
+    )
+
+
+def _dump(path: Path, samples: Sequence[Sample]) -> None:
+    """The samples in our dump schema, each named by its prompt's line and its number."""
+    from rlalign.verifier.dumps import DumpSequence, write_dump
+
+    write_dump(
+        path,
+        (
+            DumpSequence(
+                id=f"{sample.prompt.prompt_id}/{sample.completion.sample_index}",
+                prompt_token_ids=sample.completion.prompt_ids,
+                token_ids=sample.completion.token_ids,
+                logprobs=sample.completion.logprobs,
+                sampling=sample.sampling,
+                processed=True,
+                weights_version=sample.completion.weights_version,
+                finish_reason=sample.completion.finish_reason,
+                text=sample.completion.text,
+            )
+            for sample in samples
         ),
     )
 

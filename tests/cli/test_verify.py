@@ -179,6 +179,15 @@ def test_every_kind_of_row(model: Path, tmp_path: Path, row: dict[str, Any]) -> 
     assert verify(model, path) == 0
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_engine_s_samples_as_a_dump(model: Path, prompts: Path, tmp_path: Path, suffix: str) -> None:
+    dump = tmp_path / f"samples{suffix}"
+    assert verify(model, prompts, "--n", "2", "--temperature", "0.7", "--top-k", "5", "--dump", str(dump)) == 0
+    assert main(["dump", str(dump), "--model", str(model)]) == 0
+    assert main(["dump", str(dump), "--model", str(model), "--raw"]) == 1
+    assert verify(model, prompts, "--dump", "samples.txt") == 2
+
+
 def test_limit_changes_no_sample(model: Path, prompts: Path, tmp_path: Path, broken_train: list[str]) -> None:
     some = result_of(model, prompts, tmp_path, "--limit", "2", "--worst", "999")
     broken_train.clear()

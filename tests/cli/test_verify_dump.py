@@ -358,7 +358,7 @@ def test_large_text_is_read_by_another_process(
     write_dump(path, plain)
     assert [s.id for s in ahead.read_ahead(path, format="rlalign")] == ["r0", "r1", "r2", "r3"]
     path.write_text(path.read_text() + "{\n")
-    with pytest.raises(ValueError, match="a.jsonl, line 5: not valid JSON"):
+    with pytest.raises(ValueError, match="line 5: not valid JSON"):
         list(ahead.read_ahead(path, format="rlalign"))
 
 

@@ -74,7 +74,8 @@ def write_dump(path: Path | str, sequences: Iterable[DumpSequence]) -> int:
     another suffix and for two sequences of one id.
     """
     path, seen, count = Path(path), set(), 0
-    with _writer(path) as writer:
+    check_dump_path(path)
+    with _WRITERS[path.suffix](path) as writer:
         for sequence in sequences:
             if sequence.id in seen:
                 raise ValueError(f"{path}: two sequences have the id {sequence.id!r}; a dump names each once")
@@ -84,11 +85,12 @@ def write_dump(path: Path | str, sequences: Iterable[DumpSequence]) -> int:
     return count
 
 
-def _writer(path: Path) -> _Jsonl | _Parquet:
-    kinds = {".jsonl": _Jsonl, ".parquet": _Parquet}
-    if path.suffix not in kinds:
-        raise ValueError(f"{path}: a dump is written as .jsonl or .parquet, not {path.suffix!r}")
-    return kinds[path.suffix](path)
+def check_dump_path(path: Path) -> None:
+    """Raises FileNotFoundError or ValueError if no dump can be written there, before any work is done."""
+    if path.suffix not in _WRITERS:
+        raise ValueError(f"{path}: a dump is written as {' or '.join(_WRITERS)}, not {path.suffix!r}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.absolute().parent}")
 
 
 class _Jsonl:
@@ -151,6 +153,9 @@ class _Parquet:
             for field in _SCHEMA
         ]
         self._writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+
+
+_WRITERS = {".jsonl": _Jsonl, ".parquet": _Parquet}
 
 
 def _lists(parts: list[np.ndarray], absent: list[np.ndarray] | None = None) -> pa.Array:
