@@ -7,7 +7,6 @@ them, so that what is named made the difference and did not merely pass it on.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from rlalign.cli.dump_options import check_outputs, positive
 from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
 from rlalign.cli.verify_settings import HELP, NamedSetting, parse_setting
 from rlalign.config import Dtype
@@ -24,7 +23,7 @@ from rlalign.verifier.dumps.record import DumpSequence
 
 if TYPE_CHECKING:
     from rlalign.cli.forwards import Feed
-    from rlalign.verifier.bisect import Bisection, SiteDifference
+    from rlalign.verifier.bisect import Bisection
 
 _MAX_ROWS = 8192
 
@@ -42,40 +41,46 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--format", metavar="NAME", help="the dump's format (default: told by its content)")
     parser.add_argument("--a", default="invariant", metavar="SETTING", help=f"one side (default: invariant): {HELP}")
     parser.add_argument("--b", default="native", metavar="SETTING", help="the other side (default: native)")
-    parser.add_argument("--limit", type=_positive, default=8, metavar="N", help="first N sequences (default: 8)")
+    parser.add_argument("--limit", type=positive, default=8, metavar="N", help="first N sequences (default: 8)")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="of both sides (default: the checkpoint's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's own)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own)")
     parser.add_argument(
-        "--memory-mb", type=_positive, default=1024, metavar="N", help="host memory for recordings (default: 1024)"
+        "--memory-mb", type=positive, default=1024, metavar="N", help="host memory for recordings (default: 1024)"
     )
     parser.add_argument(
-        "--worst", type=_positive, default=10, metavar="K", help="also show the first K sites that differ"
+        "--worst", type=positive, default=10, metavar="K", help="also show the first K sites that differ"
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything as JSON, the heat map included")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with the heat map, opens offline")
     parser.add_argument("--png", type=Path, metavar="OUT", help="also draw the heat map, layer by token")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """The whole subcommand; returns the exit code. Raises ValueError for input that can't be used."""
+    from rlalign.cli.bisect_output import show, write_json, write_page, write_png
+
     a, b = parse_setting("--a", args.a), parse_setting("--b", args.b)
-    for option in ("json", "png"):
-        if (path := getattr(args, option)) is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--{option}: no such folder: {path.absolute().parent}")
+    check_outputs(args)
+    if args.png is not None and not args.png.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--png: no such folder: {args.png.absolute().parent}")
     sequences = _sequences(args)
     outcome, skipped = bisect_settings(args.model, sequences, a, b, args)
-    show(outcome, a, b, args.worst, Console(), skipped)
-    facts = {"model": str(args.model), "a": a.settings.describe(), "b": b.settings.describe(), "not_recorded": skipped}
-    if args.json is not None:
-        content = {"exit_code": _exit_code(outcome), **facts, **outcome.record()}
-        args.json.write_text(json.dumps(_strict(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if args.png is not None:
-        from rlalign.dashboards.heat_map import draw_heat_map
-
-        title = f"{args.a} against {args.b}"
-        draw_heat_map(outcome.heat_map(), [_station(d) for d in outcome.depth], title=title).savefig(args.png)
-    return _exit_code(outcome)
+    facts = {
+        "model": str(args.model),
+        "tokens_of": str(args.dump or args.prompts),
+        "a": a.text,
+        "b": b.text,
+        "settings_a": a.settings.describe(),
+        "settings_b": b.settings.describe(),
+        "not_recorded": skipped,
+    }
+    show(outcome, facts, args.worst, Console())
+    for write, path in ((write_json, args.json), (write_page, args.html), (write_png, args.png)):
+        if path is not None:
+            write(outcome, facts, path)
+    return exit_code(outcome)
 
 
 def bisect_settings(
@@ -150,53 +155,8 @@ def _sequences(args: argparse.Namespace) -> list[DumpSequence]:
     return found
 
 
-def show(
-    outcome: Bisection, a: NamedSetting, b: NamedSetting, worst: int, console: Console, skipped: Sequence[str]
-) -> None:
-    """Print the way up, the first sites that differ and, last, the verdict."""
-    table = _table(f"{a.text} against {b.text}: how the difference grows", outcome.depth)
-    console.print(table)
-    differing = [d for d in outcome.sites if d.differing]
-    if differing:
-        title = f"First {min(worst, len(differing))} of {len(differing)} outputs that differ"
-        console.print(_table(title, differing[:worst]))
-    for name in skipped:
-        console.print(f"not compared: {name}: its output has no row per token", markup=False, soft_wrap=True)
-    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if outcome.equal else "red")
-
-
-def _table(title: str, differences: Sequence[SiteDifference]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("output", overflow="fold")
-    table.add_column("operator")
-    for name in ("differing", "tokens", "max |Δ|", "max ULP"):
-        table.add_column(name, justify="right")
-    for d in differences:
-        tokens = f"{d.tokens_differing:,}/{len(d.token_abs):,}"
-        share = "0" if not d.differing else f"{d.share:.2%}" if d.share >= 1e-4 else f"{d.differing:,}"
-        table.add_row(d.site.module, d.site.operator, share, tokens, f"{d.max_abs:.3g}", f"{d.max_ulp:,}")
-    return table
-
-
-def _station(difference: SiteDifference) -> str:
-    site = difference.site
-    return site.module.rpartition(".")[2] if site.layer is None else f"layer {site.layer}"
-
-
-def _exit_code(outcome: Bisection) -> int:
+def exit_code(outcome: Bisection) -> int:
+    """0 equal, 1 different, 2 nothing compared."""
     if not outcome.sites:
         return EXIT_UNUSABLE
     return EXIT_EQUAL if outcome.equal else EXIT_DIFFERENT
-
-
-def _strict(content: dict[str, Any]) -> Any:
-    from rlalign.dashboards.jsonl import to_json
-
-    return to_json(content)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
