@@ -108,7 +108,17 @@ def verify(
         ratio_frac_modified=0.0,
     )
     decode = job.tokenizer.decode
-    job.run.verify(samples, train_logprobs, advantages=advantages, provenance=provenance, decode=decode)
+    job.run.verify(
+        samples,
+        train_logprobs,
+        advantages=advantages,
+        provenance=provenance,
+        decode=decode,
+        save_weights=lambda path: {
+            **job.actors.trainer.save_weights(path),
+            "synced_sha256": job.actors.weights_sha256,
+        },
+    )
 
 
 def after_step(job: Job, step: int) -> None:

@@ -194,8 +194,10 @@ class FaultConfig:
 class AlignConfig:
     """What happens when rollout and trainer disagree."""
 
-    on_mismatch: Literal["auto", "log", "warn", "halt"] = "auto"
-    """auto: halt when numerics=invariant, log when native."""
+    on_mismatch: Literal["auto", "log", "warn", "dump", "halt"] = "auto"
+    """auto: halt when numerics=invariant, log when native. dump and halt leave a step that can be replayed."""
+    max_dumps: int = Field(1, ge=0)
+    """Replayable steps that a run leaves at most, weights included."""
     worst_tokens: int = Field(10, ge=1)
     fault: FaultConfig = FaultConfig()
 
@@ -221,6 +223,8 @@ class TrackingConfig:
     name: str | None = None
     media_every: int = Field(10, ge=1)
     """Steps between pictures."""
+    aliases: tuple[Literal["verl", "trl", "slime"], ...] = ()
+    """Frameworks under whose names wandb gets the same values once more."""
 
 
 @dataclass(frozen=True, config=_STRICT)

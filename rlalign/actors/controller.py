@@ -72,6 +72,7 @@ class Controller:
         self.config = replace(config, cluster=replace(config.cluster, device=self.device))
         self.num_restarts = 0
         self.weights_version = 0
+        self.weights_sha256: str | None = None
         self.weights_equal = True
         self.plan: Fingerprint | None = None
         self._checkpoint: Path | None = None
@@ -126,6 +127,7 @@ class Controller:
         pending = [handle.load_weights.remote(self._weights) for handle in self._rollouts]
         held = [self._call(i, "load_weights", self._weights, pending=one) for i, one in enumerate(pending)]
         self.weights_version, self.weights_equal = version, all(other == sha256 for other in held)
+        self.weights_sha256 = sha256
 
     def generate(
         self,

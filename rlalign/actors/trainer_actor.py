@@ -14,9 +14,10 @@ from rlalign.actors.faults import flip_weight_bit, position_fault
 from rlalign.actors.process import plan_of, policy_settings, set_up
 from rlalign.actors.weight_sync import WeightBundle, bundle_weights
 from rlalign.config import Config
-from rlalign.modeling import eos_ids, load_policy, load_tokenizer
+from rlalign.modeling import eos_ids, load_policy, load_tokenizer, save_checkpoint
 from rlalign.records import Sample
 from rlalign.trainer import AccumulateResult, Critic, Trainer
+from rlalign.trainer.checkpoint import atomic_folder
 
 Arrays = list[np.ndarray]
 
@@ -98,6 +99,13 @@ class TrainerActor:
     def save(self, path: Path, data_state: dict[str, Any]) -> None:
         """Write a whole checkpoint, atomically."""
         self.trainer.save(path, tokenizer=self._tokenizer, data_state=data_state)
+
+    def save_weights(self, path: Path) -> dict[str, Any]:
+        """Write the weights alone, as they are at this moment of a step; returns their version and SHA-256."""
+        _, version, sha256 = self.trainer.weights()
+        with atomic_folder(path) as folder:
+            save_checkpoint(self.trainer.policy.model, self._tokenizer, folder)
+        return {"version": version, "sha256": sha256}
 
     def resume(self, path: Path) -> dict[str, Any]:
         """Continue from ``save(path)``; returns its data state."""

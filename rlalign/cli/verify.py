@@ -11,10 +11,18 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlalign.cli import verify_attribute, verify_bisect, verify_compare, verify_dump, verify_preflight, verify_run
+from rlalign.cli import (
+    verify_attribute,
+    verify_bisect,
+    verify_compare,
+    verify_dump,
+    verify_preflight,
+    verify_replay,
+    verify_run,
+)
 from rlalign.cli.errors import run_main
 
-_COMMANDS = (verify_run, verify_dump, verify_compare, verify_attribute, verify_bisect, verify_preflight)
+_COMMANDS = (verify_run, verify_dump, verify_compare, verify_attribute, verify_bisect, verify_preflight, verify_replay)
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ pictures.jsonl       what the pictures of each step show, reduced: 1-3 KB a step
 samples/             step_00001.jsonl, …: every sample with its reward
 checkpoints/         initial (a model made on the spot), last, best: Hugging Face folders
 wandb/               the offline run
+mismatches/          step_00003, …: steps that differed, to be replayed (rlalign/run/mismatch.py)
 mismatch.json        worst tokens of the last step that differed, if one did
 summary.json         what it came to
 """
@@ -36,6 +37,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.summary = self.path / "summary.json"
         self.mismatch = self.path / "mismatch.json"
+        self.mismatches = self.path / "mismatches"
         self.initial, self.last, self.best = (self.path / "checkpoints" / name for name in ("initial", "last", "best"))
 
     @classmethod

@@ -5,6 +5,7 @@ Totals are part of every checkpoint, so that a resumed run ends with the numbers
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -23,6 +24,7 @@ from rlalign.records import Sample, derive_seed
 from rlalign.run.facts import git_commit, versions
 from rlalign.run.folder import RunFolder
 from rlalign.run.interrupts import Interrupts
+from rlalign.run.mismatch import SaveWeights, write_mismatch
 from rlalign.run.pictures import picture_data
 from rlalign.run.progress import Progress
 from rlalign.verifier.compare import compare, pairs_from_samples
@@ -179,8 +181,12 @@ class Run:
         advantages: Sequence[np.ndarray],
         provenance: Provenance,
         decode: Callable[[Sequence[int]], str],
+        save_weights: SaveWeights | None = None,
     ) -> None:
-        """Compare both sides bit for bit, and act on a difference. Raises MismatchHalt where the run must stop."""
+        """Compare both sides bit for bit, and act on a difference. Raises MismatchHalt where the run must stop.
+
+        save_weights: writes the trainer's weights beside a step that is kept to be replayed.
+        """
         comparison = compare(pairs_from_samples(samples, train_logprobs))
         report = build_report(comparison, samples, worst_tokens=self.config.align.worst_tokens, decode=decode)
         self.metrics |= align_metrics(comparison, advantages=advantages, provenance=provenance)
@@ -196,12 +202,40 @@ class Run:
             worst = [record(token) for token in report.worst]
             self.folder.write_json(self.folder.mismatch, {"verdict": report.verdict, "worst_tokens": worst})
         try:
-            enforce(report, policy_of(self.config), warn=self.progress.say)
+            enforce(
+                report,
+                policy_of(self.config),
+                warn=self.progress.say,
+                dump=lambda: self._dump(report, samples, train_logprobs, save_weights),
+            )
         except MismatchHalt:
             self._count(report)
             # the step that stops a run is the one that people want to look at
             self._log(self.totals.steps + 1, with_pictures=True)
             raise
+
+    def _dump(
+        self,
+        report: Report,
+        samples: Sequence[Sample],
+        train_logprobs: Sequence[np.ndarray],
+        save_weights: SaveWeights | None,
+    ) -> None:
+        folder = self.folder.mismatches / f"step_{self.totals.steps + 1:05d}"
+        kept = [path for path in self.folder.mismatches.glob("step_*") if path != folder]
+        if len(kept) >= self.config.align.max_dumps:
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a resume
+        path = write_mismatch(
+            folder,
+            samples,
+            train_logprobs,
+            verdict=report.verdict,
+            config=self.config,
+            plan=self.facts.get("plan", {}),
+            save_weights=save_weights,
+        )
+        self.progress.say(f"replay it with: rlalign-verify replay {path}")
 
     def end_step(self, step: int, samples: Sequence[Sample], *, rollout_stats: Mapping[str, float]) -> None:
         """Write the finished step to every place, and show it."""

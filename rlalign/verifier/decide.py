@@ -8,9 +8,9 @@ from typing import Literal
 from rlalign.config import Config
 from rlalign.verifier.report import Report
 
-OnMismatch = Literal["log", "warn", "halt"]
-Action = Literal["pass", "log", "warn", "halt"]
-_POLICIES = ("log", "warn", "halt")
+OnMismatch = Literal["log", "warn", "dump", "halt"]
+Action = Literal["pass", "log", "warn", "dump", "halt"]
+_POLICIES = ("log", "warn", "dump", "halt")
 
 
 class MismatchHalt(Exception):
@@ -38,11 +38,22 @@ def decide(report: Report, on_mismatch: OnMismatch) -> Action:
     return "pass" if report.equal else on_mismatch
 
 
-def enforce(report: Report, on_mismatch: OnMismatch, *, warn: Callable[[str], None]) -> Action:
-    """Carry out the decision: ``warn`` gets the verdict, ``halt`` raises MismatchHalt. Returns what was done."""
+def enforce(
+    report: Report,
+    on_mismatch: OnMismatch,
+    *,
+    warn: Callable[[str], None],
+    dump: Callable[[], None] | None = None,
+) -> Action:
+    """Carry out the decision: ``warn`` and ``dump`` say the verdict, ``halt`` raises MismatchHalt. Returns what it did.
+
+    dump: called for ``dump`` and ``halt`` to keep what was compared; an empty comparison leaves nothing to keep.
+    """
     action = decide(report, on_mismatch)
+    if dump is not None and action in ("dump", "halt") and report.num_tokens > 0:
+        dump()
     if action == "halt":
         raise MismatchHalt(report)
-    if action == "warn":
+    if action in ("warn", "dump"):
         warn(report.verdict)
     return action

@@ -16,6 +16,7 @@ from support.runs import summary, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlalign.actors import Controller
+from rlalign.cli.verify import main as verify_main
 from rlalign.config import config_from_dict
 from rlalign.dashboards.jsonl import read_metrics
 from rlalign.dashboards.run_report import read_run
@@ -135,8 +136,12 @@ def test_native_operators_differ_and_the_run_goes_on(tmp_path):
     assert any(row["align/ratio_raw/max"] > 1.0 for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["trainer_weight", "kv_page", "position"])
-def test_a_planted_fault_stops_the_run_and_names_the_token(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "replayed"), [
+    ("trainer_weight", "the trainer's weights were not those that the engines were given"),
+    ("kv_page", "the fault was the rollout's"),
+    ("position", "the fault was the trainer's"),
+])  # fmt: skip
+def test_a_planted_fault_stops_the_run_and_names_the_token(kind, replayed, tmp_path, capsys):
     config = tiny_run(tmp_path, align={"fault": {"kind": kind, "step": 2}})
     with pytest.raises(MismatchHalt, match=r"worst: step 2 prompt \d+ sample \d position \d, token \d+") as halted:
         grpo.train(config)
@@ -147,6 +152,10 @@ def test_a_planted_fault_stops_the_run_and_names_the_token(kind, tmp_path):
     assert found["status"] == "halted" and found["steps"] == 1 and found["mismatch_count"] > 0
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "align/mismatch_count" in row]
     assert [row["align/mismatch_count"] > 0 for row in rows] == [False, True]
+    capsys.readouterr()
+    # computed once more without the fault, from what the run kept, both sides agree: this names the side that was wrong
+    assert verify_main(["replay", str(tmp_path / "mismatches" / "step_00002")]) == 0
+    assert replayed in capsys.readouterr().out
 
 
 def test_ppo_updates_several_times_per_batch_and_still_agrees(tmp_path):

@@ -222,3 +222,18 @@ def test_a_run_leaves_no_file_open(tmp_path):
         run_once(tiny_run(tmp_path))
         gc.collect()
     assert [str(one.message) for one in caught if str(tmp_path) in str(one.message)] == []
+
+
+def test_dump_keeps_the_first_steps_that_differ(tmp_path, capsys):
+    config = tiny_run(tmp_path, align={"on_mismatch": "dump", "max_dumps": 2})
+    with make_run(config) as run:
+        run.restore(FakeTrainer())
+        for step in (1, 2, 3):
+            for name in ("rollout", "train"):
+                with run.phase(name):
+                    pass
+            verify(run, shift=0.5)
+            run.end_step(step, SAMPLES, rollout_stats={})
+    assert sorted(path.name for path in (tmp_path / "mismatches").iterdir()) == ["step_00001", "step_00002"]
+    assert capsys.readouterr().out.count("replay it with: rlalign-verify replay") == 2
+    assert json.loads((tmp_path / "mismatches" / "step_00001" / "replay.json").read_text())["weights"] is None

@@ -136,3 +136,17 @@ def test_policy_of_config(values: dict[str, object], expected: str) -> None:
 def test_train_logprobs_must_match_the_samples() -> None:
     with pytest.raises(ValueError, match="train_logprobs has 1 entries for 2 samples"):
         pairs_from_samples([sample(0, [-1.0]), sample(1, [-1.0])], [np.float32([-1.0])])
+
+
+def test_dump_and_halt_keep_the_step_and_nothing_empty() -> None:
+    bad, good = report_of([sample(0, [-1.0])], [[-2.0]]), report_of([sample(0, [-1.0])], [[-1.0]])
+    said: list[str] = []
+    kept: list[str] = []
+    assert enforce(bad, "dump", warn=said.append, dump=lambda: kept.append("dump")) == "dump"
+    with pytest.raises(MismatchHalt):
+        enforce(bad, "halt", warn=pytest.fail, dump=lambda: kept.append("halt"))
+    assert enforce(good, "dump", warn=pytest.fail, dump=pytest.fail) == "pass"
+    assert enforce(bad, "log", warn=pytest.fail, dump=pytest.fail) == "log"
+    with pytest.raises(MismatchHalt):
+        enforce(report_of([], []), "halt", warn=pytest.fail, dump=pytest.fail)
+    assert (kept, said) == (["dump", "halt"], [bad.verdict])
