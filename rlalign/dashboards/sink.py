@@ -10,11 +10,12 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlalign.config import TrackingConfig
+from rlalign.dashboards.aliases import ALIASES, Framework, aliased
 from rlalign.dashboards.panels import STEP, definitions
 from rlalign.dashboards.pictures import PictureData, draw_histogram, draw_scatter, table_rows, to_image
 
@@ -72,19 +73,20 @@ class WandbSink:
     ) -> None:
         """Raises ValueError in one line if wandb can't start."""
         self._close_seconds = close_seconds
+        self._aliases = config.aliases
         self._run: wandb.Run | None = None
         self._restore = contextlib.ExitStack()
         self._restore.enter_context(_environment(config, run_dir / "wandb"))
         try:
             self._run = _start(config, run_dir, run_config, close_seconds)
             self.folder = Path(self._run.dir).parent
-            _define(self._run)
+            _define(self._run, self._aliases)
         except Exception as error:
             self._finish(exit_code=1)
             raise ValueError(f"tracking.mode={config.mode}: wandb could not start: {_describe(error)}") from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._softly(lambda run: run.log({STEP: step, **metrics}))
+        self._softly(lambda run: run.log({STEP: step, **aliased(metrics, self._aliases), **metrics}))
 
     def pictures(self, step: int, data: PictureData) -> None:
         self._softly(lambda run: run.log({STEP: step, **_media(step, data)}))
@@ -135,10 +137,13 @@ def _start(config: TrackingConfig, run_dir: Path, run_config: Mapping[str, Any],
     )
 
 
-def _define(run: wandb.Run) -> None:
+def _define(run: wandb.Run, aliases: Sequence[Framework]) -> None:
     run.define_metric(STEP, hidden=True)
     for pattern, summary in definitions():
         run.define_metric(pattern, step_metric=STEP, summary=summary)
+    ours = {pattern for pattern, _ in definitions()}
+    for name in {theirs for framework in aliases for theirs in ALIASES[framework]} - ours:
+        run.define_metric(name, step_metric=STEP)
 
 
 def _media(step: int, data: PictureData) -> dict[str, Any]:
