@@ -15,6 +15,11 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
     parser.add_argument("--worst", type=positive, default=10, metavar="K", help="tokens in the table of the worst")
+    add_thresholds(parser)
+
+
+def add_thresholds(parser: argparse.ArgumentParser) -> None:
+    """How much difference is accepted."""
     group = parser.add_argument_group("thresholds, beyond which the exit code is 1 (default: --max-abs 0)")
     group.add_argument("--max-abs", type=float, metavar="X", help="largest |Δ|; 0: every bit must be equal")
     group.add_argument("--mean-abs", type=float, metavar="X", help="mean |Δ|")

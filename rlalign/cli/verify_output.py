@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rlalign.dashboards.page import Table as PageTable
 from rlalign.dashboards.pictures import PictureData
 from rlalign.records import Completion
 from rlalign.verifier.report import Report, record
+from rlalign.verifier.thresholds import Thresholds
 
 _SHOWN = (
     "mismatch_count", "nonfinite_count", "bitwise_match_frac", "logp_abs_diff/mean", "logp_abs_diff/p99",
@@ -35,6 +36,7 @@ class Outcome:
     completions: tuple[Completion, ...]
     facts: dict[str, Any]
     pictures: PictureData | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
 
     @property
     def failed(self) -> tuple[Completion, ...]:
@@ -42,9 +44,15 @@ class Outcome:
         return tuple(c for c in self.completions if c.finish_reason == "error")
 
     @property
+    def exceeded(self) -> list[str]:
+        """What is beyond a threshold, one phrase each."""
+        tokens = self.report.num_tokens
+        return self.thresholds.exceeded(self.metrics, num_tokens=tokens) if tokens else []
+
+    @property
     def exit_code(self) -> int:
         """A difference outweighs a prompt that could not be served; that in turn keeps the rest from being "equal"."""
-        if self.report.mismatch_count or self.report.nonfinite_count:
+        if self.exceeded:
             return EXIT_DIFFERENT
         return EXIT_UNUSABLE if self.failed or self.report.num_tokens == 0 else EXIT_EQUAL
 
@@ -67,6 +75,7 @@ def write_json(outcome: Outcome, path: Path) -> None:
         "exit_code": outcome.exit_code,
         "equal": outcome.report.equal,
         "verdict": outcome.report.verdict,
+        "exceeded": outcome.exceeded,
         "num_tokens": outcome.report.num_tokens,
         "num_samples": outcome.report.num_samples,
         "metrics": outcome.metrics,

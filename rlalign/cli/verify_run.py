@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from rich.console import Console
 
+from rlalign.cli.dump_options import add_thresholds, thresholds
 from rlalign.config import Dtype, EngineConfig, Numerics, SamplingParams, TrainerConfig
 from rlalign.records import Completion, Prompt, Sample, derive_seed
 
@@ -46,6 +47,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
     parser.add_argument("--dump", type=Path, metavar="OUT", help="also write the samples as .jsonl or .parquet")
     parser.add_argument("--worst", type=_positive, default=10, metavar="K", help="tokens in the table of the worst")
+    add_thresholds(parser)
 
     group = parser.add_argument_group("arithmetic")
     group.add_argument("--numerics", choices=numerics, default="invariant", help="both sides (default: invariant)")
@@ -96,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     # everything that can be wrong is looked at before the first weight is loaded
     params, engine = _sampling(args), _engine_config(args.engine)
     trainer = TrainerConfig(micro_batch_tokens=args.micro_batch_tokens)
+    bounds = thresholds(args)
     rows = read_prompt_rows(args.prompts, limit=args.limit)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         check_html(args.html)
     if args.dump is not None:
         check_dump_path(args.dump)
-    outcome = _verify(args, rows, params, engine, trainer.micro_batch_tokens)
+    outcome = replace(_verify(args, rows, params, engine, trainer.micro_batch_tokens), thresholds=bounds)
     show(outcome, Console())
     if args.json is not None:
         write_json(outcome, args.json)

@@ -112,6 +112,14 @@ def test_one_flipped_bit_exits_1_and_names_the_token(
     assert f"prompt {worst[0]['key'].split('/')[1]} sample 0 position {worst[0]['position']}" in out
 
 
+def test_thresholds_accept_a_difference(model: Path, prompts: Path, tmp_path: Path, broken_train: list[str]) -> None:
+    result = result_of(model, prompts, tmp_path, "--max-abs", "100")
+    assert (result["exit_code"], result["equal"], result["exceeded"]) == (0, False, [])
+    broken_train.clear()
+    result = result_of(model, prompts, tmp_path, "--max-abs", "100", "--mean-abs", "0")
+    assert (result["exit_code"], len(result["exceeded"])) == (1, 1)
+
+
 def test_nonfinite_rescoring_exits_1(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

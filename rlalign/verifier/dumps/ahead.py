@@ -28,7 +28,9 @@ def read_ahead(path: Path, *, format: str, options: ReadOptions | None = None) -
     # the child must find this package where this process found it
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
     command = [sys.executable, "-m", "rlalign.verifier.dumps.ahead"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
+    pipe = subprocess.PIPE
+    # a session of its own: Ctrl-C is for this process, which then ends the child
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True) as child:
         try:
             pickle.dump((path, format, options), child.stdin)
             child.stdin.close()

@@ -53,7 +53,7 @@ def read(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
         mask = fields.mask(row, "mask", mask)
         fields.same_length(row, "mask", mask, "token_ids", len(token_ids))
     yield DumpSequence(
-        id=fields.text(row, "id", row.values.get("id")) or "",
+        id=fields.text(row, "id", row.values.get("id", row.values.get("request_id"))) or "",
         prompt_token_ids=fields.ids(row, "prompt_token_ids", fields.need(row, "prompt_token_ids")),
         token_ids=token_ids,
         logprobs=logprobs,

@@ -20,6 +20,8 @@ import pyarrow.parquet as parquet
 from rlalign.verifier.dumps.record import MISSING
 
 _BATCH_ROWS = 256
+# pages are read as they are needed: a file may be one row group
+_BUFFER_BYTES = 1 << 20
 _NOT_TEXT = {b"\x80": "a pickle", b"PK": "a zip archive, such as torch.save writes", b"\x1f\x8b": "gzip"}
 
 
@@ -119,7 +121,7 @@ def _document(path: Path) -> Iterator[Row]:
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES) as file:
             line = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 columns = {name: _column(batch.column(name)) for name in batch.schema.names}
