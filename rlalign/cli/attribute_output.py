@@ -148,7 +148,8 @@ def _lines(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[Dump
             f"{facts['sequences']} are not what encoding their own text gives: a trainer that tokenises again disagrees"
         )
     for finding in (*outcome.broken, *outcome.findings):
-        yield f"{finding.name}: {finding.tokens:,} tokens, {_places(finding, sequences)}"
+        tokens = f"{finding.tokens:,} token{'' if finding.tokens == 1 else 's'}"
+        yield f"{finding.name}: {tokens}, {_places(finding, sequences)}"
     if outcome.rounding is not None:
         yield f"rounding: {rounding_line(outcome.rest, outcome.rounding)}"
 

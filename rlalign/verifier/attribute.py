@@ -230,6 +230,12 @@ def _rounding(
     return Rounding(
         dtype=dtype,
         other_order=None if native is None else mean(scores.distance(native, now)),
+        other_mismatches=0 if native is None else _differing(scores, native, now),
         engine_error=None if single is None else mean(scores.distance(single)),
         own_error=None if single is None else mean(scores.distance(single, now)),
     )
+
+
+def _differing(scores: Scores, a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that count and whose bits differ between two ways of scoring."""
+    return int((scores.counts & (a.view(np.int32) != b.view(np.int32))).sum())

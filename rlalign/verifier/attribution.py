@@ -8,6 +8,9 @@ from rlalign.verifier.causes import Cause
 from rlalign.verifier.residue import Finding
 from rlalign.verifier.scores import Gap
 
+# share of the tokens that rounding touches, below which a difference is something else
+_FEW = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class Effect:
@@ -41,10 +44,12 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Rounding:
     """What arithmetic alone gives, with all kept causes in place. engine_error, own_error: mean |Δ| of r and of t to
-    float32 scoring; None where scoring is float32 itself. other_order: between t and PyTorch's operators."""
+    float32 scoring; None where scoring is float32 itself. other_order: between t and PyTorch's operators, which differ
+    in other_mismatches tokens."""
 
     dtype: str
     other_order: float | None
+    other_mismatches: int
     engine_error: float | None
     own_error: float | None
 
@@ -85,7 +90,7 @@ class Attribution:
             return "nothing was compared: no token has a log-prob on both sides"
         if self.equal:
             return f"bit for bit equal on {self.base.tokens:,} tokens: nothing to attribute"
-        parts = [f"mean |Δ| {self.base.mean_abs:.3g} on {self.base.tokens:,} tokens, {self.base.mismatches:,} differ"]
+        parts = [f"mean |Δ| {self.base.mean_abs:.3g} on {_tokens(self.base.tokens)}, {self.base.mismatches:,} differ"]
         parts += [f"{finding.name}: {finding.what}" for finding in self.broken]
         parts += [
             f"{step.cause.name}: {step.cause.what}{_on(step.sequences)}, |Δ| {step.before.mean_abs:.3g} → "
@@ -99,7 +104,7 @@ class Attribution:
         if rest.mismatches == 0:
             return "nothing is left"
         named = [f"{finding.name}: {finding.what}" for finding in self.findings]
-        line = f"left: mean |Δ| {rest.mean_abs:.3g}, {rest.mismatches:,} tokens differ"
+        line = f"left: mean |Δ| {rest.mean_abs:.3g}, {_tokens(rest.mismatches)} differ{'s' if rest.mismatches == 1 else ''}"
         if self.rounding is not None:
             line += f" ({rounding_line(rest, self.rounding)})"
         return "; ".join([line, *named])
@@ -113,16 +118,26 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
     if rounding.engine_error is not None and rounding.own_error is not None:
         errors = f"the dump has {rounding.engine_error:.3g}, {rounding.dtype} scoring {rounding.own_error:.3g}"
         parts.append(f"to float32 scoring of the same weights {errors}")
-    told = "rounding explains it" if within_rounding(rest, rounding) else "more than rounding: unexplained"
-    return "; ".join([*parts, told])
+    few = rest.mismatches < _FEW * rounding.other_mismatches
+    if few:
+        parts.append(f"and touches {rounding.other_mismatches:,} tokens, not {rest.mismatches:,}")
+    explained = within_rounding(rest, rounding)
+    told = "rounding explains it" if explained else "not rounding" if few else "more than rounding"
+    return "; ".join([*parts, told if explained else f"{told}: unexplained"])
 
 
 def within_rounding(rest: Gap, rounding: Rounding) -> bool:
-    """Whether two implementations of the same arithmetic may be this far apart."""
+    """Whether two implementations of the same arithmetic may be this far apart, and in as many tokens."""
+    if rest.mismatches < _FEW * rounding.other_mismatches:
+        return False  # rounding spares no token; this spared nearly all
     if rounding.engine_error is not None and rounding.own_error is not None:
         # each is held against float32 by itself: a dump that rounds as we do is no further from it than we are
         return rounding.engine_error <= 1.5 * max(rounding.own_error, rounding.other_order or 0.0)
     return rest.mean_abs <= 2.0 * rounding.alone
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 def _on(sequences: tuple[int, ...] | None) -> str:

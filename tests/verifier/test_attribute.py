@@ -198,6 +198,9 @@ def test_one_ulp_at_one_token_is_named():
     assert outcome.steps == ()
     assert [(f.name, f.tokens, f.where) for f in outcome.findings] == [("isolated", 1, ((1, 6),))]
     assert "up to 1 ULP" in outcome.findings[0].what
+    # far less than rounding gives, but rounding spares no token
+    assert not outcome.explained
+    assert "tokens, not 1; not rounding: unexplained" in outcome.verdict
 
 
 def test_a_difference_from_one_token_on_is_named():
