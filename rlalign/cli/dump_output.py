@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +129,6 @@ def write_json(verdict: Verdict, path: Path, decode: Decode | None = None) -> No
 
 def write_page(verdict: Verdict, path: Path, decode: Decode | None = None) -> None:
     """The page for ``--html``."""
-    from dataclasses import replace
-
     from rlalign.cli.html import HtmlOutcome, write_html
     from rlalign.dashboards.page import Table as PageTable
 
