@@ -82,7 +82,7 @@ def _page(result: Replay) -> Any:
         title=f"replay of {result.path}",
         verdict=result.verdict,
         good=result.exit_code == 0,
-        facts={"then": result.then, "remarks": "\n".join(result.remarks)},
+        facts={"then": result.then} | ({"remarks": "\n".join(result.remarks)} if result.remarks else {}),
         pictures=result.pictures,
         tables=[("Agreement", Table("then and now", ["", "tokens", "differ", "max |Δ|"], rows))],
     )

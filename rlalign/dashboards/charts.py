@@ -89,7 +89,9 @@ def position_figure(rows: Mapping[int, PositionRow]) -> Figure:
     figure["data"][0]["hovertemplate"] = (
         "step %{customdata[0]}<br>position %{y}<br>max |Δ| %{customdata[1]}<extra></extra>"
     )
-    figure["layout"] |= _layout("step", "position in the response", height=380)
+    figure["layout"] |= _layout("step" if len(columns) > 1 else "", "position in the response", height=380)
+    if len(columns) == 1:  # its width means nothing, so neither does its axis
+        figure["layout"]["xaxis"]["showticklabels"] = False
     return figure
 
 
