@@ -78,7 +78,7 @@ def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
         for step in outcome.steps
     ]  # fmt: skip
     tried = [
-        [e.cause.name, e.cause.what, f"{e.removes:.1%}", f"{e.after.mean_abs:.4g}", f"{e.after.mismatches:,}",
+        [e.cause.name, e.cause.what, _removes(e), f"{e.after.mean_abs:.4g}", f"{e.after.mismatches:,}",
          f"{e.moves:.4g}"]
         for e in _tried(outcome)
     ]  # fmt: skip
@@ -92,7 +92,7 @@ def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
         title=f"Attribution of {facts['dump']}",
         verdict=outcome.verdict,
         good=outcome.equal,
-        facts={name: value for name, value in facts.items() if value is not None},
+        facts={name: ", ".join(value) if isinstance(value, list) else value for name, value in facts.items() if value},
         tables=[("Where", table) for table in tables if table.rows],
     )
     write_html(page, path)
@@ -109,7 +109,7 @@ def _alone(outcome: Attribution, title: str, worst: int) -> Table:
         after = effect.after
         table.add_row(
             effect.cause.name,
-            f"{effect.removes:.1%}" if effect.removes > -1 else "none",
+            _removes(effect),
             f"{after.mean_abs:.4g}",
             f"{after.mismatches:,} of {after.tokens:,}",
             f"{effect.moves:.3g}",
@@ -152,6 +152,11 @@ def _lines(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[Dump
         yield f"{finding.name}: {tokens}, {_places(finding, sequences)}"
     if outcome.rounding is not None:
         yield f"rounding: {rounding_line(outcome.rest, outcome.rounding)}"
+
+
+def _removes(effect: Effect) -> str:
+    # a cause that isn't there makes everything worse, and how much so says nothing
+    return f"{effect.removes:.1%}" if effect.removes > -1 else "none"
 
 
 def _tried(outcome: Attribution) -> list[Effect]:

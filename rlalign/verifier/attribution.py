@@ -104,7 +104,8 @@ class Attribution:
         if rest.mismatches == 0:
             return "nothing is left"
         named = [f"{finding.name}: {finding.what}" for finding in self.findings]
-        line = f"left: mean |Δ| {rest.mean_abs:.3g}, {_tokens(rest.mismatches)} differ{'s' if rest.mismatches == 1 else ''}"
+        count = f"{_tokens(rest.mismatches)} differ{'s' if rest.mismatches == 1 else ''}"
+        line = f"left: mean |Δ| {rest.mean_abs:.3g}, {count}"
         if self.rounding is not None:
             line += f" ({rounding_line(rest, self.rounding)})"
         return "; ".join([line, *named])
