@@ -15,7 +15,9 @@ import numpy as np
 _SHIFT = 1200
 _ONE = 1 << _SHIFT
 _LOW = 27
-_AT_ONCE = 1 << 22
+# 2**18 numbers of 34 bits add up to 52
+_AT_ONCE, _HEAD = 1 << 18, 34
+_ROUNDS = 4
 _EXACT = 1 << 20
 _DROPPED = 9
 
@@ -58,14 +60,30 @@ class ExactSum:
 
 
 def _units(values: np.ndarray) -> int:
-    """Sum of finite float64 values in units of 2**-_SHIFT."""
+    """Sum of at most 2**18 finite float64 values in units of 2**-_SHIFT."""
+    total, rest = 0, values
+    for _ in range(_ROUNDS):
+        largest = float(np.abs(rest).max(initial=0.0))
+        step = math.frexp(largest)[1] - _HEAD
+        if largest == 0.0 or not -1000 < step < 900:
+            break
+        # adding and taking away this number leaves the multiples of 2**step: at most _HEAD bits, whose sums are exact
+        round_to = 1.5 * 2.0 ** (step + 52)
+        head = (rest + round_to) - round_to
+        rest = rest - head
+        total += int(float(head.sum()) * 2.0**-step) << (step + _SHIFT)
+    return total + _slowly(rest[rest != 0])
+
+
+def _slowly(values: np.ndarray) -> int:
+    """The same for numbers of any size, by exponent."""
     if len(values) == 0:
         return 0
     mantissa, exponent = np.frexp(values)
     whole = np.ldexp(mantissa, 53).astype(np.int64)
     low, first = whole & ((1 << _LOW) - 1), int(exponent.min())
     place = exponent - first
-    # sums of at most 2**22 numbers below 2**27: float64 weights hold them exactly
+    # sums of at most 2**18 numbers below 2**27: float64 weights hold them exactly
     lows, highs = np.bincount(place, weights=low), np.bincount(place, weights=whole >> _LOW)
     total = 0
     for shift in np.flatnonzero((lows != 0) | (highs != 0)).tolist():
