@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from rlalign.dashboards.pictures import BAD, GOOD, WORSE, Histogram, Trace
-from rlalign.dashboards.snapshot import LayerRow, PositionRow, merge_positions
+from rlalign.dashboards.snapshot import LayerRow, PositionRow, position_cells
 
 Figure = dict[str, Any]
 
 _GREY = "#9aa0a6"
 COLORS = ("#2f6fb0", "#d07a1f", "#7b4fa3", "#2a9d4f", "#c8352b", "#4f8f8b", "#8a6d3b", "#b0457f")
 _DASHES = ("solid", "dot")
-_MAX_COLUMNS = 400
 _MAX_TRACE_TICKS = 12
 
 
@@ -72,20 +71,9 @@ def scatter_figure(points: np.ndarray) -> Figure:
 
 def position_figure(rows: Mapping[int, PositionRow]) -> Figure:
     """Heat map of max |Δ|: response position upwards, steps (the mapping's keys) to the right."""
-    steps = sorted(rows)
-    group = math.ceil(len(steps) / _MAX_COLUMNS)
-    columns = [steps[i : i + group] for i in range(0, len(steps), group)]
-    width = max(row.width for row in rows.values())
-    empty = PositionRow(width, np.zeros(0))
-    merged = [merge_positions([empty, *(rows[step] for step in column)]) for column in columns]
-    cells = np.full((max(len(row.max_abs) for row in merged), len(merged)), np.nan)
-    for index, row in enumerate(merged):
-        cells[: len(row.max_abs), index] = row.max_abs
-    figure = _heat_map(cells, "|Δ|", [_span(column[0], column[-1]) for column in columns])
-    figure["data"][0] |= {
-        "x": [column[0] for column in columns],
-        "y": [index * width for index in range(len(cells))],
-    }
+    cells, width, columns = position_cells(rows)
+    figure = _heat_map(cells, "|Δ|", [_span(first, last) for first, last in columns])
+    figure["data"][0] |= {"x": [first for first, _ in columns], "y": [index * width for index in range(len(cells))]}
     figure["data"][0]["hovertemplate"] = (
         "step %{customdata[0]}<br>position %{y}<br>max |Δ| %{customdata[1]}<extra></extra>"
     )

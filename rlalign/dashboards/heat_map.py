@@ -16,11 +16,17 @@ _MAX_LABELS = 40
 
 
 def draw_heat_map(
-    values: np.ndarray, rows: Sequence[str], *, title: str, x_label: str = "token", what: str = "max |Δ|"
+    values: np.ndarray,
+    rows: Sequence[str],
+    *,
+    title: str,
+    x_label: str = "token",
+    what: str = "max |Δ|",
+    blank_nan: bool = False,
 ) -> Figure:
     """values: float64 [rows, columns], not negative. Exactly 0 is green, what is not finite red, the rest by decade.
 
-    The first row is at the bottom, so that depth grows upwards.
+    The first row is at the bottom, so that depth grows upwards. blank_nan: a NaN stands for nothing there.
     """
     from matplotlib.colors import LogNorm
 
@@ -29,7 +35,10 @@ def draw_heat_map(
     shown = np.ma.masked_where((values <= 0) | ~finite, values)
     low, high = (float(shown.min()), float(shown.max())) if shown.count() else (1e-9, 1.0)
     span = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
-    axes.imshow(np.where(finite, 0.0, 1.0), cmap=_two("#bfe3c8", "#c8352b"), vmin=0, vmax=1, **span)
+    ground = np.where(finite, 0.0, 1.0)
+    if blank_nan:
+        ground[np.isnan(values)] = np.nan
+    axes.imshow(ground, cmap=_two("#bfe3c8", "#c8352b"), vmin=0, vmax=1, **span)
     image = axes.imshow(shown, cmap="plasma", norm=LogNorm(low, max(high, low * 10)), **span)
     every = max(1, -(-len(rows) // _MAX_LABELS))
     axes.set_yticks(range(0, len(rows), every), list(rows)[::every], fontsize=7)

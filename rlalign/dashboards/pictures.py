@@ -121,6 +121,20 @@ def draw_scatter(data: PictureData, *, title: str) -> Figure:
     return figure
 
 
+def draw_trace(trace: Trace, *, title: str) -> Figure:
+    """Both log-probs along one sequence, and their difference below."""
+    figure, _ = _figure(9.0, 4.6)
+    figure.clear()
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for side, color, style, label in ((trace.rollout, "#d07a1f", "-", "rollout"), (trace.train, BAD, ":", "train")):
+        upper.plot(trace.positions, side, color=color, linestyle=style, marker=".", markersize=3, label=label)
+    lower.bar(trace.positions, trace.train - trace.rollout, color=WORSE)
+    upper.set(ylabel="log-prob", title=f"{title}: sample {trace.name}")
+    lower.set(xlabel="position in the response", ylabel="Δ")
+    upper.legend(loc="lower right", frameon=False, fontsize=8)
+    return figure
+
+
 def to_image(figure: Figure) -> Image:
     """The figure as a picture in memory."""
     import PIL.Image

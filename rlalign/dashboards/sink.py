@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlalign.config import TrackingConfig
 from rlalign.dashboards.aliases import ALIASES, Framework, aliased
+from rlalign.dashboards.heat_map import draw_heat_map
 from rlalign.dashboards.panels import STEP, definitions
-from rlalign.dashboards.pictures import PictureData, draw_histogram, draw_scatter, table_rows, to_image
+from rlalign.dashboards.pictures import PictureData, draw_histogram, draw_scatter, draw_trace, table_rows, to_image
+from rlalign.dashboards.snapshot import PositionRow, position_cells, position_row
 
 if TYPE_CHECKING:
     import wandb
@@ -74,6 +76,7 @@ class WandbSink:
         """Raises ValueError in one line if wandb can't start."""
         self._close_seconds = close_seconds
         self._aliases = config.aliases
+        self._positions: dict[int, PositionRow] = {}
         self._run: wandb.Run | None = None
         self._restore = contextlib.ExitStack()
         self._restore.enter_context(_environment(config, run_dir / "wandb"))
@@ -89,11 +92,26 @@ class WandbSink:
         self._softly(lambda run: run.log({STEP: step, **aliased(metrics, self._aliases), **metrics}))
 
     def pictures(self, step: int, data: PictureData) -> None:
-        self._softly(lambda run: run.log({STEP: step, **_media(step, data)}))
+        if data.position is not None and len(data.position):
+            self._positions[step] = position_row(data)
+        self._softly(lambda run: run.log({STEP: step, **_media(step, data), **self._heat_map()}))
 
     def close(self, exit_code: int = 0) -> None:
         if problem := self._finish(exit_code):
             _LOG.warning("wandb did not finish: %s; what it has is in %s", problem, self.folder)
+
+    def _heat_map(self) -> dict[str, Any]:
+        """Position × step, over the steps that had pictures so far."""
+        import wandb
+
+        if not self._positions:
+            return {}
+        cells, width, _ = position_cells(self._positions)
+        rows = [str(index * width) for index in range(len(cells))]
+        figure = draw_heat_map(
+            cells, rows, title="position in the response × step", x_label="steps with pictures", blank_nan=True
+        )
+        return {"where/position_heat_map": wandb.Image(to_image(figure))}
 
     def _softly(self, call: Callable[[wandb.Run], None]) -> None:
         if self._run is None:
@@ -149,12 +167,15 @@ def _define(run: wandb.Run, aliases: Sequence[Framework]) -> None:
 def _media(step: int, data: PictureData) -> dict[str, Any]:
     import wandb
 
-    columns = WORST_COLUMNS
-    return {
-        "where/abs_diff_histogram": wandb.Image(to_image(draw_histogram(data, title=f"step {step}"))),
-        "where/prob_scatter": wandb.Image(to_image(draw_scatter(data, title=f"step {step}"))),
+    columns, title = WORST_COLUMNS, f"step {step}"
+    media = {
+        "where/abs_diff_histogram": wandb.Image(to_image(draw_histogram(data, title=title))),
+        "where/prob_scatter": wandb.Image(to_image(draw_scatter(data, title=title))),
         "where/worst_tokens": wandb.Table(columns=list(columns), data=table_rows(data.worst, columns)),
     }
+    if data.trace is not None:
+        media["where/trace"] = wandb.Image(to_image(draw_trace(data.trace, title=title)))
+    return media
 
 
 WORST_COLUMNS = (

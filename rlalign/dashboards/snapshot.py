@@ -95,6 +95,25 @@ def merge_positions(rows: Sequence[PositionRow]) -> PositionRow:
     return PositionRow(width, merged)
 
 
+def position_cells(
+    rows: Mapping[int, PositionRow], max_columns: int = 400
+) -> tuple[np.ndarray, int, list[tuple[int, int]]]:
+    """The heat map position × step: float64 [bins, columns], positions per bin, (first, last) step of each column.
+
+    NaN where no response has a token, inf where not finite. Neighbouring steps share a column where there are too many.
+    """
+    steps = sorted(rows)
+    group = math.ceil(len(steps) / max_columns)
+    columns = [steps[i : i + group] for i in range(0, len(steps), group)]
+    width = max(row.width for row in rows.values())
+    empty = PositionRow(width, np.zeros(0))
+    merged = [merge_positions([empty, *(rows[step] for step in column)]) for column in columns]
+    cells = np.full((max(len(row.max_abs) for row in merged), len(merged)), np.nan)
+    for index, row in enumerate(merged):
+        cells[: len(row.max_abs), index] = row.max_abs
+    return cells, width, [(column[0], column[-1]) for column in columns]
+
+
 def snapshot_to_dict(snapshot: Snapshot) -> dict[str, Any]:
     """JSON's own types, NaN and infinities as floats; ``snapshot_from_dict`` takes it back."""
     h = snapshot.histogram

@@ -18,6 +18,7 @@ import pytest
 
 from rlalign.config import TrackingConfig
 from rlalign.dashboards import NullSink, PictureData, WandbSink, make_sink
+from rlalign.dashboards.pictures import Trace
 from rlalign.dashboards.sink import WORST_COLUMNS
 
 WORST = dict(zip(WORST_COLUMNS, ("differs", "1/2/3", 4, 5, "a ⟦b⟧", -1.0, -1.5, -0.5, 9, 6, 7, 8, "stop"), strict=True))
@@ -30,7 +31,9 @@ def pictures(*, equal: bool = False) -> PictureData:
         train[::4] -= np.float32(1e-3)
         train[3] = np.nan
     delta = train - rollout
-    return PictureData(rollout, train, delta, ~np.isfinite(delta), [] if equal else [WORST])
+    trace = Trace("1/2/3", np.arange(4), rollout[:4], train[:4], ("a", "b", "c", "d"))
+    place = np.arange(200) % 20
+    return PictureData(rollout, train, delta, ~np.isfinite(delta), [] if equal else [WORST], place, trace)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -89,7 +92,7 @@ def test_step_is_the_axis_and_the_worst_is_kept(run: tuple[Path, list[dict[str, 
     assert kept["entropy"] == 1.5
 
 
-@pytest.mark.parametrize("name", ["abs_diff_histogram", "prob_scatter", "worst_tokens"])
+@pytest.mark.parametrize("name", ["abs_diff_histogram", "prob_scatter", "worst_tokens", "position_heat_map", "trace"])
 def test_media_come_back_with_their_files(run: tuple[Path, list[dict[str, Any]]], name: str) -> None:
     folder, rows = run
     shown = [row for row in history(rows) if f"where/{name}.path" in row]
