@@ -31,8 +31,7 @@ _MAX_STEPS = 5
 # one sequence by itself can be lucky: it needs some tokens, and to have been far off
 _MIN_TOKENS = 4
 _FAR_OFF = 3.0
-# what the verdict on a rest compares; they go the way of every other cause
-_NATIVE = catalogue.setting_cause("", "numerics", "", "", native=catalogue.OPERATORS)
+# what the verdict on a rest compares with, beside another order of summation
 _FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
 
 
@@ -55,7 +54,9 @@ def attribute(
     Raises what the scorer raises for ``base``; a cause that it can't imitate is listed with the reason.
     """
     scores = Scores(sequences, scorer)
-    ways = [Way(base or ScoreSettings())] * len(sequences)
+    base = base or ScoreSettings()
+    native = base.numerics == "native"
+    ways = [Way(base)] * len(sequences)
     progress("as the dump says")
     now = scores.of(ways) if len(sequences) else np.zeros(0, np.float32)
     whole = scores.gap(now)
@@ -70,15 +71,16 @@ def attribute(
         *catalogue.config_causes(config_changes),
         *catalogue.token_causes(),
         *catalogue.position_causes(),
-        *catalogue.numeric_causes(dtype, decode=decode),
+        *catalogue.numeric_causes(dtype, decode=decode, native=native),
     ]
     found += fitted_temperature(scores, ways, now, whole)
     effects = _alone(scores, ways, now, found, progress)
     usable = [effect.cause for effect in effects if effect.skipped is None]
-    floor = next((e.moves for e in effects if e.cause.name == "operators.native" and e.skipped is None), 0.0)
+    other = catalogue.other_operators(native)
+    floor = next((e.moves for e in effects if e.cause.name == other.name and e.skipped is None), 0.0)
     steps, ways, now = _greedily(scores, ways, now, usable, floor, progress)
     rest = scores.gap(now)
-    rounding = None if rest.mismatches == 0 else _rounding(scores, ways, now, dtype, progress)
+    rounding = None if rest.mismatches == 0 else _rounding(scores, ways, now, dtype, other, progress)
     findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts)
     return Attribution(len(sequences), whole, tuple(effects), tuple(steps), rest, rounding, damaged, findings)
 
@@ -213,7 +215,12 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
 
 
 def _rounding(
-    scores: Scores, ways: Sequence[Way], now: np.ndarray, dtype: str, progress: Callable[[str], None]
+    scores: Scores,
+    ways: Sequence[Way],
+    now: np.ndarray,
+    dtype: str,
+    other: Cause,
+    progress: Callable[[str], None],
 ) -> Rounding:
     progress("what rounding alone gives")
 
@@ -226,11 +233,11 @@ def _rounding(
         except (ValueError, NotImplementedError):
             return None
 
-    native, single = scored(_NATIVE), scored(_FLOAT32) if dtype != "float32" else None
+    order, single = scored(other), scored(_FLOAT32) if dtype != "float32" else None
     return Rounding(
         dtype=dtype,
-        other_order=None if native is None else mean(scores.distance(native, now)),
-        other_mismatches=0 if native is None else _differing(scores, native, now),
+        other_order=None if order is None else mean(scores.distance(order, now)),
+        other_mismatches=0 if order is None else _differing(scores, order, now),
         engine_error=None if single is None else mean(scores.distance(single)),
         own_error=None if single is None else mean(scores.distance(single, now)),
     )

@@ -44,8 +44,8 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Rounding:
     """What arithmetic alone gives, with all kept causes in place. engine_error, own_error: mean |Δ| of r and of t to
-    float32 scoring; None where scoring is float32 itself. other_order: between t and PyTorch's operators, which differ
-    in other_mismatches tokens."""
+    float32 scoring; None where scoring is float32 itself. other_order: between t and another implementation's, whose
+    bits differ in other_mismatches tokens."""
 
     dtype: str
     other_order: float | None

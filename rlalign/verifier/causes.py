@@ -144,8 +144,9 @@ def position_causes() -> list[Cause]:
     ]  # fmt: skip
 
 
-def numeric_causes(dtype: Dtype, *, decode: bool) -> list[Cause]:
-    """Arithmetic. dtype: what scoring uses. decode: also token by token, which takes a forward per token."""
+def numeric_causes(dtype: Dtype, *, decode: bool, native: bool = False) -> list[Cause]:
+    """Arithmetic. dtype: what scoring uses. decode: also token by token, which takes a forward per token. native:
+    scoring is by PyTorch's operators to begin with, which can only be exchanged for ours all together."""
     c = setting_cause
     other: Dtype = "bfloat16" if dtype == "float32" else "float32"
     operators: dict[Operator, str] = {
@@ -165,8 +166,8 @@ def numeric_causes(dtype: Dtype, *, decode: bool) -> list[Cause]:
         c(f"dtype.{other}", "numerics", f"the engine computes in {other}, scoring in {dtype}",
           f"one dtype on both sides (vLLM, SGLang: --dtype {dtype})", dtype=other),
         *(c(f"operator.{name}", "numerics", f"another implementation of {what}", _OURS, native=[name])
-          for name, what in operators.items()),
-        c("operators.native", "numerics", "PyTorch's operators throughout", _OURS, native=OPERATORS),
+          for name, what in operators.items() if not native),
+        other_operators(native),
         c("batch", "numerics", "PyTorch's operators, one sequence at a time rather than beside others", _OURS,
           native=OPERATORS, batch="alone"),
     ]  # fmt: skip
@@ -178,6 +179,13 @@ def numeric_causes(dtype: Dtype, *, decode: bool) -> list[Cause]:
               batch="alone"),
         ]  # fmt: skip
     return found
+
+
+def other_operators(native: bool) -> Cause:
+    """All operators by the other implementation: ours if scoring is ``native`` to begin with, else PyTorch's."""
+    if native:
+        return setting_cause("operators.invariant", "numerics", "rlalign's operators throughout", _OURS, native=())
+    return setting_cause("operators.native", "numerics", "PyTorch's operators throughout", _OURS, native=OPERATORS)
 
 
 def shift_causes() -> list[Cause]:

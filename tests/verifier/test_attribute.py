@@ -234,6 +234,17 @@ def noisy(seed: int, size: float) -> list[np.ndarray]:
     return [v + generator.normal(0, size, len(v)) for v in Numbers()(found, BASE)]
 
 
+def test_scoring_by_pytorch_has_ours_as_the_other_order():
+    native = ScoreSettings(native=OPERATORS)
+    dump = reported(sequences(), Numbers()(sequences(), native))
+    assert run(dump, base=native).equal
+    outcome = run(planted(CAUSES["stale_weights[1]"]), base=native)
+    assert [step.cause.name for step in outcome.steps] == ["stale_weights[1]", "operators.invariant"]
+    outcome = run(reported(sequences(), noisy(0, 5e-5)), base=native)
+    assert outcome.explained
+    assert not any(effect.cause.name.startswith("operator.") for effect in outcome.effects)
+
+
 def test_noise_has_no_cause_and_is_unexplained_if_it_is_larger_than_rounding():
     outcome = run(reported(sequences(), noisy(0, 0.05)))
     assert outcome.steps == ()
