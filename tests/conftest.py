@@ -34,14 +34,16 @@ if not torch.cuda.is_available():
 transformers_logging.disable_progress_bar()
 
 
-# Folders whose tests share one Ray: they wait more than they compute, so one process takes them all.
+# Folders whose tests start Ray. These, and all that share one, wait more than they compute: one process takes them.
 _WITH_RAY = {"actors", "recipes"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(pytest.mark.xdist_group("ray" if folder in _WITH_RAY else str(item.path.relative_to(TESTS))))
+        path = item.path.relative_to(TESTS)
+        with_ray = path.parts[0] in _WITH_RAY or "shared_ray" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else str(path)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -42,14 +42,17 @@ def test_a_table_follows_its_file(tmp_path: Path) -> None:
 
 
 def test_kernels_stand_beside_whatever_ran(tmp_path: Path) -> None:
-    meta = META | {"gpu": "a GPU", "driver": "580", "triton": "3.6.0"}
+    host = {"host time, decode": {"torch sdpa": 20.4, "rlalign": 30.6}}
+    meta = META | {"gpu": "a GPU", "driver": "580", "triton": "3.6.0", "host_us": host}
     records = [
-        {"case": "forward", "impl": "cudnn", "tflops": 500.0, "ratio": 1.0},
-        {"case": "forward", "impl": "rlalign", "tflops": 480.0, "ratio": 1.042},
-        {"case": "ragged", "impl": "rlalign", "tbps": 2.5, "ratio": 1.0},
+        {"case": "forward", "impl": "cudnn", "tflops": 500.0, "ratio": 1.0, "baseline": "cudnn"},
+        {"case": "forward", "impl": "rlalign", "tflops": 480.0, "ratio": 1.042, "baseline": "cudnn"},
+        {"case": "ragged", "impl": "flash", "tbps": 2.0, "ratio": 1.0, "baseline": "flash"},
+        {"case": "ragged", "impl": "rlalign", "tbps": 2.5, "ratio": 0.8, "baseline": "flash"},
     ]
     (tmp_path / "a.json").write_text(json.dumps({"meta": meta, "records": records}))
     made = rendered("<!-- table kernels a.json -->\n<!-- /table -->\n", tmp_path)
-    assert "| forward | 500 TFLOP/s | 480 TFLOP/s | 1.04 |" in made
-    assert "| ragged | – | 2.50 TB/s | – |" in made
+    assert "| forward | 500 TFLOP/s | – | 480 TFLOP/s | 1.04 |" in made
+    assert "| ragged | – | 2.00 TB/s | 2.50 TB/s | 0.80 (flash) |" in made
+    assert "Host time, decode: torch sdpa 20 µs, rlalign 31 µs." in made
     assert "a GPU, driver 580" in made
