@@ -25,7 +25,7 @@ from rlalign.verifier.causes import config_changes
 from rlalign.verifier.dumps import DumpSequence, write_dump
 from rlalign.verifier.score import OPERATORS, ScoreSettings
 
-VLLM = Path("/work/shared/data/vllm_dump")
+VLLM = Path(__file__).resolve().parents[3] / "shared/data/vllm_dump"
 PROMPTS = ([3, 14, 15, 9], [2, 71, 82, 8, 18, 28], [1, 61, 80, 33, 9, 88, 7], [57, 72])
 COOL = SamplingParams(temperature=0.7, top_p=0.8, max_tokens=12, seed=3)
 PLAIN = SamplingParams(max_tokens=12, seed=3)

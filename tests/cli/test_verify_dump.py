@@ -23,7 +23,7 @@ from rlalign.config import ModelConfig, SamplingParams
 from rlalign.tasks.sort import make_sort_tokenizer
 from rlalign.verifier.dumps import MISSING, DumpSequence, write_dump
 
-REAL = Path("/work/shared/data/vllm_dump")
+REAL = Path(__file__).resolve().parents[3] / "shared/data/vllm_dump"
 TINY = ModelConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=32,
                    max_position_embeddings=64)  # fmt: skip
 WARM = SamplingParams(temperature=0.5, top_k=3)
@@ -266,7 +266,7 @@ def test_watched_files_grow_line_by_line(plain: list[DumpSequence], tmp_path: Pa
         list(folder.look())
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the vLLM dump of the shared data")
 def test_what_vllm_reported_on_a_gpu(tmp_path: Path) -> None:
     """2 of the 64 completions: bf16 on an H200 by vLLM's kernels, against our bf16 forward on a CPU."""
     command = ["dump", str(REAL / "vllm_native_t1.jsonl"), "--model", str(REAL / "qwen3-tiny"), "--limit", "2"]

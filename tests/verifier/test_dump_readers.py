@@ -23,7 +23,7 @@ from rlalign.verifier.dumps import (
     write_dump,
 )
 
-REAL = Path("/work/shared/data/vllm_dump/vllm_native_t1.jsonl")
+REAL = Path(__file__).resolve().parents[3] / "shared/data/vllm_dump/vllm_native_t1.jsonl"
 INF = float("inf")
 
 
@@ -74,7 +74,7 @@ def test_vllm_prompt_logprobs(tmp_path: Path) -> None:
     assert ids(only(write(tmp_path, row), options=ReadOptions(prompt=True))) == ([1], [2, 3])
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason=f"{REAL} is not here")
+@pytest.mark.skipif(not REAL.is_file(), reason="needs the vLLM dump of the shared data")
 def test_vllm_as_it_was_dumped() -> None:
     sequences = list(read_dump(REAL))
     assert (len(sequences), sum(len(s.token_ids) for s in sequences)) == (64, 7231)
