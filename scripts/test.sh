@@ -3,6 +3,6 @@
 #   ./scripts/test.sh tests/engine -x
 set -euo pipefail
 arguments=("$@")
-((${#arguments[@]})) || arguments=(-n 2 --dist loadgroup)
+((${#arguments[@]})) || arguments=(-n 2)
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec "$VENV_PYTHON" -P -m pytest -q ${arguments[@]+"${arguments[@]}"}

@@ -16,7 +16,6 @@ os.environ |= {
 }
 
 from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
@@ -26,7 +25,6 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 if TYPE_CHECKING:
     from support.actors import ActorPool
 
-TESTS = Path(__file__).parent
 torch.set_num_threads(THREADS)
 if not torch.cuda.is_available():
     # Triton's kernels run on CPU tensors then; read when they are imported
@@ -34,16 +32,7 @@ if not torch.cuda.is_available():
 transformers_logging.disable_progress_bar()
 
 
-# Folders whose tests start Ray. These, and all that share one, wait more than they compute: one process takes them.
-_WITH_RAY = {"actors", "recipes"}
-
-
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        path = item.path.relative_to(TESTS)
-        with_ray = path.parts[0] in _WITH_RAY or "shared_ray" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else str(path)))
     if torch.cuda.is_available():
         return
     for item in items:
