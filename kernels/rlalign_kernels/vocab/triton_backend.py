@@ -103,6 +103,7 @@ def _score(
         launches.score(
             hidden[part], head, own, seen, targets[part], kept[part], found, out[:, part], untruncated
         )  # fmt: skip
+        del found  # or the next part's would stand beside it
     return out
 
 
@@ -175,6 +176,7 @@ def _draw(
             hidden[part], head, own, seen, seeds=seeds[part], positions=positions[part], raw=raw
         )  # fmt: skip
         launches.draw(head.vocab_size, own, found, token[part], values[:, part], untruncated)
+        del found  # or the next part's would stand beside it
     return token, values
 
 
