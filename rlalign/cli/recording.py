@@ -1,34 +1,26 @@
 """Every module's output of two policies on the same tokens, in pairs, a few sites at a time.
 
-Hooks hand out what modules return; a context around the forward's own hands out what attention gets and gives. Both
-sides run once per window of sites that fits in the memory allowed. Legend: T rows of a forward, N tokens, F features.
+Both sides run once per window of sites that fits in the memory allowed; rlalign/modeling/observe.py says what a site
+is. Legend: T rows of a forward, N tokens, F features.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlalign.cli.forwards import PADDING, Feed, Forward, forwards
-from rlalign.modeling import AttentionCall, AttentionContext, Policy
+from rlalign.cli.forwards import forwards
+from rlalign.modeling import Policy
+from rlalign.modeling.feeds import PADDING, Feed, Forward
+from rlalign.modeling.observe import Enough, Key, layer_of, observed_hidden, per_token
 from rlalign.verifier.bisect import Recording, Site, Tokens
 from rlalign.verifier.score import ScoreSettings
 
-# (module path, operator, how often it was called before in this forward)
-Key = tuple[str, str, int]
-Observer = Callable[[str, str, Sequence[Tensor]], None]
 Head = Callable[[Policy, Tensor, Tensor, ScoreSettings], Tensor]
-_OPERATORS = (
-    ("Embedding", "embedding"), ("RotaryEmbedding", "rotary tables"), ("Linear", "linear"), ("Norm", "norm"),
-    ("SiLU", "silu"), ("GELU", "gelu"),
-)  # fmt: skip
-_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,39 +42,6 @@ class Survey:
 
     sites: tuple[tuple[Key, int], ...]
     skipped: tuple[str, ...]
-
-
-class _Enough(Exception):
-    """The window's last site was seen: the rest of this forward is of no use."""
-
-
-@dataclass(slots=True)
-class _Watch:
-    """Counts calls within a forward, so that a module that runs twice makes two sites."""
-
-    seen: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def key(self, module: str, operator: str) -> Key:
-        count = self.seen.get((module, operator), 0)
-        self.seen[module, operator] = count + 1
-        return (module, operator, count)
-
-
-@dataclass(slots=True)
-class _Heard:
-    """A context that tells what attention gets and gives."""
-
-    inner: AttentionContext
-    observe: Observer
-    names: dict[int, str]
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-        name = self.names[call.layer]
-        self.observe(name, "rotary query", [query])
-        self.observe(name, "rotary key", [key])
-        output = self.inner.attend(query, key, value, call)
-        self.observe(name, "attention", [output])
-        return output
 
 
 def tokens_of(feeds: Sequence[Feed]) -> Tokens:
@@ -118,22 +77,19 @@ def recorded_pairs(
             yield tuple(Recording(site, value) for value in values)  # type: ignore[misc]
 
 
-@torch.no_grad()
 def survey(side: Side, max_rows: int) -> Survey:
     """Sites of a model, from its first forward."""
     forward = next(side.forwards(max_rows))
-    watch, sites, skipped = _Watch(), [], []
+    sites, skipped = [], []
 
-    def observe(module: str, operator: str, outputs: Sequence[Tensor]) -> None:
-        key = watch.key(module, operator)
-        rows = _per_token(outputs, len(forward.rows))
+    def observe(key: Key, outputs: Sequence[object]) -> None:
+        rows = per_token(outputs, len(forward.rows))
         if rows is None:
-            skipped.append(f"{module} ({operator})")
+            skipped.append(f"{key[0]} ({key[1]})")
         else:
             sites.append((key, rows.shape[1]))
 
-    with _observed(side.policy, observe) as names:
-        _run(side.policy, forward, observe, names)
+    observed_hidden(side.policy, forward, observe)
     return Survey(tuple(sites), tuple(skipped))
 
 
@@ -148,7 +104,6 @@ def _windows(plan: Survey, num_tokens: int, max_bytes: int) -> Iterator[range]:
     yield range(start, len(plan.sites))
 
 
-@torch.no_grad()
 def _record(
     side: Side, plan: Survey, window: range, num_tokens: int, max_rows: int
 ) -> tuple[dict[Key, tuple[np.ndarray, str]], Tensor | None]:
@@ -159,23 +114,19 @@ def _record(
     arrays = {key: np.empty((num_tokens, features), np.float32) for key, features in plan.sites if key in wanted}
     hidden: Tensor | None = None
     for forward in side.forwards(max_rows):
-        watch, kept = _Watch(), forward.rows != PADDING
+        kept = forward.rows != PADDING
 
-        def observe(
-            module: str, operator: str, outputs: Sequence[Tensor], watch=watch, kept=kept, forward=forward
-        ) -> None:
-            key = watch.key(module, operator)
+        def observe(key: Key, outputs: Sequence[object], kept=kept, forward=forward) -> None:
             if key in wanted:
-                rows = _per_token(outputs, len(forward.rows))
+                rows = per_token(outputs, len(forward.rows))
                 if rows is None or rows.shape[1] != arrays[key].shape[1]:
-                    raise ValueError(f"{module} ({operator}): another shape than in the first forward")
+                    raise ValueError(f"{key[0]} ({key[1]}): another shape than in the first forward")
                 dtypes[key] = str(rows.dtype).removeprefix("torch.")
                 arrays[key][forward.rows[kept]] = rows.float().cpu().numpy()[kept]
             if key == last:
-                raise _Enough
+                raise Enough
 
-        with _observed(side.policy, observe) as names:
-            output = _run(side.policy, forward, observe, names)
+        output = observed_hidden(side.policy, forward, observe)
         if output is not None:
             if hidden is None:
                 hidden = output.new_empty(num_tokens, output.shape[1])
@@ -183,73 +134,11 @@ def _record(
     return {key: (arrays[key], dtypes[key]) for key in arrays}, hidden
 
 
-def _run(policy: Policy, forward: Forward, observe: Observer, names: dict[int, str]) -> Tensor | None:
-    """Last hidden states [T, H]; None if the observer had seen enough before."""
-    try:
-        return policy.hidden(forward.token_ids, forward.position_ids, _Heard(forward.context, observe, names))
-    except _Enough:
-        return None
-
-
-@contextmanager
-def _observed(policy: Policy, observe: Observer) -> Iterator[dict[int, str]]:
-    """Hooks on the modules for the time of one forward. Yields the attention modules' names by layer."""
-    handles, names = [], {}
-    for name, module in policy.model.named_modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            names[module.layer_idx] = name
-        operator = _operator(name, module)
-        if operator is not None:
-            handles.append(module.register_forward_hook(_hook(name, operator, observe)))
-    try:
-        yield names
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(name: str, operator: str, observe: Observer) -> Callable[[nn.Module, object, object], None]:
-    def hook(_module: nn.Module, _args: object, output: object) -> None:
-        outputs = list(output) if isinstance(output, tuple) else [output]
-        # a layer may return more than what it hands on
-        observe(name, operator, outputs[:1] if operator == "residual sum" else outputs)
-
-    return hook
-
-
-def _operator(name: str, module: nn.Module) -> str | None:
-    """What a module computes, by its kind; None for those that only hold others."""
-    if re.search(r"\.\d+$", name) and any(True for _ in module.children()):
-        return "residual sum"
-    if any(True for _ in module.children()):
-        return None
-    kind = type(module).__name__
-    return next((operator for part, operator in reversed(_OPERATORS) if part in kind), kind.lower())
-
-
-def _per_token(outputs: Sequence[object], num_rows: int) -> Tensor | None:
-    """[T, F] of a module's outputs [1, T, …] or [T, …], several side by side; None if they have another shape."""
-    parts = []
-    for output in outputs:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return None
-        if output.dim() >= 2 and output.shape[0] == 1 and output.shape[1] == num_rows:
-            output = output[0]
-        elif output.dim() == 4 and output.shape[0] == 1 and output.shape[2] == num_rows:
-            output = output[0].transpose(0, 1)
-        elif output.dim() < 2 or output.shape[0] != num_rows:
-            return None
-        parts.append(output.reshape(num_rows, -1))
-    return torch.cat(parts, dim=1) if parts else None
-
-
 def _recording(order: int, key: Key, values: np.ndarray, dtype: str) -> Recording:
-    module, operator, count = key
-    found = _LAYER.search(module)
-    name = module if count == 0 else f"{module} (call {count + 1})"
-    return Recording(Site(order, int(found[1]) if found else None, name, operator), values, dtype)
+    return Recording(Site.of(order, *key, layer_of(key[0])), values, dtype)
 
 
+@torch.no_grad()
 def _logprobs(side: Side, hidden: Tensor | None, targets: np.ndarray, head: Head) -> np.ndarray:
     if hidden is None:
         raise RuntimeError("the last window ended before the last hidden states")

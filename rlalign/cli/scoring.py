@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from rlalign.cli.contents import Content, contents
-from rlalign.cli.forwards import Feed, check_feeds, forwards, make_feed
+from rlalign.cli.forwards import check_feeds, forwards, make_feed
 from rlalign.cli.heads import head_logprobs
 from rlalign.cli.policies import Policies
 from rlalign.config import SamplingParams
 from rlalign.modeling import Policy, eos_ids
+from rlalign.modeling.feeds import Feed
 from rlalign.trainer.packing import banned_ids
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.score import ScoreSettings, effective_sampling

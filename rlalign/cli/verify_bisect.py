@@ -22,7 +22,7 @@ from rlalign.config import Dtype
 from rlalign.verifier.dumps.record import DumpSequence
 
 if TYPE_CHECKING:
-    from rlalign.cli.forwards import Feed
+    from rlalign.modeling.feeds import Feed
     from rlalign.verifier.bisect import Bisection
 
 _MAX_ROWS = 8192

@@ -30,6 +30,11 @@ class Site:
     module: str
     operator: str
 
+    @classmethod
+    def of(cls, order: int, module: str, operator: str, count: int, layer: int | None) -> Site:
+        """count: how often the module ran before in the same forward; its second run is a site of its own."""
+        return cls(order, layer, module if count == 0 else f"{module} (call {count + 1})", operator)
+
     def __str__(self) -> str:
         where = "" if self.layer is None else f"layer {self.layer}, "
         return f"{where}{self.module} ({self.operator})"

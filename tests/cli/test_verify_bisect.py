@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from rlalign import modeling
-from rlalign.cli.forwards import Forward, make_feed
+from rlalign.cli.forwards import make_feed
 from rlalign.cli.heads import head_logprobs
 from rlalign.cli.recording import Side, recorded_pairs, tokens_of
 from rlalign.cli.verify import main
 from rlalign.cli.verify_settings import parse_setting
 from rlalign.config import ModelConfig
+from rlalign.modeling.feeds import Forward
 from rlalign.tasks.sort import make_sort_tokenizer
 from rlalign.verifier.bisect import Bisection, bisect
 from rlalign.verifier.dumps.record import DumpSequence

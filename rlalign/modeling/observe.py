@@ -1,0 +1,139 @@
+"""Every module's output of one forward, handed to an observer as it is computed.
+
+Hooks hand out what modules return; a context around the forward's own hands out what attention gets and gives.
+Legend: T rows of a forward, F features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rlalign.modeling.context import AttentionCall, AttentionContext
+from rlalign.modeling.feeds import Forward
+from rlalign.modeling.policy import Policy
+
+# (module path, operator, how often it was called before in this forward)
+Key = tuple[str, str, int]
+Observer = Callable[[Key, Sequence[object]], None]
+_Raw = Callable[[str, str, Sequence[object]], None]
+_OPERATORS = (
+    ("Embedding", "embedding"), ("RotaryEmbedding", "rotary tables"), ("Linear", "linear"), ("Norm", "norm"),
+    ("SiLU", "silu"), ("GELU", "gelu"),
+)  # fmt: skip
+_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
+class Enough(Exception):
+    """Raised by an observer that has seen what it wants: the rest of the forward is of no use."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Counts calls within a forward, so that a module that runs twice makes two sites."""
+
+    seen: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def key(self, module: str, operator: str) -> Key:
+        count = self.seen.get((module, operator), 0)
+        self.seen[module, operator] = count + 1
+        return (module, operator, count)
+
+
+@dataclass(slots=True)
+class _Heard:
+    """A context that tells what attention gets and gives."""
+
+    inner: AttentionContext
+    observe: _Raw
+    names: dict[int, str]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        name = self.names[call.layer]
+        self.observe(name, "rotary query", [query])
+        self.observe(name, "rotary key", [key])
+        output = self.inner.attend(query, key, value, call)
+        self.observe(name, "attention", [output])
+        return output
+
+
+@torch.no_grad()
+def observed_hidden(policy: Policy, forward: Forward, observe: Observer) -> Tensor | None:
+    """Last hidden states [T, H]; None if the observer had seen enough before. ``observe`` gets every output in order.
+
+    A module that runs twice in a forward makes two sites.
+    """
+    watch = _Watch()
+
+    def numbered(module: str, operator: str, outputs: Sequence[object]) -> None:
+        observe(watch.key(module, operator), outputs)
+
+    with _hooked(policy, numbered) as names:
+        try:
+            context = _Heard(forward.context, numbered, names)
+            return policy.hidden(forward.token_ids, forward.position_ids, context)
+        except Enough:
+            return None
+
+
+def layer_of(module: str) -> int | None:
+    """The decoder layer that a module path lies in; None outside of them."""
+    found = _LAYER.search(module)
+    return int(found[1]) if found else None
+
+
+def per_token(outputs: Sequence[object], num_rows: int) -> Tensor | None:
+    """[T, F] of a module's outputs [1, T, …] or [T, …], several side by side; None if they have another shape."""
+    parts = []
+    for output in outputs:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        if output.dim() >= 2 and output.shape[0] == 1 and output.shape[1] == num_rows:
+            output = output[0]
+        elif output.dim() == 4 and output.shape[0] == 1 and output.shape[2] == num_rows:
+            output = output[0].transpose(0, 1)
+        elif output.dim() < 2 or output.shape[0] != num_rows:
+            return None
+        parts.append(output.reshape(num_rows, -1))
+    return torch.cat(parts, dim=1) if parts else None
+
+
+@contextmanager
+def _hooked(policy: Policy, observe: _Raw) -> Iterator[dict[int, str]]:
+    """Hooks on the modules for the time of one forward. Yields the attention modules' names by layer."""
+    handles, names = [], {}
+    for name, module in policy.model.named_modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            names[module.layer_idx] = name
+        operator = _operator(name, module)
+        if operator is not None:
+            handles.append(module.register_forward_hook(_hook(name, operator, observe)))
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(name: str, operator: str, observe: _Raw) -> Callable[[nn.Module, object, object], None]:
+    def hook(_module: nn.Module, _args: object, output: object) -> None:
+        outputs = list(output) if isinstance(output, tuple) else [output]
+        # a layer may return more than what it hands on
+        observe(name, operator, outputs[:1] if operator == "residual sum" else outputs)
+
+    return hook
+
+
+def _operator(name: str, module: nn.Module) -> str | None:
+    """What a module computes, by its kind; None for those that only hold others."""
+    if re.search(r"\.\d+$", name) and any(True for _ in module.children()):
+        return "residual sum"
+    if any(True for _ in module.children()):
+        return None
+    kind = type(module).__name__
+    return next((operator for part, operator in reversed(_OPERATORS) if part in kind), kind.lower())
