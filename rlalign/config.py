@@ -74,9 +74,17 @@ class EngineConfig:
     max_model_len: int | None = Field(None, ge=2)
     """A limit, not schedule: longest prompt + response; None takes the model's own limit, bounded by the cache."""
     prefix_cache: bool = True
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Replay decode steps from CUDA graphs. auto: where they can be captured, which is numerics=invariant on a GPU;
+    true refuses to run elsewhere."""
 
     def on(self, device: str) -> EngineConfig:
-        """The same with page_size and num_pages decided for a device's type, "cuda" or another."""
+        """The same with page_size and num_pages decided for a device's type, "cuda" or another.
+
+        Raises ValueError for CUDA graphs on another.
+        """
+        if self.cuda_graphs is True and device != "cuda":
+            raise ValueError(f"engine.cuda_graphs=true: there are no CUDA graphs on device {device}; use auto or false")
         page_size = self.page_size or (128 if device == "cuda" else 16)
         return replace(self, page_size=page_size, num_pages=self.num_pages or max(1, _CACHE_TOKENS // page_size))
 
@@ -199,6 +207,16 @@ class AlignConfig:
     max_dumps: int = Field(1, ge=0)
     """Replayable steps that a run leaves at most, weights included."""
     worst_tokens: int = Field(10, ge=1)
+    full_vocab_every: int = Field(20, ge=0)
+    """Steps between comparisons of all logits of a few sequences, the first step included; 0: never."""
+    full_vocab_positions: int = Field(16, ge=1)
+    """Tokens of which the KL over the vocabulary is taken, where digests differ."""
+    bisect_every: int = Field(100, ge=0)
+    """Steps between comparisons of every layer's output on them; 0: never."""
+    check_sequences: int = Field(2, ge=1)
+    """Sequences that these two look at."""
+    check_tokens: int = Field(128, ge=1)
+    """Most response tokens of each that are decoded once more."""
     fault: FaultConfig = FaultConfig()
 
 

@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlalign_kernels import Fingerprint
 
 from rlalign.actors.faults import kv_page_fault
+from rlalign.actors.inspection import Inspector, What, paged
 from rlalign.actors.process import device_of, plan_of, policy_settings, set_up
 from rlalign.actors.weight_sync import WeightBundle, unbundle_weights
 from rlalign.config import Config, SamplingParams
@@ -18,7 +20,8 @@ from rlalign.modeling import load_policy, load_tokenizer
 from rlalign.records import Completion
 
 _COUNTERS = (
-    "steps", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "mixed_steps"
+    "steps", "graph_steps", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "prefix_query_tokens",
+    "preemptions", "mixed_steps",
 )  # fmt: skip
 
 
@@ -63,6 +66,10 @@ class RolloutActor:
         after = self.engine.stats
         counted = {name: after[name] - before[name] for name in _COUNTERS}
         return completions, counted | {"cache_use_peak": after["cache_use_peak"]}
+
+    def inspect(self, what: What, *args: Any) -> Any:
+        """One of the checks of ``inspection.Inspector``, on this engine's weights, the way it runs sequences."""
+        return getattr(Inspector(self.engine.policy, paged(self.engine.config)), what)(*args)
 
     @property
     def engine(self) -> Engine:

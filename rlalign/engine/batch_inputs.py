@@ -5,7 +5,7 @@ Legend: T rows (tokens) of the forward, B sequences, P pages of the longest one,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -50,6 +50,16 @@ class SamplingInputs:
 
 def forward_inputs(step: ScheduledStep, page_size: int, device: torch.device) -> ForwardInputs:
     """Inputs of the step's forward: chunks one after another, without padding."""
+    arrays = forward_arrays(step, page_size)
+    return ForwardInputs(
+        **to_device(arrays, device),
+        max_seqlen_q=int(np.diff(arrays["cu_seqlens_q"]).max()),
+        max_seqlen_k=int(arrays["kv_lens"].max()),
+    )
+
+
+def forward_arrays(step: ScheduledStep, page_size: int) -> dict[str, np.ndarray]:
+    """The tensors of ``ForwardInputs`` on the host."""
     chunks = step.chunks
     lengths = np.array([chunk.num_tokens for chunk in chunks])
     starts = np.array([chunk.start for chunk in chunks])
@@ -57,7 +67,7 @@ def forward_inputs(step: ScheduledStep, page_size: int, device: torch.device) ->
     sequence = np.repeat(np.arange(len(chunks)), lengths)  # of each row
     positions = np.arange(ends[-1]) - (ends - lengths - starts)[sequence]
     block_tables = _block_tables(chunks)
-    arrays = {
+    return {
         "token_ids": np.fromiter(_tokens(chunks), dtype=np.int64, count=ends[-1]),
         "position_ids": positions,
         "slot_mapping": block_tables[sequence, positions // page_size] * np.int64(page_size) + positions % page_size,
@@ -65,27 +75,46 @@ def forward_inputs(step: ScheduledStep, page_size: int, device: torch.device) ->
         "cu_seqlens_q": np.concatenate([[0], ends]).astype(np.int32),
         "kv_lens": (starts + lengths).astype(np.int32),
         "drawn_rows": np.repeat(ends - 1, [chunk.num_draws for chunk in chunks]),
-        "page_copies": np.array(step.copies, dtype=np.int64).reshape(-1, 2).T.copy(),
+        "page_copies": page_copies(step),
     }
-    return ForwardInputs(
-        **to_device(arrays, device),
-        max_seqlen_q=int(lengths.max()),
-        max_seqlen_k=int((starts + lengths).max()),
-    )
+
+
+def page_copies(step: ScheduledStep) -> np.ndarray:
+    """int64 [2, copies]: sources, destinations."""
+    return np.array(step.copies, dtype=np.int64).reshape(-1, 2).T.copy()
 
 
 def sampling_inputs(step: ScheduledStep, vocab_size: int, device: torch.device) -> SamplingInputs | None:
     """Inputs of the step's draws in order of chunks, then samples; None if the step draws nothing."""
-    origins = [
-        (chunk.request, chunk.request.sample_index + index) for chunk in step.chunks for index in range(chunk.num_draws)
-    ]
+    origins = origins_of(step)
     if not origins:
         return None
-    seeds = np.array([request.seed_of(sample) for request, sample in origins], dtype=np.uint64)
-    positions = np.array([request.num_response for request, _ in origins], dtype=np.int64)
-    settings = sampling_arrays([request.params for request, _ in origins])
-    bans = _bans([request for request, _ in origins])
-    moved = to_device({**settings, "seeds": seeds.view(np.int64), "positions": positions, "bans": bans}, device)
+    arrays = draw_arrays(origins)
+    return as_sampling_inputs(origins, arrays, to_device(arrays, device), vocab_size)
+
+
+def origins_of(step: ScheduledStep) -> list[tuple[Request, int]]:
+    """Request and sample index of every draw."""
+    return [
+        (chunk.request, chunk.request.sample_index + index) for chunk in step.chunks for index in range(chunk.num_draws)
+    ]
+
+
+def draw_arrays(origins: list[tuple[Request, int]]) -> dict[str, np.ndarray]:
+    """The tensors of ``SamplingInputs`` on the host: one entry per draw, but for ``bans``."""
+    return {
+        **sampling_arrays([request.params for request, _ in origins]),
+        "seeds": np.array([request.seed_of(sample) for request, sample in origins], dtype=np.uint64).view(np.int64),
+        "positions": np.array([request.num_response for request, _ in origins], dtype=np.int64),
+        "bans": _bans([request for request, _ in origins]),
+    }
+
+
+def as_sampling_inputs(
+    origins: list[tuple[Request, int]], arrays: Mapping[str, np.ndarray], moved: Mapping[str, Tensor], vocab_size: int
+) -> SamplingInputs:
+    """Of ``draw_arrays`` and the same where the draws are made."""
+    settings = {name: arrays[name] for name in ("temperature", "top_k", "top_p", "min_p")}
     return SamplingInputs(
         rows=rows_of(settings, moved),
         seeds=moved["seeds"],

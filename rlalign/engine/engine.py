@@ -13,10 +13,11 @@ from torch import Tensor
 from rlalign.config import EngineConfig, SamplingParams
 from rlalign.engine.batch_inputs import forward_inputs, sampling_inputs
 from rlalign.engine.block_pool import BlockPool
-from rlalign.engine.request import Request
+from rlalign.engine.graphs import DecodeGraphs, uses_graphs
+from rlalign.engine.request import Draw, Request
 from rlalign.engine.runner import Runner
 from rlalign.engine.sampler import sample
-from rlalign.engine.scheduler import Scheduler
+from rlalign.engine.scheduler import ScheduledStep, Scheduler
 from rlalign.engine.stopping import StopStringWatcher, decode_text, stop_ids
 from rlalign.modeling import Policy, as_policy, eos_ids, hash_tensors
 from rlalign.records import Completion, FinishReason
@@ -52,7 +53,7 @@ class Engine:
         Such a model is shared, not copied, and takes packed or paged rows from then on: its own ``forward`` and
         ``generate`` need an attention context. ``align(model, backend="native")`` beforehand keeps PyTorch's operators.
         Raises TypeError for any other model, AuditError for one that can't be made exact, ValueError if the cache
-        can't hold one request of ``max_model_len``, or the model can't.
+        can't hold one request of ``max_model_len``, or the model can't, and for CUDA graphs that can't be captured.
         """
         self.policy = policy = as_policy(model)
         self.tokenizer = tokenizer
@@ -67,7 +68,10 @@ class Engine:
             weights_version=weights_version,
         )
         self._scheduler = Scheduler(self.config, self._pool)
-        self._runner = Runner(policy, self.config.num_pages, self.config.page_size)
+        graphs = uses_graphs(self.config.cuda_graphs, policy)
+        # one page more than the pool knows, for the padded rows of graphs
+        self._runner = Runner(policy, self.config.num_pages + graphs, self.config.page_size)
+        self._graphs = self._make_graphs() if graphs else None
         self._num_arrivals = 0
         self._num_open: dict[str, int] = {}  # samples of each request that step() has not returned yet
         self._ready: list[Completion] = []  # failed and aborted ones, returned by the next step()
@@ -85,11 +89,13 @@ class Engine:
     def stats(self) -> dict[str, float]:
         """Totals since construction (steps, tokens, prefix hits, preemptions, …) and the present state of the cache.
 
+        ``graph_steps``: those of the steps that a CUDA graph replayed.
         ``cache_use_peak``: largest share of pages in use at once, since ``generate`` was last called.
         """
         pool, counters = self._pool, self._scheduler.counters
         return {
             **asdict(counters),
+            "graph_steps": 0 if self._graphs is None else self._graphs.num_replayed_steps,
             "evictions": pool.num_evictions,
             "prefix_hit_rate": counters.prefix_hit_tokens / max(1, counters.prefix_query_tokens),
             "running": len(self._scheduler.running),
@@ -188,16 +194,28 @@ class Engine:
         if sha256 is not None and (arrived := hash_tensors(weights)) != sha256:
             raise ValueError(f"weights version {version} arrived damaged: their SHA-256 is {arrived}, not {sha256}")
         self.policy.load_weights(weights)
+        if self._graphs is not None:
+            self._graphs.weights_changed()
         self.weights_version = version
         self._pool.reset(version)
 
     def _forward(self) -> list[Completion]:
         step = self._scheduler.schedule()
+        draws = self._draw(step)
+        return [self._completion(request) for request in self._scheduler.postprocess(step, draws)]
+
+    def _draw(self, step: ScheduledStep) -> list[Draw]:
+        if self._graphs is not None and self._graphs.takes(step):
+            return self._graphs.draw(step)
         device = self.policy.device
         hidden = self._runner.forward(forward_inputs(step, self.config.page_size, device))
         rows = sampling_inputs(step, self.policy.vocab_size, device)
-        draws = [] if rows is None else sample(self.policy, hidden, rows)
-        return [self._completion(request) for request in self._scheduler.postprocess(step, draws)]
+        return [] if rows is None else sample(self.policy, hidden, rows)
+
+    def _make_graphs(self) -> DecodeGraphs:
+        config = self.config
+        limits = {"max_num_seqs": config.max_num_seqs, "max_length": self.max_length}
+        return DecodeGraphs(self._runner, spare_page=config.num_pages, **limits)
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

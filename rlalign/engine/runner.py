@@ -13,7 +13,9 @@ class Runner:
     """The policy with a paged KV cache: one [pages, page_size, Hkv, D] pair of tensors per layer."""
 
     def __init__(self, policy: Policy, num_pages: int, page_size: int) -> None:
+        """``num_pages``: those of the pool, and any that are nobody's."""
         self.policy = policy
+        self.page_size = page_size
         pages = (num_pages, page_size)
         options = {"dtype": policy.dtype, "device": policy.device}
         self.k_caches = [torch.zeros(*pages, kv.num_kv_heads, kv.head_dim, **options) for kv in policy.kv_layout]
@@ -22,7 +24,12 @@ class Runner:
     @torch.no_grad()
     def forward(self, inputs: ForwardInputs) -> Tensor:
         """Hidden states [N, H] of the rows that draw; new keys and values go to their slots."""
-        self._copy_pages(inputs.page_copies)
+        self.copy_pages(inputs.page_copies)
+        return self.all_rows(inputs).index_select(0, inputs.drawn_rows)
+
+    @torch.no_grad()
+    def all_rows(self, inputs: ForwardInputs) -> Tensor:
+        """Hidden states [T, H] of every row; ``page_copies`` and ``drawn_rows`` are not looked at."""
         context = PagedContext(
             k_caches=self.k_caches,
             v_caches=self.v_caches,
@@ -33,11 +40,11 @@ class Runner:
             max_seqlen_q=inputs.max_seqlen_q,
             max_seqlen_k=inputs.max_seqlen_k,
         )
-        hidden = self.policy.hidden(inputs.token_ids, inputs.position_ids, context)
-        return hidden.index_select(0, inputs.drawn_rows)
+        return self.policy.hidden(inputs.token_ids, inputs.position_ids, context)
 
-    def _copy_pages(self, copies: Tensor) -> None:
-        """Copy whole pages; every source is read before any destination is written."""
+    @torch.no_grad()
+    def copy_pages(self, copies: Tensor) -> None:
+        """Copy whole pages, int64 [2, copies]; every source is read before any destination is written."""
         if copies.shape[1] == 0:
             return
         sources, destinations = copies

@@ -14,10 +14,7 @@ from rlalign.modeling import Policy
 
 @torch.no_grad()
 def sample(policy: Policy, hidden: Tensor, inputs: SamplingInputs) -> list[Draw]:
-    """One draw per row of hidden [N, H], its log-prob from the same call.
-
-    Raises FloatingPointError naming request and position where a log-prob is not finite.
-    """
+    """One draw per row of hidden [N, H], its log-prob from the same call. Raises what ``draws_of`` raises."""
     output = policy.sample(
         hidden,
         inputs.rows,
@@ -26,6 +23,14 @@ def sample(policy: Policy, hidden: Tensor, inputs: SamplingInputs) -> list[Draw]
         banned=inputs.banned,
         raw_logprobs=inputs.raw_logprobs,
     )
+    return draws_of(output, inputs)
+
+
+def draws_of(output: SampleOutput, inputs: SamplingInputs) -> list[Draw]:
+    """What was drawn, on the host.
+
+    Raises FloatingPointError naming request and position where a log-prob is not finite.
+    """
     tokens, logprobs, raw_logprobs = _to_host(output)
     _refuse_nonfinite(logprobs, inputs)
     # float32 → Python float → float32 is exact, so the 32 bits survive in lists.

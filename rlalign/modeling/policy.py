@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext
+from rlalign.modeling.inner_attention import Invariant
 from rlalign.modeling.layers import AlignedLinear, AlignedRMSNorm
 
 
@@ -65,6 +66,16 @@ class Policy:
     def max_positions(self) -> int:
         """Longest sequence that the model's config allows."""
         return self.model.config.max_position_embeddings
+
+    def why_not_captured(self) -> str | None:
+        """Why ``hidden`` over pages and ``sample`` can't be captured in a CUDA graph; None if they can."""
+        if self.device.type != "cuda":
+            return f"there are no CUDA graphs on device {self.device}"
+        if self.backend != "triton":
+            return f"the operators of backend {self.backend!r} read batches on the host, which a CUDA graph can't"
+        others = {type(a).__name__ for m in self.model.modules() if (a := getattr(m, "rlalign_attention", None))}
+        others.discard(Invariant.__name__)
+        return f"attention {sorted(others)[0]} can't be captured in a CUDA graph" if others else None
 
     def hidden(self, token_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
         """Last hidden states. token_ids, position_ids: int64 [T] → [T, H] in the model's dtype."""

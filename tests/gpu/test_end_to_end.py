@@ -7,16 +7,14 @@ chunked prefill and preemption; a single wrong bit is noticed and found.
 from __future__ import annotations
 
 import gc
-import math
-import random
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
-from support.engines import MIXED_SAMPLING, flat, outcome
+from support.engines import flat, outcome
 from support.models import FAMILIES, tiny_model
-from transformers import AutoModelForCausalLM, Qwen3Config
+from support_qwen import DEVICE, random_qwen, workload
 
 from rlalign.actors.faults import flip_weight_bit, kv_page_fault, position_fault
 from rlalign.actors.weight_sync import bundle_weights, unbundle_weights
@@ -30,48 +28,13 @@ from rlalign.trainer.step import score
 from rlalign.verifier.compare import Comparison, compare, pairs_from_samples
 from rlalign.verifier.report import build_report
 
-DEVICE = torch.device("cuda")
-SIZES = {
-    "0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
-    "1.7B": {"hidden_size": 2048, "intermediate_size": 6144},
-}
 LONGEST = 4096
 # pages for a third of the requests, so that prompts come in chunks and late ones are preempted
 TIGHT = EngineConfig(page_size=128, num_pages=300, max_batch_tokens=4096, prefill_chunk=512)
 OTHER = EngineConfig(
-    page_size=16, num_pages=2500, max_batch_tokens=1500, max_num_seqs=48, prefill_chunk=333, prefix_cache=False
-)
-
-
-def random_qwen(size: str, num_layers: int, seed: int = 0) -> Policy:
-    """Qwen3 of that size, aligned on the GPU. Its final norm is enlarged, so that some tokens are far likelier."""
-    config = Qwen3Config(
-        vocab_size=151936, num_hidden_layers=num_layers, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
-        max_position_embeddings=40960, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-6, eos_token_id=None,
-        bos_token_id=None, **SIZES[size],
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    with DEVICE:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-        model.model.norm.weight.mul_(8)
-    return Policy(align(model.to(DEVICE)))
-
-
-def workload(count: int, longest: int, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts of lengths even in their logarithm, a few long responses, every way of sampling in turn."""
-    rng = random.Random(0)
-    prompts, params = [], []
-    for index in range(count):
-        num_response = rng.choices((rng.randint(1, 32), min(200, longest // 2)), (15, 1))[0]
-        num_prompt = min(int(math.exp(rng.uniform(0, math.log(longest)))), longest - num_response)
-        prompts.append([rng.randrange(vocab_size) for _ in range(num_prompt)])
-        settings = MIXED_SAMPLING[index % len(MIXED_SAMPLING)]
-        params.append(SamplingParams(**settings, max_tokens=num_response, seed=rng.randrange(2**64)))
-    return prompts, params
+    page_size=16, num_pages=2500, max_batch_tokens=1500, max_num_seqs=48, prefill_chunk=333, prefix_cache=False,
+    cuda_graphs=False,
+)  # fmt: skip
 
 
 def as_samples(completions: Sequence[Completion], params: Sequence[SamplingParams]) -> list[Sample]:
@@ -113,6 +76,7 @@ def test_engine_and_trainer_agree_under_any_schedule(policy):
     stats = engine.stats
     assert stats["preemptions"] > 0 and stats["mixed_steps"] > 0 and stats["max_batch_size"] > 32
     assert max(len(c.prompt_ids) + len(c.token_ids) for c in completions) > LONGEST * 0.9
+    assert stats["graph_steps"] > 0
     del engine
     samples = as_samples(completions, params)
     for micro_batch_tokens in (16384, 5000):
@@ -156,10 +120,11 @@ def test_every_family_is_exact(family, dtype):
     engine = Engine(policy, None, EngineConfig(num_pages=64, max_batch_tokens=96, prefill_chunk=40))
     assert engine.config.page_size == 128
     completions = flat(engine.generate(prompts, params))
+    assert engine.stats["graph_steps"] > 0
     samples = as_samples(completions, params)
     comparison = compared(policy, samples, micro_batch_tokens=300)
     assert comparison.equal, build_report(comparison, samples).verdict
-    other = EngineConfig(page_size=16, num_pages=40, max_num_seqs=5, prefix_cache=False)
+    other = EngineConfig(page_size=16, num_pages=40, max_num_seqs=5, prefix_cache=False, cuda_graphs=False)
     assert outcome(flat(Engine(policy, None, other).generate(prompts, params))) == outcome(completions)
 
 
@@ -197,14 +162,15 @@ def test_training_agrees_and_is_deterministic():
         assert comparison.equal
 
 
-def test_a_decode_step_waits_for_the_gpu_once(monkeypatch):
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_a_decode_step_waits_for_the_gpu_once(monkeypatch, cuda_graphs):
     policy = random_qwen("0.6B", 2)
-    engine = Engine(policy, None, EngineConfig())
+    engine = Engine(policy, None, EngineConfig(cuda_graphs=cuda_graphs))
     for index in range(5):
         engine.add(str(index), [1, 2, 3 + index], SamplingParams(max_tokens=32, seed=index))
     for _ in range(4):
         engine.step()
-    waits = []
+    waits, replayed = [], engine.stats["graph_steps"]
     real = sampler._to_host
 
     def to_host(output):
@@ -222,3 +188,4 @@ def test_a_decode_step_waits_for_the_gpu_once(monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 3
+    assert engine.stats["graph_steps"] - replayed == (3 if cuda_graphs else 0)
