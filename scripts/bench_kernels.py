@@ -1,6 +1,6 @@
 """GPU kernels against the libraries' own: milliseconds, TFLOP/s or TB/s, as a table, a plot and JSON.
 
-python scripts/bench_kernels.py attention [--rounds 7] [--output FILE]
+python scripts/bench_kernels.py attention linear logprob norm [--rounds 7] [--only TEXT] [--output FOLDER]
 """
 
 import sys

@@ -38,7 +38,8 @@ class Case:
     """One problem and who solves it. flops or num_bytes: the work that it takes at least; the other is 0.
 
     calls: by implementation. baseline: one of them; if it can't run here, the first that can. graphed: replayed from a
-    CUDA graph, where the host's time would hide the kernel's.
+    CUDA graph, where the host's time would hide the kernel's. table: which of a page's tables it belongs to. memory:
+    measure what a call takes beside its inputs. computes: by implementation, where they don't all do the same.
     """
 
     name: str
@@ -47,6 +48,9 @@ class Case:
     flops: float = 0.0
     num_bytes: float = 0.0
     graphed: bool = False
+    table: str = ""
+    memory: bool = False
+    computes: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -88,6 +92,16 @@ def measure_host(calls: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def measure_memory(call: Callable[[], object]) -> float:
+    """MiB that one call takes at most beside what is there already, its results included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def _graph(call: Callable[[], object]) -> Callable[[], None]:
     call()
     torch.cuda.synchronize()
@@ -97,8 +111,10 @@ def _graph(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def make_records(case: Case, times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One record per implementation that ran."""
+def make_records(
+    case: Case, times: dict[str, list[float]], extra_mib: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """One record per implementation that ran. extra_mib: by implementation, where memory was measured."""
     if not times:
         return []
     baseline = case.baseline if case.baseline in times else next(iter(times))
@@ -111,7 +127,10 @@ def make_records(case: Case, times: dict[str, list[float]]) -> list[dict[str, An
             record["tflops"] = case.flops / ms / 1e9
         if case.num_bytes:
             record["tbps"] = case.num_bytes / ms / 1e9
-        records.append(record | {"ratio": ms / base})
+        if name in (extra_mib or {}):
+            record["extra_mib"] = extra_mib[name]
+        said = {"table": case.table, "computes": case.computes.get(name)}
+        records.append(record | {key: text for key, text in said.items() if text} | {"ratio": ms / base})
     return records
 
 
@@ -119,7 +138,7 @@ def make_table(title: str, records: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=title)
     table.add_column("case")
     table.add_column("implementation")
-    for column in ("ms (median)", "TFLOP/s or TB/s", "time / baseline"):
+    for column in ("ms (median)", "TFLOP/s or TB/s", "extra MiB", "time / baseline"):
         table.add_column(column, justify="right")
     previous = None
     for record in records:
@@ -127,7 +146,8 @@ def make_table(title: str, records: Sequence[dict[str, Any]]) -> Table:
             table.add_section()
         previous = record["case"]
         rate = f"{record['tflops']:.0f} TFLOP/s" if "tflops" in record else f"{record.get('tbps', 0):.2f} TB/s"
-        table.add_row(record["case"], record["impl"], f"{record['ms']:.4f}", rate, f"{record['ratio']:.2f}")
+        extra = f"{record['extra_mib']:,.0f}" if "extra_mib" in record else ""
+        table.add_row(record["case"], record["impl"], f"{record['ms']:.4f}", rate, extra, f"{record['ratio']:.3f}")
     return table
 
 
@@ -155,6 +175,15 @@ def save_plot(records: Sequence[dict[str, Any]], title: str, path: Path) -> None
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def left_out(refused: dict[str, dict[str, str]]) -> list[str]:
+    """What could not run, in words: one line per implementation and reason."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for case, reasons in refused.items():
+        for impl, reason in reasons.items():
+            cases.setdefault((impl, reason), []).append(case)
+    return [f"left out: {impl} in {', '.join(names)}: {reason}" for (impl, reason), names in cases.items()]
 
 
 def gpu_meta(commit: str | None) -> dict[str, Any]:
@@ -187,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("bench_kernels.py measures GPU kernels, and torch finds no GPU here")
     if args.rounds < 1:
         raise ValueError(f"--rounds={args.rounds}: at least 1")
-    if args.output and len(args.kernels) > 1:
+    if args.output and args.output.suffix == ".json" and len(args.kernels) > 1:
         raise ValueError(f"--output={args.output} names one file, and {len(args.kernels)} kernels are measured")
     for kernel in args.kernels:
         run_one(kernel, args)
@@ -200,7 +229,9 @@ def run_one(kernel: str, args: argparse.Namespace) -> None:
     refused: dict[str, dict[str, str]] = {}
     for make_case in cases.make_cases(args.only):
         case = make_case()
-        records += make_records(case, measure(case, args.rounds))
+        times = measure(case, args.rounds)
+        extra = {name: measure_memory(case.calls[name]) for name in times} if case.memory else None
+        records += make_records(case, times, extra)
         if case.refused:
             refused[case.name] = case.refused
         del case
@@ -211,11 +242,13 @@ def run_one(kernel: str, args: argparse.Namespace) -> None:
     if not records and not host:
         raise ValueError(f"--only={args.only!r} is in no case's name")
     meta = gpu_meta(args.commit) | {"rounds": args.rounds, "refused": refused, "host_us": host}
+    meta["versions"] = versions(getattr(cases, "PACKAGES", ()))
     console.print(make_table(f"{kernel} on {meta['gpu']}", records))
     for name, calls in host.items():
         console.print(f"{name}: " + ", ".join(f"{impl} {us:.1f} us" for impl, us in calls.items()))
-    machine = re.sub(r"[^a-z0-9]+", "-", str(meta["gpu"]).lower()).strip("-")
-    path = args.output or _ROOT / "benchmarks/results" / machine / f"{kernel}.json"
+    for line in left_out(refused):
+        console.print(line, soft_wrap=True)
+    path = output_path(args.output, kernel, str(meta["gpu"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"meta": meta, "records": records}, indent=2) + "\n")
     if records:
@@ -223,12 +256,20 @@ def run_one(kernel: str, args: argparse.Namespace) -> None:
     console.print(f"written to {path}", soft_wrap=True)
 
 
+def output_path(asked: Path | None, kernel: str, gpu: str) -> Path:
+    """``asked`` if it is a JSON file, else <kernel>.json in that folder or in the GPU's own."""
+    if asked is not None and asked.suffix == ".json":
+        return asked
+    folder = asked or _ROOT / "benchmarks/results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return folder / f"{kernel}.json"
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_kernels.py", description="Invariant GPU kernels against libraries.")
     parser.add_argument("kernels", nargs="+", choices=_KERNELS, metavar="kernel", help=", ".join(_KERNELS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="cases whose name contains this text")
-    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/<gpu>/<kernel>.json)")
+    parser.add_argument("--output", type=Path, help="JSON file, or a folder (default: benchmarks/results/<gpu>)")
     parser.add_argument("--commit", help="commit of this tree, where git can't tell it")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     return parser

@@ -15,7 +15,7 @@ from rlalign_kernels import linear
 
 from rlalign.cli.bench_kernels import Case
 
-_DTYPE = torch.bfloat16
+_DEVICE, _DTYPE = "cuda", torch.bfloat16
 _SHAPES = ((6144, 2048), (2048, 6144), (12288, 4096), (4096, 4096))
 _ROWS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 16384)
 _LEAVES_ROWS = (64, 512, 4096)
@@ -36,8 +36,8 @@ def make_cases(only: str) -> Iterator[Callable[[], Case]]:
 
 
 def _operands(num_rows: int, width: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(num_rows, depth, device="cuda").to(_DTYPE)
-    return x, (torch.randn(width, depth, device="cuda") / depth**0.5).to(_DTYPE)
+    x = torch.randn(num_rows, depth, device=_DEVICE).to(_DTYPE)
+    return x, (torch.randn(width, depth, device=_DEVICE) / depth**0.5).to(_DTYPE)
 
 
 def _forward(name: str, num_rows: int, width: int, depth: int) -> Case:
@@ -46,7 +46,7 @@ def _forward(name: str, num_rows: int, width: int, depth: int) -> Case:
         "cublas": lambda: F.linear(x, weight),
         "rlalign": lambda: linear(x, weight, backend="triton"),
     }
-    return _case(name, "cublas", calls, num_rows, width, depth)
+    return _case(name, "forward", "cublas", calls, num_rows, width, depth)
 
 
 def _leaves(name: str, num_rows: int, width: int, depth: int) -> Case:
@@ -55,15 +55,15 @@ def _leaves(name: str, num_rows: int, width: int, depth: int) -> Case:
         f"rlalign, leaves {leaves}": partial(linear, x, weight, leaves=leaves, backend="triton")
         for leaves in (1, 2, 4, 8)
     }
-    return _case(name, "rlalign, leaves 1", calls, num_rows, width, depth)
+    return _case(name, "leaves", "rlalign, leaves 1", calls, num_rows, width, depth)
 
 
 def _case(
-    name: str, baseline: str, calls: dict[str, Callable[[], object]], num_rows: int, width: int, depth: int
+    name: str, table: str, baseline: str, calls: dict[str, Callable[[], object]], num_rows: int, width: int, depth: int
 ) -> Case:
     """Few rows are a matter of bytes, many of operations."""
     graphed = num_rows <= _GRAPHED_ROWS
     if num_rows <= 64:
         num_bytes = (num_rows * depth + width * depth + num_rows * width) * _DTYPE.itemsize
-        return Case(name, baseline, calls, num_bytes=float(num_bytes), graphed=graphed)
-    return Case(name, baseline, calls, flops=2.0 * num_rows * width * depth, graphed=graphed)
+        return Case(name, baseline, calls, num_bytes=float(num_bytes), graphed=graphed, table=table)
+    return Case(name, baseline, calls, flops=2.0 * num_rows * width * depth, graphed=graphed, table=table)

@@ -16,7 +16,7 @@ from rlalign_kernels import apply_rotary, geglu, gelu, layer_norm, rms_norm, sil
 from rlalign.cli.bench_kernels import Case
 
 _ROWS = 16384
-_DTYPE = torch.bfloat16
+_DEVICE, _DTYPE = "cuda", torch.bfloat16
 _DIM = 128
 _EPS = 1e-6
 Calls = dict[str, Callable[[], object]]
@@ -29,7 +29,7 @@ def make_cases(only: str) -> Iterator[Callable[[], Case]]:
         makers[f"rms_norm {size}"] = partial(_norm, size)
         makers[f"rms_norm + residual {size}"] = partial(_norm_of_sum, size)
     makers["rms_norm of 16 heads of 128, within a fused projection"] = _head_norm
-    makers["rms_norm backward 4096"] = partial(_norm_backward, 4096)
+    makers |= {f"rms_norm backward {size}": partial(_norm_backward, size) for size in (1024, 2048, 4096, 8192)}
     makers["layer_norm 4096"] = partial(_layer_norm, 4096)
     makers |= {f"rotary {heads} heads of 128": partial(_rotary, heads) for heads in (8, 16, 32)}
     makers |= {f"{name} 6144": partial(_activation, name) for name in _ACTIVATIONS}
@@ -58,12 +58,12 @@ def make_host_cases(only: str) -> Iterator[tuple[str, Calls]]:
 
 
 def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").to(_DTYPE)
+    return torch.randn(*shape, device=_DEVICE).to(_DTYPE)
 
 
 def _case(name: str, num_elements: int, calls: Calls) -> Case:
     """num_elements: read and written, at least."""
-    source = torch.empty(num_elements // 2, dtype=_DTYPE, device="cuda").normal_()
+    source = torch.empty(num_elements // 2, dtype=_DTYPE, device=_DEVICE).normal_()
     target = torch.empty_like(source)
     calls = {"device copy": partial(target.copy_, source), **calls}
     return Case(name, "device copy", calls, num_bytes=float(num_elements * _DTYPE.itemsize))
@@ -106,23 +106,25 @@ def _layer_norm(size: int, name: str) -> Case:
     return _case(name, 2 * x.numel(), calls)
 
 
-def _backward(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], object]:
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+def _backward(
+    forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor], grad: torch.Tensor
+) -> Callable[[], object]:
+    kept: list[torch.Tensor] = []
 
     def call() -> object:
         if not kept:
-            out = forward()
-            kept.append((out, torch.randn_like(out)))
-        return torch.autograd.grad(kept[0][0], inputs, kept[0][1], retain_graph=True)
+            kept.append(forward())
+        return torch.autograd.grad(kept[0], inputs, grad, retain_graph=True)
 
     return call
 
 
 def _norm_backward(size: int, name: str) -> Case:
     x, weight = _random(_ROWS, size).requires_grad_(), _random(size).requires_grad_()
+    grad = _random(_ROWS, size)
     calls = {
-        "torch": _backward(partial(F.rms_norm, x, (size,), weight, _EPS), [x, weight]),
-        "rlalign": _backward(partial(_ours, x, weight), [x, weight]),
+        "torch": _backward(partial(F.rms_norm, x, (size,), weight, _EPS), [x, weight], grad),
+        "rlalign": _backward(partial(_ours, x, weight), [x, weight], grad),
     }
     return _case(name, 3 * x.numel(), calls)
 
@@ -165,9 +167,9 @@ def _gated(which: str, name: str) -> Case:
 
 
 def _gated_backward(name: str) -> Case:
-    inputs = [_random(_ROWS, 6144).requires_grad_() for _ in range(2)]
+    inputs, grad = [_random(_ROWS, 6144).requires_grad_() for _ in range(2)], _random(_ROWS, 6144)
     calls = {
-        "torch": _backward(lambda: F.silu(inputs[0]) * inputs[1], inputs),
-        "rlalign": _backward(partial(swiglu, *inputs, backend="triton"), inputs),
+        "torch": _backward(lambda: F.silu(inputs[0]) * inputs[1], inputs, grad),
+        "rlalign": _backward(partial(swiglu, *inputs, backend="triton"), inputs, grad),
     }
     return _case(name, 5 * inputs[0].numel(), calls)

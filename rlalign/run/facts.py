@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGES = ("rlalign", "torch", "transformers", "tokenizers", "triton", "ray", "numpy", "wandb")
 
 
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that matter; a missing one is left out."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Python's version and those of the packages that matter, ``more`` ones included; a missing one is left out."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
