@@ -1,4 +1,4 @@
-"""Tables of README.md from the JSON under benchmarks/results.
+"""Tables of README.md and docs/ from the JSON under benchmarks/results.
 
 python scripts/readme_tables.py [--check]
 """

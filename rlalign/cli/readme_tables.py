@@ -1,6 +1,7 @@
-"""``scripts/readme_tables.py``: write the tables of README.md from the JSON that the benchmarks wrote.
+"""``scripts/readme_tables.py``: write the tables of README.md and docs/ from the JSON that the benchmarks wrote.
 
 A table stands between ``<!-- table KIND FILE -->`` and ``<!-- /table -->``; FILE is relative to the repository's root.
+``FILE:NAME``: only the records whose "table" is NAME, where a file has several.
 """
 
 from __future__ import annotations
@@ -15,17 +16,28 @@ from typing import Any
 from rlalign.cli.errors import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
-_MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table (\w+) ([^\s:]+)(?::(\w+))? -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """Where tables may stand."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def rendered(text: str, root: Path = ROOT) -> str:
-    """``text`` with every marked table made anew. Raises ValueError for a kind of table that is not known."""
+    """``text`` with every marked table made anew. Raises ValueError for a kind or name of a table that is not known."""
 
     def table(match: re.Match[str]) -> str:
-        start, kind, file, end = match.groups()
+        start, kind, file, name, end = match.groups()
         if kind not in _TABLES:
             raise ValueError(f"README: table of unknown kind {kind!r}; known are {', '.join(_TABLES)}")
-        return start + _TABLES[kind](json.loads((root / file).read_text(encoding="utf-8"))) + end
+        data = json.loads((root / file).read_text(encoding="utf-8"))
+        if name is not None:
+            known = dict.fromkeys(record.get("table") for record in data["records"])
+            if name not in known:
+                raise ValueError(f"README: {file} has no table {name!r}; its tables are {', '.join(map(str, known))}")
+            data["records"] = [record for record in data["records"] if record.get("table") == name]
+        return start + _TABLES[kind](data) + end
 
     return _MARKED.sub(table, text)
 
@@ -64,6 +76,15 @@ def _speed(data: dict[str, Any]) -> str:
 
 def _kernels(data: dict[str, Any]) -> str:
     """Every implementation's rate, case by case, and ours over the baseline's time."""
+    return _side_by_side(data, _rate)
+
+
+def _times(data: dict[str, Any]) -> str:
+    """The same with milliseconds, and what a call takes beside its inputs where that was measured."""
+    return _side_by_side(data, _time)
+
+
+def _side_by_side(data: dict[str, Any], cell: Callable[[dict[str, Any] | None], str]) -> str:
     records = data["records"]
     impls = [impl for impl in dict.fromkeys(record["impl"] for record in records) if impl != "rlalign"]
     rows = [f"| case | {' | '.join(impls)} | rlalign | time, ratio |", "|---" * (len(impls) + 3) + "|"]
@@ -71,13 +92,34 @@ def _kernels(data: dict[str, Any]) -> str:
         mine = {record["impl"]: record for record in records if record["case"] == case}
         ours = mine["rlalign"]
         against = "" if ours["baseline"] == impls[0] else f" ({ours['baseline']})"
-        rates = [*(_rate(mine.get(impl)) for impl in impls), _rate(ours)]
-        rows.append("| " + " | ".join([case, *rates, f"{ours['ratio']:.2f}{against}"]) + " |")
-    meta = data["meta"]
+        cells = [*(cell(mine.get(impl)) for impl in impls), cell(ours)]
+        rows.append("| " + " | ".join([case, *cells, f"{ours['ratio']:.2f}{against}"]) + " |")
     text = "\n".join(rows) + f"\n\nRatio: our time over {impls[0]}'s, or over that of the library named beside it."
-    for case, times in meta.get("host_us", {}).items():
+    for case, times in data["meta"].get("host_us", {}).items():
         text += f" {case[0].upper()}{case[1:]}: " + ", ".join(f"{impl} {us:.0f} µs" for impl, us in times.items()) + "."
-    return text + (
+    return text + _measured_on(data["meta"])
+
+
+def _grid(data: dict[str, Any]) -> str:
+    """Time over the baseline's, a row per problem and implementation, a column per number of rows: what a case's name
+    has behind its last comma."""
+    places = {record["case"]: tuple(record["case"].rsplit(", ", 1)) for record in data["records"]}
+    columns = list(dict.fromkeys(column for _, column in places.values()))
+    ratios: dict[tuple[str, str], dict[str, float]] = {}
+    for record in data["records"]:
+        if record["impl"] != record["baseline"]:
+            problem, column = places[record["case"]]
+            ratios.setdefault((problem, record["impl"]), {})[column] = record["ratio"]
+    rows = [f"| case | implementation | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for (problem, impl), found in ratios.items():
+        cells = (f"{found[column]:.2f}" if column in found else "–" for column in columns)
+        rows.append(f"| {problem} | {impl} | {' | '.join(cells)} |")
+    baselines = ", ".join(dict.fromkeys(record["baseline"] for record in data["records"]))
+    return "\n".join(rows) + f"\n\nTime over that of {baselines}." + _measured_on(data["meta"])
+
+
+def _measured_on(meta: dict[str, Any]) -> str:
+    return (
         f"\n\n{meta['gpu']}, driver {meta['driver']}, torch {meta['torch']}, triton {meta['triton']}, "
         f"{meta['date'][:10]}, commit {meta['commit'][:9]}.\n"
     )
@@ -89,26 +131,36 @@ def _rate(record: dict[str, Any] | None) -> str:
     return f"{record['tflops']:.0f} TFLOP/s" if "tflops" in record else f"{record['tbps']:.2f} TB/s"
 
 
+def _time(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "–"
+    return f"{record['ms']:.2f} ms" + (f", {record['extra_mib']:,.0f} MiB" if "extra_mib" in record else "")
+
+
 def _source(meta: dict[str, Any]) -> str:
     threads = f"{meta['threads']} thread" + "s" * (meta["threads"] != 1)
     return f"\n{meta['machine']}, {threads}, torch {meta['torch']}, {meta['date'][:10]}, commit {meta['commit'][:9]}.\n"
 
 
-_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"exactness": _exactness, "speed": _speed, "kernels": _kernels}
+_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "exactness": _exactness, "speed": _speed, "kernels": _kernels, "times": _times, "grid": _grid
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: with ``--check`` 1 if README.md is not what the JSON says."""
-    parser = argparse.ArgumentParser(prog="readme_tables.py", description="Tables of README.md from benchmark JSON.")
+    """Returns the exit code: with ``--check`` 1 if a page is not what the JSON says."""
+    parser = argparse.ArgumentParser(prog="readme_tables.py", description="Tables of README and docs from JSON.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
     args = parser.parse_args(argv)
 
     def run() -> int:
-        readme = ROOT / "README.md"
-        before = readme.read_text(encoding="utf-8")
-        after = rendered(before)
-        if not args.check:
-            readme.write_text(after, encoding="utf-8")
-        return int(args.check and before != after)
+        stale = 0
+        for page in pages():
+            before = page.read_text(encoding="utf-8")
+            after = rendered(before)
+            if not args.check and after != before:
+                page.write_text(after, encoding="utf-8")
+            stale |= before != after
+        return int(args.check and stale)
 
     return run_main(run)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlalign.cli.readme_tables import ROOT, rendered
+from rlalign.cli.readme_tables import ROOT, pages, rendered
 
 META = {
     "machine": "a machine",
@@ -18,10 +18,11 @@ META = {
 }
 
 
-def test_readme_is_what_the_results_say() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- table ") >= 2
-    assert rendered(text) == text, "run: python scripts/readme_tables.py"
+def test_pages_are_what_the_results_say() -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("<!-- table ") >= 2
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        assert rendered(text) == text, f"{page}: run python scripts/readme_tables.py"
 
 
 def test_a_table_follows_its_file(tmp_path: Path) -> None:
@@ -56,3 +57,26 @@ def test_kernels_stand_beside_whatever_ran(tmp_path: Path) -> None:
     assert "| ragged | – | 2.00 TB/s | 2.50 TB/s | 0.80 (flash) |" in made
     assert "Host time, decode: torch sdpa 20 µs, rlalign 31 µs." in made
     assert "a GPU, driver 580" in made
+
+
+def test_one_file_can_have_several_tables(tmp_path: Path) -> None:
+    meta = META | {"gpu": "a GPU", "driver": "580", "triton": "3.6.0"}
+    records = [
+        {"case": "N 8, K 4, M 1", "impl": "cublas", "baseline": "cublas", "ratio": 1.0, "table": "forward"},
+        {"case": "N 8, K 4, M 1", "impl": "rlalign", "baseline": "cublas", "ratio": 0.934, "table": "forward"},
+        {"case": "N 8, K 4, M 64", "impl": "rlalign", "baseline": "cublas", "ratio": 1.06, "table": "forward"},
+        {"case": "N 9, K 4, M 64", "impl": "rlalign", "baseline": "cublas", "ratio": 1.2, "table": "forward"},
+        {"case": "loss", "impl": "torch", "baseline": "torch", "ratio": 1.0, "ms": 15.2, "table": "score"},
+        {"case": "loss", "impl": "rlalign", "baseline": "torch", "ratio": 0.5, "ms": 7.6, "table": "score",
+         "extra_mib": 1234.5},
+    ]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps({"meta": meta, "records": records}))
+    grid = rendered("<!-- table grid a.json:forward -->\n<!-- /table -->\n", tmp_path)
+    assert "| case | implementation | M 1 | M 64 |" in grid
+    assert "| N 8, K 4 | rlalign | 0.93 | 1.06 |" in grid
+    assert "| N 9, K 4 | rlalign | – | 1.20 |" in grid
+    assert "Time over that of cublas." in grid and "loss" not in grid
+    times = rendered("<!-- table times a.json:score -->\n<!-- /table -->\n", tmp_path)
+    assert "| loss | 15.20 ms | 7.60 ms, 1,234 MiB | 0.50 |" in times and "N 8" not in times
+    with pytest.raises(ValueError, match="has no table 'backward'; its tables are forward, score"):
+        rendered("<!-- table grid a.json:backward -->\n<!-- /table -->\n", tmp_path)
