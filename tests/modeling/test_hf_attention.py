@@ -4,78 +4,24 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
 
 import pytest
 import torch
-from support.models import tiny_model
+from support.hf_attention import CLOSE, LENGTH, attention, masked, padding, pair, qkv, tokens
 from transformers import (
-    AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
     GptOssConfig,
-    Llama4TextConfig,
-    PreTrainedModel,
     Qwen2MoeConfig,
     StaticCache,
 )
-from transformers.masking_utils import create_causal_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import sliding_window_causal_mask_function
 
-from rlalign.modeling import align, register_attention
+from rlalign.modeling import register_attention
 
-CLOSE = {"rtol": 0, "atol": 3e-5}
-LENGTH = 20
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    register_attention()
-    yield
-    register_attention()
-
-
-def pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The same model on eager attention and on ours."""
-    eager = tiny_model(family)
-    ours = copy.deepcopy(eager)
-    ours.set_attn_implementation("rlalign")
-    return eager, ours
-
-
-def tokens(rows: int = 3, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
-    return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def padding(side: str, ids: torch.Tensor) -> torch.Tensor | None:
-    mask = torch.ones_like(ids)
-    if side == "left":
-        mask[0, :7] = 0
-        mask[2, :1] = 0
-    if side == "right":
-        mask[0, -7:] = 0
-        mask[2, -1:] = 0
-    return None if side == "none" else mask
-
-
-def attention(backend: str | None = None, module: Any = None, **inputs: Any) -> torch.Tensor:
-    """Our function as transformers calls it: q [B, Hq, T, D] … → [B, T, Hq, D]."""
-    register_attention(backend)
-    module = module or torch.nn.Identity()
-    mask = inputs.pop("attention_mask", None)
-    out, weights = AttentionInterface()["rlalign"](
-        module, inputs.pop("query"), inputs.pop("key"), inputs.pop("value"), mask, **inputs
-    )
-    assert weights is None
-    return out
-
-
-def qkv(rows: int, queries: int, keys: int | None = None, seed: int = 1) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    keys = queries if keys is None else keys
-    shapes = {"query": (rows, 4, queries, 16), "key": (rows, 2, keys, 16), "value": (rows, 2, keys, 16)}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @torch.no_grad()
@@ -114,21 +60,6 @@ def test_position_ids_tell_sequences_apart(family: str, use_cache: bool, masked:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_position_ids_that_disagree_with_a_padded_row_are_refused(side: str) -> None:
-    _, ours = pair("llama")
-    ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
-    mask[1, :3] = 0
-    mask = mask if side == "left" else mask.flip(1)
-    fits = (mask.cumsum(1) - 1).clamp_min(0)
-    ours(ids, attention_mask=mask, position_ids=fits)
-    restarts = fits.clone()
-    restarts[1, 4:] = torch.arange(4)
-    with pytest.raises(ValueError, match="do not ascend by one"):
-        ours(ids, attention_mask=mask, position_ids=restarts)
-
-
-@torch.no_grad()
 def test_cumulative_lengths_tell_sequences_apart(family: str) -> None:
     eager, ours = pair(family)
     ids, lengths = tokens(1), [5, 9, 6]
@@ -163,13 +94,6 @@ def test_checkpointing_keeps_the_gradients() -> None:
         model(ids, attention_mask=padding("left", ids), use_cache=False).logits.sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def masked(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
-    """What transformers hands to our attention for this mask."""
-    return create_causal_mask(
-        config=model.config, inputs_embeds=torch.empty(*mask.shape, 0), attention_mask=mask, past_key_values=None
-    )
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -299,76 +223,6 @@ def test_registering_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         attention("triton", **qkv(1, 3))
 
 
-def test_backends_are_named_and_never_substituted() -> None:
-    with pytest.raises(ValueError, match="backend='fast'"):
-        register_attention("fast")
-    native, reference = (attention(backend, **qkv(1, 70)) for backend in ("native", "reference"))
-    torch.testing.assert_close(native, reference, **CLOSE)
-    assert not torch.equal(native, reference)
-    with pytest.raises(ValueError, match="device=meta"):
-        attention(**{name: x.to("meta") for name, x in qkv(1, 3).items()})
-    with pytest.raises(NotImplementedError, match="sinks"):
-        attention("reference", **qkv(1, 3), s_aux=torch.zeros(4))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"dropout": 0.1}, "dropout=0.1"),
-        ({"output_attentions": True}, "output_attentions"),
-        ({"position_bias": torch.zeros(1)}, "position_bias"),
-        ({"cache": object()}, "cache"),
-        ({"first_layer": 0}, "first_layer"),
-        ({"alibi_slope": 0.0}, "alibi_slope"),
-        ({"attention_context": object()}, r"align\(\)"),
-        ({"cu_seq_lens_q": torch.tensor([0, 6])}, "belong together"),
-        ({"attention_mask": torch.ones(1, 1, 6, 6)}, "two dimensions"),
-        ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])}, "row 0 has a hole"),
-        ({"is_causal": False, "sliding_window": 3}, "causal windows"),
-        ({"softcap": -1.0}, "softcap=-1.0"),
-    ],
-)
-def test_what_is_refused(given: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, NotImplementedError), match=message):
-        attention(**qkv(1, 6), **given)
-
-
-def test_packed_rows_are_refused_beside_padding_or_other_rows() -> None:
-    cu = {"cu_seq_lens_q": torch.tensor([0, 6]), "cu_seq_lens_k": torch.tensor([0, 6])}
-    with pytest.raises(ValueError, match="batch of 2"):
-        attention(**qkv(2, 3), **cu)
-    with pytest.raises(ValueError, match="both say"):
-        attention(**qkv(1, 6), **cu, attention_mask=torch.ones(1, 6))
-
-
-def test_a_hole_is_refused_by_its_row() -> None:
-    _, model = pair("llama")
-    ids = tokens()
-    mask = torch.ones_like(ids)
-    mask[1, 4] = 0
-    with pytest.raises(ValueError, match="row 1 has a hole"):
-        model(ids, attention_mask=mask)
-    mask = padding("right", ids)
-    cache = model(ids, attention_mask=mask).past_key_values
-    with pytest.raises(ValueError, match="row 0 has a hole"):  # a token behind the padding
-        model(ids[:, :1], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
-
-
-def test_masks_that_are_not_plain_attention_are_refused() -> None:
-    config = Llama4TextConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, attention_chunk_size=8, num_local_experts=2,
-        num_experts_per_tok=1, pad_token_id=None,
-    )  # fmt: skip
-    chunked = AutoModelForCausalLM.from_config(config, attn_implementation="rlalign")
-    with pytest.raises(NotImplementedError, match="chunked_overlay"):
-        chunked(tokens())
-    _, model = pair("llama")
-    arguments = {"config": model.config, "inputs_embeds": torch.empty(1, 5, 0), "attention_mask": None}
-    with pytest.raises(NotImplementedError, match="of the model's own"):
-        create_causal_mask(**arguments, past_key_values=None, and_mask_function=lambda b, h, q, k: q != k)
-
-
 def test_a_copied_mask_still_says_what_it_is() -> None:
     """As happens between layers on several devices: an attribute would be lost."""
     _, model = pair("llama")
@@ -394,10 +248,3 @@ def test_a_compiled_forward_runs_it_outside_of_its_graph() -> None:
         compiled = torch.compile(model, backend="eager")
         torch.testing.assert_close(compiled(ids, attention_mask=padding("left", ids)).logits, expected, **CLOSE)
     torch._dynamo.reset()
-
-
-def test_an_aligned_model_is_not_touched() -> None:
-    model = align(pair("llama")[1], backend="reference")
-    assert model.config._attn_implementation not in AttentionMaskInterface()
-    with pytest.raises(ValueError, match="attention_context"):
-        model(tokens())
