@@ -71,6 +71,7 @@ class Engine:
         graphs = uses_graphs(self.config.cuda_graphs, policy)
         # one page more than the pool knows, for the padded rows of graphs
         self._runner = Runner(policy, self.config.num_pages + graphs, self.config.page_size)
+        policy.fuse_projections()  # before anything remembers where the weights are
         self._graphs = self._make_graphs() if graphs else None
         self._num_arrivals = 0
         self._num_open: dict[str, int] = {}  # samples of each request that step() has not returned yet

@@ -7,10 +7,14 @@ A module is aligned by changing its class to a subclass made here: parameters, n
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from rlalign_kernels import gelu, linear, rms_norm, rotary_cos_sin, silu
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from rlalign.modeling.fused import FusedProjection
 
 
 class AlignedModule:
@@ -20,7 +24,14 @@ class AlignedModule:
 
 
 class AlignedLinear(AlignedModule):
+    rlalign_fused: tuple[FusedProjection, int] | None = None
+    """What computes it together with others where no gradient is wanted, and which of them it is (fused.py)."""
+
     def forward(self, input: Tensor) -> Tensor:  # nn.Linear's name: callers may pass it by keyword
+        if self.rlalign_fused is not None and not torch.is_grad_enabled():
+            fused, index = self.rlalign_fused
+            if (out := fused.part(index, self.weight, self.bias, input)) is not None:
+                return out
         return linear(input, self.weight, self.bias, backend=self.rlalign_backend)
 
 

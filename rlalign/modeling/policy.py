@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext
+from rlalign.modeling.fused import fuse_projections
 from rlalign.modeling.inner_attention import Invariant
 from rlalign.modeling.layers import AlignedLinear, AlignedRMSNorm
 
@@ -45,9 +46,9 @@ class Policy:
             raise ValueError(f"{type(model).__name__} has no output embedding: a causal LM is needed")
         self.head: nn.Linear = head
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        layers = self._see_layers()
-        self.kv_layout: list[KVShape] = layers.kv_layout()
-        self._probe_operators(layers)
+        self._layers = self._see_layers()
+        self.kv_layout: list[KVShape] = self._layers.kv_layout()
+        self._probe_operators()
         self._check_head()
 
     @property
@@ -171,20 +172,30 @@ class Policy:
         self.hidden(*self._probe_rows(), recorder)
         return recorder
 
-    def _probe_operators(self, layers: _KVRecorder) -> None:
+    def fuse_projections(self) -> None:
+        """Compute q, k and v, and gate and up, as one product where no gradient is wanted, with the bits they had.
+
+        On the triton backend only: others promise a column's bits for a weight of that shape.
+        """
+        if self.backend == "triton" and fuse_projections(self.model, self.backend):
+            self._probe_operators()
+
+    def _probe_operators(self) -> None:
         """Every operator is measured on this model's shapes before the first token, where its bits rest on observation.
 
         On a CPU the reference backend's schedules follow from it; on a GPU the triton backend's are only checked.
         """
         if (self.backend, self.device.type) not in (("reference", "cpu"), ("triton", "cuda")):
             return
-        modules = list(self.model.modules())
-        linears = {tuple(m.weight.shape) for m in modules if isinstance(m, AlignedLinear) and m is not self.head}
+        layers, modules = self._layers, list(self.model.modules())
+        aligned = [m for m in modules if isinstance(m, AlignedLinear) and m is not self.head]
+        linears = {tuple(m.weight.shape) for m in aligned}
         norms = {m.weight.shape[0] for m in modules if isinstance(m, AlignedRMSNorm)}
         head = tuple(self.head.weight.shape)
         if self.backend == "triton":
             attention = tuple(AttentionShape(*heads) for heads in sorted(layers.attention))
             widest = max((width for width, _ in linears), default=head[1])
+            linears |= {m.rlalign_fused[0].shape for m in aligned if m.rlalign_fused is not None}
             shapes = Shapes(tuple(sorted(linears)), head, attention, tuple(sorted(norms)) or head[1:], widest)
             sweep(shapes, backend="triton", dtype=self.dtype, device=self.device)
             return
