@@ -96,6 +96,11 @@ def begin_batch(job: Job, samples: Sequence[Sample], step: int) -> None:
         job.run.progress.say(f"fault planted: {job.actors.trainer.plant_fault(fault)}")
 
 
+def check(job: Job, samples: Sequence[Sample], step: int) -> None:
+    """All logits and every layer's output of a few sequences, both sides, every so many steps; ``verify`` judges."""
+    job.run.check(samples, lambda: job.actors.inspectors(step))
+
+
 def verify(
     job: Job, samples: Sequence[Sample], train_logprobs: Sequence[np.ndarray], advantages: Sequence[np.ndarray]
 ) -> None:

@@ -10,7 +10,7 @@ prompts -> rollout -> rewards -> forward and backward -> verify -> update -> wei
 from __future__ import annotations
 
 import hydra
-from common import after_step, begin_batch, read_config, roll_out, started, verify
+from common import after_step, begin_batch, check, read_config, roll_out, started, verify
 from omegaconf import DictConfig
 
 from rlalign.algorithms.estimate import estimate_grpo
@@ -47,6 +47,9 @@ def train(config: Config) -> None:
                     train_logprobs = result.train_logprobs
                 else:
                     train_logprobs = trainer.compute_logprobs()
+
+            with run.phase("check"):
+                check(job, samples, step)
 
             with run.phase("verify"):
                 verify(job, samples, train_logprobs, advantages)

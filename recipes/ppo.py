@@ -10,7 +10,7 @@ within a batch here, so the log-probs are recomputed and verified before its fir
 from __future__ import annotations
 
 import hydra
-from common import after_step, begin_batch, read_config, roll_out, started, verify
+from common import after_step, begin_batch, check, read_config, roll_out, started, verify
 from omegaconf import DictConfig
 
 from rlalign.algorithms.estimate import estimate_gae
@@ -41,6 +41,9 @@ def train(config: Config) -> None:
                 if algorithm.kl_coef > 0:
                     kl = {"old_logprobs": train_logprobs, "ref_logprobs": trainer.reference_logprobs()}
                 estimate = estimate_gae(samples, algorithm, old_values, **kl)
+
+            with run.phase("check"):
+                check(job, samples, step)
 
             with run.phase("verify"):
                 verify(job, samples, train_logprobs, estimate.advantages)

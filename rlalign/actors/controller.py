@@ -22,6 +22,7 @@ from rlalign.actors.cluster import (
     stop_actor,
     wait_started,
 )
+from rlalign.actors.inspection import Inspecting
 from rlalign.actors.process import device_of
 from rlalign.actors.rollout_actor import RolloutActor, RolloutRequest, check_cache
 from rlalign.actors.trainer_actor import TrainerActor
@@ -158,6 +159,15 @@ class Controller:
             groups[index::num_shards], its_stats = self._call(index, "generate", shard, pending=one, **faults[index])
             stats.append(its_stats)
         return _collect(prompts, groups, each, stats, step=step)
+
+    def inspectors(self, step: int) -> tuple[Inspecting, Inspecting]:
+        """Both sides, (rollout, trainer), for the checks of rlalign/verifier/periodic.py; engines take turns."""
+        index = derive_seed(self.config.run.seed, step) % len(self._rollouts)
+
+        def rollout(*args: Any) -> Any:
+            return self._call(index, "inspect", *args, pending=self._rollouts[index].inspect.remote(*args))
+
+        return Inspecting(rollout), Inspecting(self.trainer.inspect)
 
     def facts(self) -> dict[str, Any]:
         """What a summary should say about plan, schedules and accidents, JSON-ready."""

@@ -11,6 +11,7 @@ import numpy as np
 from rlalign_kernels import CONFORMANCE, Fingerprint
 
 from rlalign.actors.faults import flip_weight_bit, position_fault
+from rlalign.actors.inspection import Inspector, What, packed
 from rlalign.actors.process import plan_of, policy_settings, set_up
 from rlalign.actors.weight_sync import WeightBundle, bundle_weights
 from rlalign.config import Config
@@ -117,6 +118,10 @@ class TrainerActor:
             return flip_weight_bit(self.trainer.policy)
         self._shift_position = True
         return "position of one token in the next forward"
+
+    def inspect(self, what: What, *args: Any) -> Any:
+        """One of the checks of ``inspection.Inspector``, on the trainer's weights of this moment."""
+        return getattr(Inspector(self.trainer.policy, packed), what)(*args)
 
     def conformance(self) -> dict[str, Any]:
         """What this process found out about its machine, JSON-ready."""

@@ -28,6 +28,8 @@ PANELS: tuple[Panel, ...] = (
     Panel("Agreement", "share of equal tokens", ("align/bitwise_match_frac",), "min,last"),
     Panel("Agreement", "largest difference", ("align/logp_abs_diff/max", "align/ulp/max", "align/prob_abs_diff/max"),
           "max,last"),
+    Panel("Agreement", "whole vocabulary", ("align/full_vocab/*",)),
+    Panel("Agreement", "outputs of layers", ("align/bisect/*",)),
     Panel("Agreement", "same weights", ("align/weights_equal",), "min,last"),
     Panel("Agreement", "weights version", ("align/weights_version", "align/policy_age/*")),
     Panel("Where", "pictures", ("where/*",)),

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from rlalign.config import TrackingConfig
 from rlalign.dashboards.aliases import ALIASES, Framework, aliased
 from rlalign.dashboards.heat_map import draw_heat_map
 from rlalign.dashboards.panels import STEP, definitions
 from rlalign.dashboards.pictures import PictureData, draw_histogram, draw_scatter, draw_trace, table_rows, to_image
-from rlalign.dashboards.snapshot import PositionRow, position_cells, position_row
+from rlalign.dashboards.snapshot import LayerRow, PositionRow, position_cells, position_row
 
 if TYPE_CHECKING:
     import wandb
@@ -41,6 +43,10 @@ class Sink(Protocol):
         """Pictures of one step's comparison."""
         ...
 
+    def layers(self, step: int, row: LayerRow) -> None:
+        """How far every layer's output differs in one step."""
+        ...
+
     def close(self, exit_code: int = 0) -> None:
         """Finish within bounded time. Safe to call twice."""
         ...
@@ -53,6 +59,9 @@ class NullSink:
         pass
 
     def pictures(self, step: int, data: PictureData) -> None:
+        pass
+
+    def layers(self, step: int, row: LayerRow) -> None:
         pass
 
     def close(self, exit_code: int = 0) -> None:
@@ -77,6 +86,7 @@ class WandbSink:
         self._close_seconds = close_seconds
         self._aliases = config.aliases
         self._positions: dict[int, PositionRow] = {}
+        self._layers: dict[int, LayerRow] = {}
         self._run: wandb.Run | None = None
         self._restore = contextlib.ExitStack()
         self._restore.enter_context(_environment(config, run_dir / "wandb"))
@@ -96,6 +106,10 @@ class WandbSink:
             self._positions[step] = position_row(data)
         self._softly(lambda run: run.log({STEP: step, **_media(step, data), **self._heat_map()}))
 
+    def layers(self, step: int, row: LayerRow) -> None:
+        self._layers[step] = row
+        self._softly(lambda run: run.log({STEP: step, **self._layer_map()}))
+
     def close(self, exit_code: int = 0) -> None:
         if problem := self._finish(exit_code):
             _LOG.warning("wandb did not finish: %s; what it has is in %s", problem, self.folder)
@@ -112,6 +126,17 @@ class WandbSink:
             cells, rows, title="position in the response × step", x_label="steps with pictures", blank_nan=True
         )
         return {"where/position_heat_map": wandb.Image(to_image(figure))}
+
+    def _layer_map(self) -> dict[str, Any]:
+        """Layer × step, over the steps with a bisection so far."""
+        import wandb
+
+        rows = [self._layers[step] for step in sorted(self._layers)]
+        cells = np.array([row.difference for row in rows], np.float64).T
+        figure = draw_heat_map(
+            cells, rows[0].names, title="layer × step", x_label="steps with a bisection", what=f"max {rows[0].unit}"
+        )
+        return {"where/layer_heat_map": wandb.Image(to_image(figure))}
 
     def _softly(self, call: Callable[[wandb.Run], None]) -> None:
         if self._run is None:

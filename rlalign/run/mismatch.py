@@ -10,6 +10,7 @@ mismatches/step_00003/
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,17 @@ FORMAT = 1
 SaveWeights = Callable[[Path], Mapping[str, Any]]
 """Writes the trainer's weights to a new folder; returns their ``version`` and ``sha256``, and ``synced_sha256``:
 that of the weights which the engines were last given."""
+
+
+def keep_mismatch(
+    parent: Path, step: int, max_dumps: int, write: Callable[[Path], Path], say: Callable[[str], None]
+) -> None:
+    """Write the step's folder below ``parent``, unless ``max_dumps`` others are there; say how it is replayed."""
+    folder = parent / f"step_{step:05d}"
+    if len([path for path in parent.glob("step_*") if path != folder]) >= max_dumps:
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a resume
+    say(f"replay it with: rlalign-verify replay {write(folder)}")
 
 
 def write_mismatch(

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rlalign.dashboards.pictures import PictureData, Trace
+from rlalign.dashboards.snapshot import LayerRow
 from rlalign.verifier.compare import Comparison
+from rlalign.verifier.layers import LayerCheck
 from rlalign.verifier.report import Report, record, worst_first
 
 _MAX_TRACE = 512
@@ -38,6 +40,11 @@ def picture_data(
         position=comparison.position,
         trace=worst_trace(comparison, names, token_ids, decode),
     )
+
+
+def layer_row(found: LayerCheck) -> LayerRow:
+    """A column of the heat map layer by step."""
+    return LayerRow(tuple(found.sites[order].module for order in found.stations), found.max_ulp)
 
 
 def worst_trace(

@@ -5,11 +5,10 @@ Totals are part of every checkpoint, so that a resumed run ends with the numbers
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,20 +16,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from rlalign.config import Config, config_to_dict
-from rlalign.dashboards import MetricsFile, NullSink, PictureData, Sink, make_sink
+from rlalign.dashboards import MetricsFile, NullSink, Sink, make_sink
 from rlalign.dashboards.snapshot import snapshot_to_dict, take_snapshot
 from rlalign.generators import Generators
 from rlalign.records import Sample, derive_seed
+from rlalign.run.comparison import Checks, Compared, compare_step, run_checks
 from rlalign.run.facts import git_commit, versions
 from rlalign.run.folder import RunFolder
 from rlalign.run.interrupts import Interrupts
-from rlalign.run.mismatch import SaveWeights, write_mismatch
-from rlalign.run.pictures import picture_data
+from rlalign.run.mismatch import SaveWeights, keep_mismatch, write_mismatch
+from rlalign.run.numbers import reward_numbers, speed_numbers
 from rlalign.run.progress import Progress
-from rlalign.verifier.compare import compare, pairs_from_samples
+from rlalign.run.totals import Totals, totals_of
 from rlalign.verifier.decide import MismatchHalt, enforce, policy_of
-from rlalign.verifier.metrics import Provenance, align_metrics
-from rlalign.verifier.report import Report, build_report, record
+from rlalign.verifier.metrics import Provenance
+from rlalign.verifier.periodic import Inspects
+from rlalign.verifier.report import Report, record
 
 # sets this purpose apart from others of the same run seed
 _GENERATORS = 0x72657764
@@ -44,23 +45,6 @@ class Checkpointer(Protocol):
     def resume(self, path: Path) -> dict[str, Any]: ...
 
     def discard(self) -> None: ...
-
-
-@dataclass
-class Totals:
-    """Sums over all steps, earlier parts of a resumed run included."""
-
-    steps: int = 0
-    tokens: int = 0
-    mismatch_count: int = 0
-    logp_abs_diff_max: float = 0.0
-    reward_first: float | None = None
-    reward_last: float | None = None
-    eval_first: float | None = None
-    eval_last: float | None = None
-    eval_best: float | None = None
-    last_eval_step: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Run:
@@ -78,8 +62,8 @@ class Run:
         self.status = "failed"
         self._seconds: dict[str, float] = {}
         self._interrupts = Interrupts()
-        self._report: Report | None = None
-        self._pictures: PictureData | None = None
+        self._checks = Checks()
+        self._compared: Compared | None = None
         self.sink: Sink = NullSink()
         self._begun = False
         self._said_no_signal = False
@@ -116,7 +100,7 @@ class Run:
         """The number of finished steps: 0, or those of the checkpoint that the trainer now goes on from."""
         if self.config.run.resume is not None:
             data_state = trainer.resume(self.folder.last)
-            self.totals = _totals(data_state["totals"])
+            self.totals = totals_of(data_state["totals"])
             self.generators.load_state(data_state["generators"])
             done, wanted = self.totals.steps, self.config.run.steps
             # all steps done, but not what follows them: that run may still come to its end
@@ -173,6 +157,11 @@ class Run:
                 "reward/no_signal_frac is logged)"
             )
 
+    def check(self, samples: Sequence[Sample], sides: Callable[[], tuple[Inspects, Inspects]]) -> None:
+        """The periodic checks, where they are due; ``verify`` takes in what they find. sides: (rollout, trainer)."""
+        step, seed = self.totals.steps + 1, self.config.run.seed
+        self._checks = run_checks(self.config.align, samples, sides, seed=seed, step=step)
+
     def verify(
         self,
         samples: Sequence[Sample],
@@ -187,17 +176,17 @@ class Run:
 
         save_weights: writes the trainer's weights beside a step that is kept to be replayed.
         """
-        comparison = compare(pairs_from_samples(samples, train_logprobs))
-        report = build_report(comparison, samples, worst_tokens=self.config.align.worst_tokens, decode=decode)
-        self.metrics |= align_metrics(comparison, advantages=advantages, provenance=provenance)
-        self._report = report
-        self._pictures = picture_data(
-            comparison,
-            report,
-            names=["/".join(map(str, sample.key)) for sample in samples],
-            token_ids=[sample.completion.token_ids for sample in samples],
+        self._compared = compare_step(
+            samples,
+            train_logprobs,
+            config=self.config.align,
+            checks=self._checks,
+            advantages=advantages,
+            provenance=provenance,
             decode=decode,
         )
+        report = self._compared.report
+        self.metrics |= self._compared.metrics
         if not report.equal:
             worst = [record(token) for token in report.worst]
             self.folder.write_json(self.folder.mismatch, {"verdict": report.verdict, "worst_tokens": worst})
@@ -209,7 +198,7 @@ class Run:
                 dump=lambda: self._dump(report, samples, train_logprobs, save_weights),
             )
         except MismatchHalt:
-            self._count(report)
+            self.totals.count(report)
             # the step that stops a run is the one that people want to look at
             self._log(self.totals.steps + 1, with_pictures=True)
             raise
@@ -221,38 +210,33 @@ class Run:
         train_logprobs: Sequence[np.ndarray],
         save_weights: SaveWeights | None,
     ) -> None:
-        folder = self.folder.mismatches / f"step_{self.totals.steps + 1:05d}"
-        kept = [path for path in self.folder.mismatches.glob("step_*") if path != folder]
-        if len(kept) >= self.config.align.max_dumps:
-            return
-        shutil.rmtree(folder, ignore_errors=True)  # of the same step, before a resume
-        path = write_mismatch(
-            folder,
-            samples,
-            train_logprobs,
-            verdict=report.verdict,
-            config=self.config,
-            plan=self.facts.get("plan", {}),
-            save_weights=save_weights,
-        )
-        self.progress.say(f"replay it with: rlalign-verify replay {path}")
+        def write(folder: Path) -> Path:
+            return write_mismatch(
+                folder,
+                samples,
+                train_logprobs,
+                verdict=report.verdict,
+                config=self.config,
+                plan=self.facts.get("plan", {}),
+                save_weights=save_weights,
+            )
+
+        step, limit = self.totals.steps + 1, self.config.align.max_dumps
+        keep_mismatch(self.folder.mismatches, step, limit, write, self.progress.say)
 
     def end_step(self, step: int, samples: Sequence[Sample], *, rollout_stats: Mapping[str, float]) -> None:
         """Write the finished step to every place, and show it."""
         self.totals.steps = step
         self.generators.commit()
-        if self._report is not None:
-            self._count(self._report)
-        self.metrics |= _rewards(samples) | _speed(samples, self._seconds, rollout_stats)
-        self.totals.reward_last = self.metrics["reward/mean"]
-        if self.totals.reward_first is None:
-            self.totals.reward_first = self.totals.reward_last
-        for name, seconds in self._seconds.items():
-            self.totals.seconds[name] = self.totals.seconds.get(name, 0.0) + seconds
+        # only of a step that finished or stopped the run: an interrupted one comes again
+        if self._compared is not None:
+            self.totals.count(self._compared.report)
+        self.metrics |= reward_numbers(samples) | speed_numbers(samples, self._seconds, rollout_stats)
+        self.totals.add_step(self.metrics["reward/mean"], self._seconds)
         self.folder.write_samples(step, samples)
         self.progress.step(step, self.metrics, self._seconds)
         self._log(step, with_pictures=step == 1 or step % self.config.tracking.media_every == 0)
-        self.metrics, self._seconds, self._report = {}, {}, None
+        self.metrics, self._seconds, self._checks, self._compared = {}, {}, Checks(), None
 
     def evaluation_due(self) -> bool:
         """Before the first step, every ``eval.every`` steps and after the last one; once each, resumed or not."""
@@ -267,11 +251,7 @@ class Run:
 
     def _evaluated(self, accuracy: float, trainer: Checkpointer) -> None:
         totals = self.totals
-        totals.eval_last, totals.last_eval_step = accuracy, totals.steps
-        if totals.eval_first is None:
-            totals.eval_first = accuracy
-        if totals.eval_best is None or accuracy > totals.eval_best:
-            totals.eval_best = accuracy
+        if totals.add_evaluation(accuracy):
             trainer.save(self.folder.best, self._data_state())
         for place in (self._metrics_file, self.sink):
             place.log(totals.steps, {"eval/accuracy": accuracy})
@@ -285,7 +265,7 @@ class Run:
         """The closing table. final: SHA-256 of the masters, ``policy`` and ``critic``."""
         self.status = "finished"
         self.facts |= {"final_weights_sha256": final["policy"], "critic_sha256": final["critic"]}
-        self.progress.table(f"{self.recipe}, numerics={self.config.numerics}", _closing_rows(self))
+        self.progress.table(f"{self.recipe}, numerics={self.config.numerics}", self._closing_rows())
 
     def _check_fault(self, done: int) -> None:
         fault = self.config.align.fault
@@ -304,13 +284,6 @@ class Run:
         """What a resumed run needs besides weights, as of the last finished step."""
         return {"totals": asdict(self.totals), "generators": self.generators.state()}
 
-    def _count(self, report: Report) -> None:
-        """Only for a step that finished or stopped the run: an interrupted one comes again."""
-        totals = self.totals
-        totals.tokens += report.num_tokens
-        totals.mismatch_count += report.mismatch_count
-        totals.logp_abs_diff_max = max(totals.logp_abs_diff_max, report.max_abs_delta)
-
     def _save_interrupted(self, trainer: Checkpointer) -> None:
         if self._interrupts.torn:
             self.progress.say(f"interrupted twice, within a step: the checkpoint before it stays in {self.folder.last}")
@@ -325,11 +298,15 @@ class Run:
     def _log(self, step: int, *, with_pictures: bool) -> None:
         self._metrics_file.log(step, self.metrics)
         self.sink.log(step, self.metrics)
-        if self._pictures is None:
+        if self._compared is None:
             return
-        self._pictures_file.log(step, snapshot_to_dict(take_snapshot(self._pictures, full=with_pictures)))
+        pictures, layers = self._compared.pictures, self._compared.layers
+        snapshot = take_snapshot(pictures, full=with_pictures, layers=layers)
+        self._pictures_file.log(step, snapshot_to_dict(snapshot))
+        if layers is not None:
+            self.sink.layers(step, layers)
         if with_pictures:
-            self.sink.pictures(step, self._pictures)
+            self.sink.pictures(step, pictures)
 
     def _summary(self) -> dict[str, Any]:
         totals = asdict(self.totals)
@@ -345,54 +322,11 @@ class Run:
             "git_commit": git_commit(),
         }
 
-
-def _totals(values: Mapping[str, Any]) -> Totals:
-    """A checkpoint's. A field that is missing is an error too: its sum would begin anew without a word."""
-    if others := values.keys() ^ {one.name for one in fields(Totals)}:
-        named = ", ".join(f"{'unknown' if name in values else 'missing'} field {name!r}" for name in sorted(others))
-        raise ValueError(f"the checkpoint's totals are of another version of rlalign: {named}")
-    return Totals(**values)
-
-
-def _rewards(samples: Sequence[Sample]) -> dict[str, float]:
-    rewards = np.array([sample.reward for sample in samples], np.float64)
-    lengths = np.array([len(sample.completion.token_ids) for sample in samples], np.float64)
-    cut = np.array([sample.completion.finish_reason == "length" for sample in samples])
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        "reward/min": float(rewards.min()),
-        "reward/max": float(rewards.max()),
-        "response_length/mean": float(lengths.mean()),
-        "response_length/max": float(lengths.max()),
-        "response_length/cut_frac": float(cut.mean()),
-    }
-
-
-def _speed(samples: Sequence[Sample], seconds: Mapping[str, float], stats: Mapping[str, float]) -> dict[str, float]:
-    tokens = sum(len(sample.completion.token_ids) for sample in samples)
-    total = sum(sample.num_tokens for sample in samples)
-    return {
-        **{f"perf/seconds/{name}": value for name, value in seconds.items()},
-        **{f"perf/{name}": float(value) for name, value in stats.items()},
-        "perf/step_seconds": sum(seconds.values()),
-        "perf/rollout_tokens_per_s": tokens / seconds["rollout"],
-        "perf/train_tokens_per_s": total / seconds["train"],
-    }
-
-
-def _closing_rows(run: Run) -> list[tuple[str, str]]:
-    totals = run.totals
-    seconds = "  ".join(f"{name} {value:.1f}" for name, value in totals.seconds.items())
-    rows = [
-        ("held-out accuracy", f"{totals.eval_first:.3f} before, {totals.eval_last:.3f} after"),
-        ("mean reward", f"{totals.reward_first:.3f} first step, {totals.reward_last:.3f} last step"),
-        ("response tokens", f"{totals.tokens:,} in {totals.steps} steps"),
-        ("tokens that differ", f"{totals.mismatch_count:,}"),
-        ("max |Δ log-prob|", f"{totals.logp_abs_diff_max:.3g}"),
-        ("seconds", seconds),
-        ("final weights", f"SHA-256 {run.facts['final_weights_sha256']}"),
-        ("run folder", f"{run.folder.path}: config, metrics, samples, checkpoints, summary.json"),
-    ]
-    tracked = getattr(run.sink, "folder", None)
-    return rows if tracked is None else [*rows, ("look at it", f"wandb leet {tracked}")]
+    def _closing_rows(self) -> list[tuple[str, str]]:
+        rows = [
+            *self.totals.rows(),
+            ("final weights", f"SHA-256 {self.facts['final_weights_sha256']}"),
+            ("run folder", f"{self.folder.path}: config, metrics, samples, checkpoints, summary.json"),
+        ]
+        tracked = getattr(self.sink, "folder", None)
+        return rows if tracked is None else [*rows, ("look at it", f"wandb leet {tracked}")]

@@ -52,17 +52,23 @@ class Report:
     nonfinite_count: int
     max_abs_delta: float
     worst: tuple[WorstToken, ...]
+    beyond: tuple[str, ...] = ()
+    """What differs besides the sampled tokens' log-probs, a line each: all logits, outputs of layers."""
 
     @property
     def equal(self) -> bool:
-        return self.num_tokens > 0 and self.mismatch_count == 0 and self.nonfinite_count == 0
+        return self.num_tokens > 0 and self.mismatch_count == 0 and self.nonfinite_count == 0 and not self.beyond
 
     @property
     def verdict(self) -> str:
         """One line: what was compared, and where it is worst."""
         if self.num_tokens == 0:
             return "nothing was compared: no sample has a response token"
-        if self.equal:
+        return "; ".join([self._tokens_verdict, *self.beyond])
+
+    @property
+    def _tokens_verdict(self) -> str:
+        if self.mismatch_count == self.nonfinite_count == 0:
             return (
                 f"rollout and trainer agree bit for bit on {self.num_tokens:,} tokens of {self.num_samples:,} samples"
             )

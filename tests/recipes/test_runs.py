@@ -45,6 +45,10 @@ def test_a_run_agrees_bit_for_bit_and_says_so(plain_run):
     assert all(row["grad_norm"] > 0 and row["lr"] > 0 for row in rows)
     initial, last = (load_policy(plain_run / "checkpoints" / name).weights_hash() for name in ("initial", "last"))
     assert initial != last
+    # every logit and every layer's output too, where that was due: in the first step
+    assert "align/full_vocab/kl/mean" not in rows[1] and "align/bisect/sites_differ" not in rows[1]
+    assert rows[0]["align/full_vocab/hash_match_frac"] == 1.0 and rows[0]["align/full_vocab/kl/max"] == 0.0
+    assert rows[0]["align/full_vocab/tokens"] > 2 and rows[0]["align/bisect/sites_differ"] == 0
     # counted per step: 4 prompts of 7 tokens, prefilled once each for their 4 samples
     assert all(row["perf/engine/prefill_tokens"] == 28 for row in rows)
     assert all(row["perf/engine/tokens_per_forward"] > 4 for row in rows)
@@ -56,6 +60,7 @@ def test_every_step_leaves_its_pictures(plain_run):
     for one in run.snapshots.values():
         assert (one.histogram.zero, one.worst) == (one.num_tokens, ())
         assert one.positions.max_abs.max() == 0
+        assert (one.layers is None) == (one is not run.snapshots[1])
         assert np.array_equal(one.trace.rollout, one.trace.train) and len(one.trace.tokens) > 1
 
 
@@ -67,6 +72,7 @@ def test_the_folder_holds_what_is_needed_to_look_at_it_again(plain_run):
     assert len(samples) == 16 and len({(s["prompt_id"], s["sample"]) for s in samples}) == 16
     assert all(s["completion"] is not None and s["seed"] > 0 for s in samples)
     assert list((plain_run / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((plain_run / "wandb").glob("offline-run-*/files/media/images/where/layer_heat_map_*.png"))
     for name in ("initial", "last", "best"):
         AutoModelForCausalLM.from_pretrained(plain_run / "checkpoints" / name)
         AutoTokenizer.from_pretrained(plain_run / "checkpoints" / name)
@@ -126,7 +132,7 @@ def test_a_rollout_actor_that_dies_is_replaced_and_reaches_nothing(plain_run, tm
 
 
 def test_native_operators_differ_and_the_run_goes_on(tmp_path):
-    grpo.train(tiny_run(tmp_path, numerics={"numerics": "native"}))
+    grpo.train(tiny_run(tmp_path, numerics={"numerics": "native"}, align={"full_vocab_every": 1, "bisect_every": 2}))
     found = summary(tmp_path)
     assert found["status"] == "finished" and found["mismatch_count"] > 0
     assert 0 < found["logp_abs_diff_max"] < 1e-3
@@ -134,6 +140,11 @@ def test_native_operators_differ_and_the_run_goes_on(tmp_path):
     # the loss measures from the trainer's own log-probs: what differs is the rollout's, and shows under align/
     assert len(rows) == 3 and all(row["ratio/min"] == row["ratio/max"] == 1.0 for row in rows)
     assert any(row["align/ratio_raw/max"] > 1.0 for row in rows)
+    assert all(0 < row["align/full_vocab/kl/mean"] < 1e-6 for row in rows)
+    assert all(row["align/full_vocab/hash_match_frac"] < 1 for row in rows)
+    layers = {step: one.layers for step, one in read_run(tmp_path).snapshots.items() if one.layers is not None}
+    assert list(layers) == [1, 2] and layers[1].names[-2:] == ("model.layers.0", "model.norm")
+    assert all(row.difference[0] == 0 and row.difference[-1] >= 1 for row in layers.values())
 
 
 @pytest.mark.parametrize(("kind", "replayed"), [
@@ -142,12 +153,15 @@ def test_native_operators_differ_and_the_run_goes_on(tmp_path):
     ("position", "the fault was the trainer's"),
 ])  # fmt: skip
 def test_a_planted_fault_stops_the_run_and_names_the_token(kind, replayed, tmp_path, capsys):
-    config = tiny_run(tmp_path, align={"fault": {"kind": kind, "step": 2}})
+    config = tiny_run(tmp_path, align={"fault": {"kind": kind, "step": 2}, "full_vocab_every": 2, "bisect_every": 2})
     with pytest.raises(MismatchHalt, match=r"worst: step 2 prompt \d+ sample \d position \d, token \d+") as halted:
         grpo.train(config)
     worst = json.loads((tmp_path / "mismatch.json").read_text())["worst_tokens"][0]
     assert worst["key"].startswith("2/") and worst["rollout"] != worst["train"]
     assert halted.value.report.worst[0].position == worst["position"]
+    # the other two faults are over when a few sequences are computed once more
+    named = "; outputs differ first at model.norm (norm), on" in str(halted.value)
+    assert named == (kind == "trainer_weight") == ("logits over the whole vocabulary differ" in str(halted.value))
     found = summary(tmp_path)
     assert found["status"] == "halted" and found["steps"] == 1 and found["mismatch_count"] > 0
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "align/mismatch_count" in row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import warnings
@@ -15,10 +16,13 @@ from support.samples import make_samples
 
 from rlalign.config import Config
 from rlalign.dashboards import read_metrics
+from rlalign.dashboards.run_report import read_run
 from rlalign.run import Run, resumed_config
 from rlalign.trainer.checkpoint import existing_folder
+from rlalign.verifier.bisect import Recording, Site
 from rlalign.verifier.decide import MismatchHalt
 from rlalign.verifier.metrics import Provenance
+from rlalign.verifier.periodic import SiteDigests
 
 
 class FakeTrainer:
@@ -222,6 +226,53 @@ def test_a_run_leaves_no_file_open(tmp_path):
         run_once(tiny_run(tmp_path))
         gc.collect()
     assert [str(one.message) for one in caught if str(tmp_path) in str(one.message)] == []
+
+
+class Side:
+    """Gives the same numbers whatever it is asked."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        self.asked: list[str] = []
+        self.logits = np.arange(4, dtype=np.float32) + np.float32([shift, 0, 0, 0])
+        self.sites = (Site(0, 0, "model.layers.0", "residual sum"),)
+
+    def logit_digests(self, excerpts):
+        self.asked.append("logit_digests")
+        return np.full(sum(len(e.response_ids) for e in excerpts), int(self.logits[0] * 1000))
+
+    def logits_at(self, excerpts, places):
+        self.asked.append("logits_at")
+        return np.stack([self.logits] * len(places))
+
+    def site_digests(self, excerpts):
+        rows = sum(len(e.prompt_ids) + len(e.response_ids) - 1 for e in excerpts)
+        return SiteDigests(self.sites, np.full((1, rows), int(self.logits[0] * 1000)))
+
+    def site_values(self, excerpts, orders, rows):
+        return [Recording(self.sites[order], np.stack([self.logits] * len(rows))) for order in orders]
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.25])
+def test_a_difference_beyond_the_sampled_tokens_stops_a_run_too(shift, tmp_path):
+    config = tiny_run(tmp_path, align={"full_vocab_every": 2, "bisect_every": 2})
+    rollout, train = Side(), Side(shift)
+    expected = pytest.raises(MismatchHalt, match=r"logits over the whole .*; outputs differ first at layer 0, mod")
+    with expected if shift else contextlib.nullcontext(), make_run(config) as run:
+        run.restore(FakeTrainer())
+        for step in (1, 2):
+            for name in ("rollout", "train"):
+                with run.phase(name):
+                    pass
+            run.totals.steps = step  # the next one is 2, then 3: the second is not due
+            run.check(SAMPLES, lambda: (rollout, train))
+            verify(run)
+            run.end_step(step + 1, SAMPLES, rollout_stats={})
+    assert rollout.asked == (["logit_digests", "logits_at"] if shift else ["logit_digests"])
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "align/full_vocab/tokens" in row]
+    assert len(rows) == 1 and (rows[0]["align/full_vocab/kl/mean"] > 0) == (shift > 0)
+    (snapshot,) = [one for one in read_run(tmp_path).snapshots.values() if one.layers is not None]
+    # float32 values from 0 up to 0.25
+    assert snapshot.layers.difference == ((1048576000.0,) if shift else (0.0,))
 
 
 def test_dump_keeps_the_first_steps_that_differ(tmp_path, capsys):
