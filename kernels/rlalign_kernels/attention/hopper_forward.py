@@ -1,8 +1,9 @@
-"""Attention forward for Hopper in Gluon, over packed rows: the plan of triton_forward and its bits, warp-specialised.
+"""Attention forward for Hopper in Gluon, over packed rows or pages: triton_forward's plan and bits, warp-specialised.
 
 A tile is 128 queries of one head, 64 per consumer warpgroup. A consumer issues the scores of the next keys before it
-multiplies the last weights with their values, so that its softmax runs beside both. Accumulation: float32; see
-triton_tiles for the order. The splits' running result waits in shared memory: registers have no room for it.
+multiplies the last weights with their values, so that its softmax (hopper_softmax) runs beside both. Accumulation:
+float32; see triton_tiles for the order. The splits' running result waits in shared memory: registers have no room
+for it.
 Promised: the bits of triton_forward, for every tile size, stage count and order of tiles.
 """
 
@@ -18,10 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from rlalign_kernels.attention.hopper_softmax import empty_state, finish, masked, merge, weigh
 from rlalign_kernels.attention.hopper_tiles import (
-    FLOOR,
-    LN2,
-    LOG2E,
     TILE_FIELDS,
     TILE_SLOTS,
     find_sequence,
@@ -40,7 +39,6 @@ from rlalign_kernels.hopper_common import (
     boxes,
     column,
     draw,
-    fold,
     leave_counter,
     matrix,
 )
@@ -113,36 +111,6 @@ def _producer(
 
 
 @gluon.jit
-def _masked(
-    s, tile, position, num_keys, left, right,
-    BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, S_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Scores [M, N] of one tile with -inf where a query doesn't see a key."""
-    n = gl.expand_dims(tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT)), 0)
-    last = gl.to_tensor(num_keys) - 1
-    if HAS_RIGHT:
-        last = gl.expand_dims(gl.minimum(position + right, last), 1)
-    seen = n <= last
-    if HAS_LEFT:
-        seen = seen & (n >= gl.expand_dims(position - left, 1))
-    return gl.where(seen, s, float("-inf"))
-
-
-@gluon.jit
-def _weights(
-    s, m, den, c,
-    BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, DEN_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """(m, den, alpha, p) after one tile's scores."""
-    m_new = gl.maximum(m, gl.max(s, 1) * c)
-    alpha = gl.exp2(m - m_new)
-    p = gl.exp2(gl.fma(s, c, gl.expand_dims(-m_new, 1)))
-    added = gl.convert_layout(fold(p, WARPGROUP_ROWS, BLOCK_N, WIDTH), DEN_LAYOUT)
-    den = gl.fma(den, column(alpha, DEN_LAYOUT).broadcast_to([WARPGROUP_ROWS, WIDTH]), added)
-    return m_new, den, alpha, p
-
-
-@gluon.jit
 def _first_tile(
     tile, loads, q, k_pipe, position, num_keys, c, left, right,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
@@ -157,10 +125,9 @@ def _first_tile(
     pending = warpgroup_mma(q, matrix(k_s.index(stage)).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [pending])
     mbarrier.arrive(k_empty.index(stage))
-    s = _masked(s, tile, position, num_keys, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT, S_LAYOUT)
-    m = gl.full([WARPGROUP_ROWS], FLOOR, gl.float32, gl.SliceLayout(1, S_LAYOUT))
-    den = gl.zeros([WARPGROUP_ROWS, WIDTH], gl.float32, DEN_LAYOUT)
-    m, den, _alpha, p = _weights(s, m, den, c, BLOCK_N, WIDTH, DEN_LAYOUT)
+    s = masked(s, tile, position, num_keys, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT, S_LAYOUT)
+    m, den = empty_state(WIDTH, S_LAYOUT, DEN_LAYOUT)
+    m, den, _alpha, p = weigh(s, m, den, c, BLOCK_N, WIDTH, DEN_LAYOUT)
     return m, den, gl.convert_layout(p.to(dtype), P_LAYOUT)
 
 
@@ -186,8 +153,8 @@ def _run_tiles(
         s = warpgroup_mma_wait(1, [pending_s])
         mbarrier.arrive(k_empty.index(stage))
         if MASKED:
-            s = _masked(s, tile, position, num_keys, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT, S_LAYOUT)
-        m, den, alpha, weights = _weights(s, m, den, c, BLOCK_N, WIDTH, DEN_LAYOUT)
+            s = masked(s, tile, position, num_keys, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT, S_LAYOUT)
+        m, den, alpha, weights = weigh(s, m, den, c, BLOCK_N, WIDTH, DEN_LAYOUT)
         # passes at once: a branch that the assembler moves no arithmetic across, for it would put the softmax behind
         # the next wait; and the weights go through that wait, so that the compiler doesn't either
         mbarrier.wait(v_full.index(before), (loads - 1) // STAGES & 1)
@@ -208,43 +175,6 @@ def _last_product(loads, acc, p, v_pipe, STAGES: gl.constexpr):
     acc = warpgroup_mma_wait(0, [pending])
     mbarrier.arrive(v_empty.index(stage))
     return acc
-
-
-@gluon.jit
-def _merge(m_all, den_all, acc_all, m, den, acc, DEN_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr):
-    """triton_tiles.merge."""
-    m_new = gl.maximum(m_all, m)
-    a = gl.exp2(m_all - m_new)
-    b = gl.exp2(m - m_new)
-    den = gl.fma(den_all, column(a, DEN_LAYOUT).broadcast_to(den.shape), den * column(b, DEN_LAYOUT))
-    acc = gl.fma(acc_all, column(a, O_LAYOUT).broadcast_to(acc.shape), acc * column(b, O_LAYOUT))
-    return m_new, den, acc
-
-
-@gluon.jit
-def _finish(
-    m, den, acc, sink_ptr, head, WIDTH: gl.constexpr, HAS_SINK: gl.constexpr, S_LAYOUT: gl.constexpr,
-    O_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """triton_tiles.finish."""
-    # a thread holds whole rows of den, so that the last folds need no other
-    rows: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
-        [WARPGROUP_ROWS, WIDTH],
-    )  # fmt: skip
-    total = fold(gl.convert_layout(den, rows), WARPGROUP_ROWS, WIDTH, 1).reshape([WARPGROUP_ROWS])
-    total = gl.convert_layout(total, gl.SliceLayout(1, S_LAYOUT))
-    if HAS_SINK:
-        sink = gl.load(sink_ptr + head).to(gl.float32)
-        m_new = gl.maximum(m, sink * LOG2E)
-        alpha = gl.exp2(m - m_new)
-        total = gl.fma(total, alpha, gl.exp2(gl.fma(sink, LOG2E, -m_new)))
-        acc = acc * column(alpha, O_LAYOUT)
-        m = m_new
-    none = total == 0.0
-    out = acc / column(gl.where(none, 1.0, total), O_LAYOUT)
-    lse = gl.where(none, float("-inf"), (m + gl.log2(total)) * LN2)
-    return out, lse
 
 
 @gluon.jit
@@ -276,8 +206,7 @@ def _consumer(
         )
         position = num_keys - num_queries + row0 + row_of
         mbarrier.wait(q_full.index(GROUP_INDEX), heard & 1)
-        m_all = gl.full([WARPGROUP_ROWS], FLOOR, gl.float32, gl.SliceLayout(1, S_LAYOUT))
-        den_all = gl.zeros([WARPGROUP_ROWS, WIDTH], gl.float32, DEN_LAYOUT)
+        m_all, den_all = empty_state(WIDTH, S_LAYOUT, DEN_LAYOUT)
         if ONE_SPLIT:
             first_split = 0
             num_splits: gl.constexpr = 1
@@ -328,11 +257,11 @@ def _consumer(
                     acc = acc + 0.0
                 else:
                     acc_all = acc_s.index(GROUP_INDEX).load(O_LAYOUT)
-                    m, den, acc = _merge(m_all, den_all, acc_all, m, den, acc, DEN_LAYOUT, O_LAYOUT)
+                    m, den, acc = merge(m_all, den_all, acc_all, m, den, acc, DEN_LAYOUT, O_LAYOUT)
                 m_all = m
                 den_all = den
             if last:
-                out, lse = _finish(m, den, acc, sink_ptr, head, WIDTH, HAS_SINK, S_LAYOUT, O_LAYOUT)
+                out, lse = finish(m, den, acc, sink_ptr, head, WIDTH, HAS_SINK, S_LAYOUT, O_LAYOUT)
                 if HAS_LSE:
                     row = row0 + row_of
                     gl.store(lse_ptr + (q_begin + row) * HEADS + head, lse, mask=row < num_queries)

@@ -1,4 +1,4 @@
-"""What attention's Hopper kernels share: boxes of one sequence, a queue of tiles, and the plan's arithmetic in Gluon.
+"""What attention's Hopper kernels share: boxes of one sequence, a queue of tiles, and the keys of a tile.
 
 A kernel is persistent: one producer warp draws tiles from a counter in device memory, copies their boxes to shared
 memory and tells two consumer warpgroups about them; which program computes a tile, and when, cannot change its bits.
@@ -11,13 +11,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from rlalign_kernels import triton_math
 from rlalign_kernels.attention import triton_forward, triton_tiles
 from rlalign_kernels.hopper_common import copy_in, copy_out
-
-FLOOR = gl.constexpr(triton_tiles.FLOOR.value)
-LOG2E = gl.constexpr(triton_math.LOG2E.value)
-LN2 = gl.constexpr(triton_math.LN2.value)
 
 # A sequence's rows end where a descriptor's third dimension does; the first two bring the address back (see load_box).
 ROWS_BOUND = gl.constexpr(1 << 30)
