@@ -23,6 +23,7 @@ from rlalign.records import Sample, derive_seed
 from rlalign.run import Run, check_estimator, prompts_of_step, resumed_config
 from rlalign.tasks import Task, make_task, score_samples
 from rlalign.trainer.checkpoint import existing_folder
+from rlalign.verifier.decide import policy_of
 from rlalign.verifier.metrics import Provenance
 
 if TYPE_CHECKING:
@@ -105,12 +106,12 @@ def verify(
     job: Job, samples: Sequence[Sample], train_logprobs: Sequence[np.ndarray], advantages: Sequence[np.ndarray]
 ) -> None:
     """Compare both sides bit for bit. Raises MismatchHalt where the run must stop."""
+    config = job.run.config
     provenance = Provenance(
         trainer_version=job.actors.trainer.version(),
         weights_equal=job.actors.weights_equal,
         weights_version=job.actors.weights_version,
-        # nothing corrects for a mismatch: rollout log-probs enter no loss (docs/algorithms.md)
-        ratio_frac_modified=0.0,
+        correction_cap=config.align.correction_cap if policy_of(config) == "correct" else None,
     )
     decode = job.tokenizer.decode
     job.run.verify(

@@ -202,8 +202,11 @@ class FaultConfig:
 class AlignConfig:
     """What happens when rollout and trainer disagree."""
 
-    on_mismatch: Literal["auto", "log", "warn", "dump", "halt"] = "auto"
-    """auto: halt when numerics=invariant, log when native. dump and halt leave a step that can be replayed."""
+    on_mismatch: Literal["auto", "log", "warn", "dump", "halt", "correct"] = "auto"
+    """auto: halt when numerics=invariant, log when native. dump and halt leave a step that can be replayed. correct:
+    the loss weights every token by min(train/rollout, correction_cap)."""
+    correction_cap: float = Field(2.0, ge=1.0, allow_inf_nan=False)
+    """Largest importance weight of a token; only on_mismatch=correct has any."""
     max_dumps: int = Field(1, ge=0)
     """Replayable steps that a run leaves at most, weights included."""
     worst_tokens: int = Field(10, ge=1)
@@ -230,6 +233,9 @@ class ClusterConfig:
     threads: int = Field(1, ge=1)
     """CPU threads of every process: part of the plan's fingerprint on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    weight_transport: Literal["auto", "object_store", "cuda_ipc"] = "auto"
+    """How weights reach the engines: Ray's object store in host memory, or the GPU's own memory, read by every process
+    on it. auto: the latter where all actors share a GPU and the system lets them; cuda_ipc refuses to run elsewhere."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rlalign_kernels import CONFORMANCE, Fingerprint
 
 from rlalign.actors.faults import flip_weight_bit, position_fault
 from rlalign.actors.inspection import Inspector, What, packed
 from rlalign.actors.process import plan_of, policy_settings, set_up
-from rlalign.actors.weight_sync import WeightBundle, bundle_weights
+from rlalign.actors.shared_memory import SharedBuffer, SharedWeights
+from rlalign.actors.weight_sync import Transport, WeightBundle, bundle_weights
 from rlalign.config import Config
 from rlalign.modeling import eos_ids, load_policy, load_tokenizer, save_checkpoint
 from rlalign.records import Sample
 from rlalign.trainer import AccumulateResult, Critic, Trainer
 from rlalign.trainer.checkpoint import atomic_folder
+from rlalign.verifier.decide import policy_of
 
 Arrays = list[np.ndarray]
 
@@ -31,6 +34,7 @@ class TrainerActor:
         self._trainer: Trainer | None = None
         self._samples: list[Sample] = []
         self._shift_position = False
+        self._shared, self._trial = SharedBuffer(), SharedBuffer()
 
     def load(self, config: Config, checkpoint: Path, total_updates: int) -> Fingerprint:
         """Load the checkpoint, with a critic or a reference where the algorithm needs one; returns the plan."""
@@ -47,6 +51,7 @@ class TrainerActor:
             eos_ids=eos_ids(self._tokenizer, policy.model),
             critic=Critic(load_policy(checkpoint, **settings)) if algorithm.adv_estimator == "gae" else None,
             reference=load_policy(checkpoint, **settings) if algorithm.kl_coef > 0 else None,
+            correction_cap=config.align.correction_cap if policy_of(config) == "correct" else None,
         )
         return plan_of(config)
 
@@ -84,10 +89,27 @@ class TrainerActor:
         """Forget gradients that were accumulated."""
         self.trainer.discard()
 
-    def weights(self) -> tuple[WeightBundle, tuple[int, str]]:
-        """Compute-dtype weights, to be handed to the engines by reference; and their (version, SHA-256)."""
+    def weights(self, transport: Transport) -> tuple[WeightBundle | SharedWeights, tuple[int, str]]:
+        """Compute-dtype weights, to be handed to the engines; their version, and what each of them checks:
+
+        their SHA-256, or with "cuda_ipc" a checksum that the GPU computes.
+        """
+        if transport == "cuda_ipc":
+            shared = self._shared.publish(self.trainer.policy.named_weights(), self.trainer.version)
+            return shared, (shared.version, shared.checksum)
         weights, version, sha256 = self.trainer.weights()
         return bundle_weights(weights, version, sha256), (version, sha256)
+
+    def shared_sha256(self) -> str:
+        """SHA-256 of the weights that the engines were given last by "cuda_ipc"."""
+        return self._shared.sha256()
+
+    def offer_memory(self) -> SharedWeights | str:
+        """A little of this process's GPU memory, for others to try whether they can read it; or why it can't be."""
+        try:
+            return self._trial.publish({"trial": torch.arange(4096, device=self.trainer.policy.device)}, 0)
+        except RuntimeError as error:  # of torch or CUDA, whatever the system does not allow
+            return f"the trainer can't share its memory: {error}"
 
     def version(self) -> int:
         """Updates applied so far."""

@@ -1,11 +1,12 @@
 """Proximal policy optimisation with a critic.
 
-    policy loss = sum_t w_t ( -surrogate_t - entropy_coef * H_t )
+    policy loss = sum_t w_t ( -c_t surrogate_t - entropy_coef * H_t )
     value loss  = sum_t (1/N) * 1/2 max( (v_t - R_t)^2, (clip(v_t, v_old_t - c, v_old_t + c) - R_t)^2 )
     rewards     : r_t = -kl_coef (old_t - ref_t), plus the sequence's reward at its last token
     whitening   : (A - mean) / (std + eps), population statistics over all tokens of the batch
 
-w_t is 1/N or 1/(S L_s) (``aggregation``); the value loss is always a token mean. N, S count the whole optimizer batch.
+w_t is 1/N or 1/(S L_s) (``aggregation``), c_t the weight of ``corrections``, 1 without one; the value loss is always a
+token mean. N, S count the whole optimizer batch.
 KL to a reference enters through the rewards, not the loss: the critic then values it too.
 """
 
@@ -32,9 +33,12 @@ def policy_loss(
     clip_high: float,
     aggregation: Aggregation = "token_mean",
     entropy_coef: float = 0.0,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """One micro-batch's share of the policy loss (float32 scalar) and its metrics. Inputs as in ``grpo.loss``."""
-    surrogate = clipped_surrogate(train_logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high)
+    surrogate = clipped_surrogate(
+        train_logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, weights=weights
+    )
     token_loss = -surrogate.values
     if entropy_coef > 0.0:
         token_loss = token_loss - entropy_coef * entropy

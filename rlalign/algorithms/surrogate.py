@@ -30,8 +30,11 @@ def clipped_surrogate(
     *,
     clip_low: float,
     clip_high: float,
+    weights: torch.Tensor | None = None,
 ) -> Surrogate:
     """Per-token surrogate of float32 [N] inputs; gradient flows to ``train_logprobs`` only.
+
+    weights: of ``corrections``, multiplied with each token's surrogate after the clip; None for no correction.
 
     Under the weights that sampled every ratio is exactly 1 and the gradient plain REINFORCE.
     Metrics, over tokens: ``clip_frac`` (the clipped branch was taken, so the token has no gradient),
@@ -50,7 +53,11 @@ def clipped_surrogate(
         "ratio/max": max_of(ratio),
         "approx_kl": mean_of(ratio - 1.0 - log_ratio),
     }
-    return Surrogate(torch.minimum(unclipped_term, clipped_term), metrics)
+    values = torch.minimum(unclipped_term, clipped_term)
+    if weights is not None:
+        _require_same_length(train_logprobs, weights=weights)
+        values = weights.detach() * values
+    return Surrogate(values, metrics)
 
 
 def k3(train_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

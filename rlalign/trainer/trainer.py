@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlalign.algorithms import grpo, ppo
 from rlalign.algorithms.aggregation import Denominators
+from rlalign.algorithms.corrections import truncated_weights
 from rlalign.algorithms.metrics import Metric, merge, values
 from rlalign.config import AlgorithmConfig, SamplingParams, TrainerConfig
 from rlalign.generators import Generators
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Arrays = Sequence[np.ndarray]
+_Weights = tuple[Tensor | None, dict[str, Metric]]
 # sets this purpose apart from others of the same run seed
 _GENERATORS = 0x7261696E
 
@@ -83,17 +85,20 @@ class Trainer:
         reference: Policy | None = None,
         eos_ids: Collection[int] | None = None,
         seed: int = 0,
+        correction_cap: float | None = None,
     ) -> None:
         """``total_steps``: optimizer updates of the whole run (steps * epochs * minibatches).
 
         seed: of the global generators as a loss of the user's own meets them; nothing here draws from them.
         eos_ids: ids at which the engine ends a response; needed to score samples drawn with ``min_tokens``.
+        correction_cap: of algorithms/corrections.py; None: none, and no rollout log-prob is ever looked at.
         Raises ValueError when a critic or reference is missing, or given where nothing would use it.
         """
         _require_both("adv_estimator", algorithm.adv_estimator, algorithm.adv_estimator == "gae", "critic", critic)
         _require_both("kl_coef", algorithm.kl_coef, algorithm.kl_coef > 0, "reference", reference)
         self.policy, self.config, self.algorithm = policy, config, algorithm
         self.critic, self.reference, self.eos_ids = critic, reference, eos_ids
+        self.correction_cap = correction_cap
         parameters = trainable_parameters(policy.model)
         self.optimizers = {"optimizer": MasterAdamW(parameters, config, total_steps=total_steps)}
         if critic is not None:
@@ -218,7 +223,7 @@ class Trainer:
         with self._generators:
             for batch in self._pack(samples):
                 scores = score(self.policy, batch, support=self._support(batch, samples))
-                parts.append(self._backward_policy(batch, scores, inputs))
+                parts.append(self._backward_policy(batch, scores, samples, inputs))
                 batch.scatter(scores.logprob, train)
                 if self.critic is not None:
                     parts.append(self._backward_critic(self.critic, batch, inputs))
@@ -336,11 +341,15 @@ class Trainer:
                     f"trainer is at {self.version}. Give those of compute_logprobs before the batch's first update"
                 )
 
-    def _backward_policy(self, batch: PackedBatch, scores: Scores, inputs: _Inputs) -> dict[str, Metric]:
-        config, old = self.algorithm, inputs.old_logprobs
+    def _backward_policy(
+        self, batch: PackedBatch, scores: Scores, samples: Sequence[Sample], inputs: _Inputs
+    ) -> dict[str, Metric]:
+        config, given = self.algorithm, inputs.old_logprobs
+        old = scores.logprob.detach() if given is None else batch.gather("old_logprobs", given)
+        weights, correction = self._correction(batch, old, samples)
         tensors = (
             scores.logprob,
-            scores.logprob.detach() if old is None else batch.gather("old_logprobs", old),
+            old,
             batch.gather("advantages", inputs.advantages),
             scores.entropy if config.entropy_coef > 0 else scores.entropy.detach(),
         )
@@ -351,6 +360,7 @@ class Trainer:
             "clip_high": config.clip_high,
             "aggregation": config.aggregation,
             "entropy_coef": config.entropy_coef,
+            "weights": weights,
         }
         if config.adv_estimator == "gae":
             loss, metrics = ppo.policy_loss(*tensors, **common)
@@ -359,7 +369,13 @@ class Trainer:
             loss, metrics = grpo.loss(*tensors, ref_logprobs=ref, kl_coef=config.kl_coef, **common)
         loss.backward()
         self.optimizers["optimizer"].accumulate()
-        return metrics
+        return metrics | correction
+
+    def _correction(self, batch: PackedBatch, old: Tensor, samples: Sequence[Sample]) -> _Weights:
+        if self.correction_cap is None:
+            return None, {}
+        rollout = batch.gather("rollout log-probs", [sample.completion.logprobs for sample in samples])
+        return truncated_weights(old, rollout, cap=self.correction_cap)
 
     def _backward_critic(self, critic: Critic, batch: PackedBatch, inputs: _Inputs) -> dict[str, Metric]:
         loss, metrics = ppo.value_loss(

@@ -1,4 +1,4 @@
-"""What happens after a comparison: carry on, warn, or stop the run."""
+"""What happens after a comparison: carry on (as it is, or with a corrected loss), warn, or stop the run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal
 from rlalign.config import Config
 from rlalign.verifier.report import Report
 
-OnMismatch = Literal["log", "warn", "dump", "halt"]
-Action = Literal["pass", "log", "warn", "dump", "halt"]
-_POLICIES = ("log", "warn", "dump", "halt")
+OnMismatch = Literal["log", "warn", "dump", "halt", "correct"]
+Action = Literal["pass", "log", "warn", "dump", "halt", "correct"]
+_POLICIES = ("log", "warn", "dump", "halt", "correct")
 
 
 class MismatchHalt(Exception):
@@ -32,10 +32,17 @@ def policy_of(config: Config) -> OnMismatch:
 
 
 def decide(report: Report, on_mismatch: OnMismatch) -> Action:
-    """``pass`` if all is equal, else the policy's own action. Nothing compared counts as a disagreement."""
+    """``pass`` if all is equal, else the policy's own action. Nothing compared counts as a disagreement.
+
+    ``correct`` halts where there is no ratio to correct by: a log-prob is missing or not finite, or there is none.
+    """
     if on_mismatch not in _POLICIES:
         raise ValueError(f"on_mismatch={on_mismatch!r} is not one of {', '.join(_POLICIES)}")
-    return "pass" if report.equal else on_mismatch
+    if report.equal:
+        return "pass"
+    if on_mismatch == "correct" and (report.nonfinite_count or not report.num_tokens):
+        return "halt"
+    return on_mismatch
 
 
 def enforce(

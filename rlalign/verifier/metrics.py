@@ -24,13 +24,13 @@ class Provenance:
     """What the comparison itself can't know. None leaves the metric out.
 
     trainer_version: version of the weights that gave the train log-probs. weights_equal: hash of the trainer's weights
-    == hash that the engine holds. ratio_frac_modified: share of tokens whose ratio ρ an importance correction changed.
+    == hash that the engine holds. correction_cap: above which an importance correction cuts ρ; None: no correction.
     """
 
     trainer_version: int | None = None
     weights_equal: bool | None = None
     weights_version: int | None = None
-    ratio_frac_modified: float | None = None
+    correction_cap: float | None = None
 
 
 def align_metrics(
@@ -54,7 +54,7 @@ def align_metrics(
         **_ulp(comparison.ulp[finite]),
         **_prob(np.exp(train), np.exp(rollout)),
         **_divergence(delta),
-        **_ratio(delta),
+        **_ratio(delta, (provenance or Provenance()).correction_cap),
         **_sequences(comparison),
     }
     if comparison.nonfinite_count:
@@ -107,7 +107,7 @@ def _divergence(delta: np.ndarray) -> dict[str, float]:
         }
 
 
-def _ratio(delta: np.ndarray) -> dict[str, float]:
+def _ratio(delta: np.ndarray, cap: float | None) -> dict[str, float]:
     with np.errstate(over="ignore"):
         ratio = np.exp(delta)
     shifted = np.exp(delta - delta.max()) if len(delta) else delta  # the common factor cancels in ess, its overflow not
@@ -116,6 +116,7 @@ def _ratio(delta: np.ndarray) -> dict[str, float]:
         "ratio_raw/min": float(ratio.min()) if len(ratio) else math.nan,
         "ratio_raw/mean": _mean(ratio),
         "ratio_raw/max": _max(ratio),
+        "ratio_frac_modified": _mean(ratio > (math.inf if cap is None else cap)),
         "ess": _mean(shifted) ** 2 / squares if len(delta) else math.nan,
     }
 
@@ -165,7 +166,7 @@ def _provenance(comparison: Comparison, provenance: Provenance) -> dict[str, flo
     if provenance.trainer_version is not None:
         age = provenance.trainer_version - comparison.versions
         values |= {"policy_age/mean": _mean(age), "policy_age/max": _max(age)}
-    for name in ("weights_equal", "weights_version", "ratio_frac_modified"):
+    for name in ("weights_equal", "weights_version"):
         if (value := getattr(provenance, name)) is not None:
             values[name] = float(value)
     return values

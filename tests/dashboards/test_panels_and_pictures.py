@@ -28,7 +28,7 @@ def data(rollout: np.ndarray, train: np.ndarray) -> PictureData:
 
 def test_every_align_metric_has_a_panel() -> None:
     one = np.float32([-1.0, -2.0])
-    known = Provenance(trainer_version=1, weights_equal=True, weights_version=1, ratio_frac_modified=0.0)
+    known = Provenance(trainer_version=1, weights_equal=True, weights_version=1, correction_cap=2.0)
     names = align_metrics(compare([LogprobPair(one, one, 2)]), advantages=[one], provenance=known)
     assert {name: panel_of(name) for name in names if panel_of(name) is None} == {}
     assert len(names) == 35

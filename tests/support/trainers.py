@@ -27,6 +27,7 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     algorithm: dict[str, Any] | None = None,
     eos_ids: tuple[int, ...] | None = None,
+    correction_cap: float | None = None,
     **settings: Any,
 ) -> Trainer:
     """Trainer of a fresh tiny policy; keywords are those of TrainerConfig, ``algorithm`` those of AlgorithmConfig."""
@@ -40,6 +41,7 @@ def make_trainer(
         critic=Critic(make_policy(backend, dtype, seed=1)) if gae else None,
         reference=make_policy(backend, dtype, seed=2) if kl else None,
         eos_ids=eos_ids,
+        correction_cap=correction_cap,
     )
 
 

@@ -194,6 +194,38 @@ def test_without_old_log_probs_the_forward_is_its_own_and_the_rollouts_reach_not
     assert trainer.masters_sha256() == other.masters_sha256()
 
 
+def corrected(samples: list[Sample], ratio: float, **arrays: list[np.ndarray]) -> tuple[dict[str, float], str]:
+    """Metrics and masters of one update whose samples report log-probs that are ``ratio`` times less likely."""
+    trainer = make_trainer(correction_cap=2.0, micro_batch_tokens=16, grad_clip=1e9)
+    for sample, exact in zip(samples, trainer.compute_logprobs(samples), strict=True):
+        sample.completion.logprobs[:] = exact - np.float32(np.log(ratio))
+    trainer.begin_batch()
+    metrics = trainer.accumulate(samples, advantages_of(samples), **arrays).metrics | trainer.apply_update()
+    return metrics, trainer.masters_sha256()
+
+
+def test_a_correction_weights_the_gradient_and_changes_nothing_where_both_sides_agree() -> None:
+    samples = make_samples(SHAPES, samplings=(PLAIN, GREEDY))
+    plain = make_trainer(micro_batch_tokens=16, grad_clip=1e9)
+    uncorrected = plain.accumulate(samples, advantages_of(samples)).metrics | plain.apply_update()
+    equal, masters = corrected(samples, 1.0)
+    assert masters == plain.masters_sha256() and equal["correction/is/truncated_frac"] == 0.0
+    assert equal["correction/is/mean"] == equal["correction/is/max"] == 1.0
+    for ratio, weight in ((0.5, 0.5), (1.5, 1.5), (9.0, 2.0)):
+        metrics, _ = corrected(samples, ratio)
+        assert metrics["grad_norm"] == pytest.approx(weight * uncorrected["grad_norm"], rel=1e-5)
+        assert metrics["correction/is/mean"] == pytest.approx(weight, rel=1e-5)
+        assert metrics["correction/is/truncated_frac"] == (ratio > 2.0)
+        assert metrics["ratio/max"] == 1.0, "train/old knows nothing of the rollout"
+
+
+def test_a_correction_refuses_a_sample_with_a_missing_log_prob() -> None:
+    trainer, (sample,) = make_trainer(correction_cap=2.0), make_samples([(3, 4)])
+    short = replace(sample, completion=replace(sample.completion, logprobs=sample.completion.logprobs[:3]))
+    with pytest.raises(ValueError, match=r"rollout log-probs\[0\] has shape \(3,\); the response has 4 tokens"):
+        trainer.accumulate([short], advantages_of([sample]))
+
+
 def test_after_an_update_old_log_probs_must_be_given() -> None:
     trainer, samples = make_trainer(), make_samples(SHAPES)
     train(trainer, samples)

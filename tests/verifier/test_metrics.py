@@ -54,6 +54,7 @@ WORKED = {
     "ratio_raw/min": 0.5,
     "ratio_raw/mean": 3.5 / 3,
     "ratio_raw/max": 2.0,
+    "ratio_frac_modified": 0.0,
 }
 
 
@@ -132,13 +133,21 @@ def test_a_nonfinite_or_missing_token_makes_every_maximum_infinite(bad: float | 
 def test_provenance_is_only_logged_when_known() -> None:
     three = comparison([([0.5], [0.5]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])], versions=(4, 6))
     assert not any("version" in name or "policy_age" in name for name in align_metrics(three))
-    known = Provenance(trainer_version=7, weights_equal=False, weights_version=6, ratio_frac_modified=0.25)
+    known = Provenance(trainer_version=7, weights_equal=False, weights_version=6, correction_cap=1.5)
     values = align_metrics(three, provenance=known)
     assert values["align/policy_age/mean"] == pytest.approx((3 + 1 + 1 + 1) / 4)
     assert values["align/policy_age/max"] == 3.0
     assert values["align/weights_equal"] == 0.0
     assert values["align/weights_version"] == 6.0
-    assert values["align/ratio_frac_modified"] == 0.25
+
+
+@pytest.mark.parametrize(("cap", "share"), [(1.5, 1 / 3), (2.5, 0.0), (None, 0.0)])
+def test_share_of_ratios_that_a_correction_cuts(cap: float | None, share: float) -> None:
+    """Ratios 2, 1/2 and 1."""
+    three = comparison([([0.25, 0.5], [0.5, 0.25]), ([0.5], [0.5])])
+    values = align_metrics(three, provenance=Provenance(correction_cap=cap))
+    assert values["align/ratio_frac_modified"] == pytest.approx(share)
+    assert values["align/ratio_raw/max"] == pytest.approx(2.0), "before the correction"
 
 
 def test_order_of_samples_does_not_change_a_bit() -> None:

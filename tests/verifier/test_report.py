@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,23 @@ def test_policies() -> None:
     assert enforce(good, "halt", warn=pytest.fail) == "pass"
     with pytest.raises(ValueError, match="on_mismatch='stop'"):
         decide(bad, "stop")
+
+
+def test_correct_goes_on_where_there_is_a_ratio_to_correct_by() -> None:
+    bad, broken = report_of([sample(0, [-1.0])], [[-2.0]]), report_of([sample(0, [-1.0])], [[np.nan]])
+    assert enforce(bad, "correct", warn=pytest.fail, dump=pytest.fail) == "correct"
+    for hopeless in (broken, report_of([], [])):
+        with pytest.raises(MismatchHalt):
+            enforce(hopeless, "correct", warn=pytest.fail)
+
+
+def test_a_difference_beyond_the_sampled_tokens_is_one() -> None:
+    good = report_of([sample(0, [-1.0])], [[-1.0]])
+    assert good.equal
+    found = replace(good, beyond=("all logits differ", "layer 3 differs"))
+    assert not found.equal
+    assert found.verdict == f"{good.verdict}; all logits differ; layer 3 differs"
+    assert decide(found, "halt") == "halt"
 
 
 def test_nothing_compared_halts() -> None:
