@@ -95,7 +95,7 @@ def test_strides_and_alignment_change_no_bit(size, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [128, 896, 5120])
+@pytest.mark.parametrize("size", [128, 896, 2048, 5120])
 def test_every_schedule_of_a_norm_gives_one_result(size, dtype):
     from rlalign_kernels.elementwise import triton_norm_calls as calls
 
@@ -111,8 +111,8 @@ def test_every_schedule_of_a_norm_gives_one_result(size, dtype):
             tile = RowTile(rows, num_warps)
             other = calls.forward(x, residual, weight, bias, settings, save=True, tile=tile)
             assert same_bits([t for t in other if t is not None], whole), tile
-        for num_warps in (1, 8):
-            tile = RowTile(backward_tile(size, dtype.itemsize).rows, num_warps)
+        for num_warps, num_stages in ((1, 1), (8, 1), (4, 2), (4, 3)):
+            tile = RowTile(backward_tile(size, dtype.itemsize).rows, num_warps, num_stages)
             other = calls.backward(x, residual, total, weight, mean, inverse, settings, need_bias=centered, tile=tile)
             assert same_bits([t for t in other if t is not None], [t for t in grads if t is not None]), tile
 

@@ -106,6 +106,38 @@ def test_the_row_sum_is_the_written_one():
     assert same_bits(norm_of("olmo", x, torch.ones(2500)), expected)
 
 
+def test_rows_that_are_read_ahead_change_no_gradient():
+    from rlalign_kernels.elementwise import triton_norm_calls as calls
+
+    x, grad, weight = heavy(21, 40, seed=0), normal(21, 40, seed=1), normal(40, seed=2)
+    mean, inverse = x.mean(1), 1 / x.norm(dim=1)
+    for centered in (False, True):
+        settings = calls.NormSettings("norm", 1e-5, centered=centered)
+        found = [
+            calls.backward(grad, x, x, weight, mean, inverse, settings, need_bias=centered, tile=RowTile(4, 4, stages))
+            for stages in (1, 2, 3)
+        ]
+        wanted = 2 + centered
+        for other in found[1:]:
+            assert all(same_bits(a, b) for a, b in zip(other[:wanted], found[0][:wanted], strict=True))
+
+
+@pytest.mark.parametrize("num_parts", [1, 63, 64, 65, 200, 512])
+def test_parts_meet_in_the_written_order(num_parts):
+    """Part p goes to lane p mod 64, lanes ascending, then halves."""
+    from rlalign_kernels.elementwise import triton_norm_calls as calls
+
+    parts = heavy(num_parts, 37, seed=num_parts)
+    padded = torch.zeros(512, 37)
+    padded[:num_parts] = parts
+    total = torch.zeros(64, 37)
+    for turn in padded.view(8, 64, 37):
+        total = total + turn
+    while len(total) > 1:
+        total = total[: len(total) // 2] + total[len(total) // 2 :]
+    assert same_bits(calls._add_parts(parts, torch.float32), total[0])
+
+
 def test_weight_gradients_of_more_rows_than_programs():
     assert rows_per_part(100_000, 1) == 256 and rows_per_part(100_000, 16) == 256 and rows_per_part(5, 16) == 16
     x, weight, cotangent = normal(700, 3, seed=0), normal(3, seed=1), normal(700, 3, seed=2)

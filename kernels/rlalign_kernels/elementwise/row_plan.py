@@ -52,9 +52,11 @@ def forward_tile(size: int, itemsize: int) -> RowTile:
 
 @cache
 def backward_tile(size: int, itemsize: int) -> RowTile:
-    """A program holds the weight gradient of its rows besides the row itself."""
+    """A program holds the weight gradient of its rows besides the row itself, and of short rows the weight too."""
     if size <= 512:
         return RowTile(_SHARED // 2 // lanes(size), 4)
+    if size * itemsize <= 4096:
+        return RowTile(1, 2 if size <= 1024 else 4, 3)
     return RowTile(1, 2 if size <= 1024 else 4 if size <= 4096 else 8 if size * itemsize <= 32768 else 16)
 
 

@@ -98,14 +98,20 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """A program goes through its rows in ascending order; ``dweight``, ``dbias``: float32 [programs, H] of those rows.
 
+    STAGES > 1: rows are read that far ahead, and the weight stays in registers.
     dh = inverse * (s - mean(s) - n * mean(s * n)) + grad_sum with n the normalised row and s = grad * weight.
     HAS_SUM: h = x + residual was handed out, and its gradient comes back in grad_sum.
     """
     part = tl.program_id(0)
     first = part * rows_per_part
+    # a load within the loop would be made ahead too, row after row
+    KEEP: tl.constexpr = HAS_WEIGHT and STAGES > 1
     zeros = ()
-    for _ in tl.static_range((H + LANES - 1) // LANES):
+    kept = ()
+    for i in tl.static_range((H + LANES - 1) // LANES):
         zeros += (tl.zeros([ROWS, LANES], tl.float32),)
+        if KEEP:
+            kept += (load_vector(weight_ptr, stride_w, i, H, LANES),)
     dweight = zeros
     dbias = zeros
     for start in tl.range(first, tl.minimum(first + rows_per_part, num_rows), ROWS, num_stages=STAGES):
@@ -121,7 +127,11 @@ def norm_backward_kernel(
             along = tl.zeros([ROWS, LANES], tl.float32)
             plain = tl.zeros([ROWS, LANES], tl.float32)
             for i in tl.static_range(len(h)):
-                s = _scaled(grad[i], weight_ptr, stride_w, offset, i, H, LANES, HAS_WEIGHT)
+                s = grad[i].to(tl.float32)
+                if KEEP:
+                    s = s * (kept[i].to(tl.float32) + offset)
+                elif HAS_WEIGHT:
+                    s = s * (load_vector(weight_ptr, stride_w, i, H, LANES).to(tl.float32) + offset)
                 n = _deviation(h[i], mean, i, H, LANES, CENTERED) * inverse[:, None]
                 along = tl.fma(s, n, along)
                 plain = plain + s
@@ -131,7 +141,11 @@ def norm_backward_kernel(
                 plain_mean = tl.div_rn(fold(plain, ROWS, LANES), 1.0 * H)[:, None]
             starts = row_starts(rows, inner, stride_so, stride_si)
             for i in tl.static_range(len(h)):
-                s = _scaled(grad[i], weight_ptr, stride_w, offset, i, H, LANES, HAS_WEIGHT)
+                s = grad[i].to(tl.float32)
+                if KEEP:
+                    s = s * (kept[i].to(tl.float32) + offset)
+                elif HAS_WEIGHT:
+                    s = s * (load_vector(weight_ptr, stride_w, i, H, LANES).to(tl.float32) + offset)
                 n = _deviation(h[i], mean, i, H, LANES, CENTERED) * inverse[:, None]
                 dh = tl.fma(n, tl.broadcast_to(-along_mean, n.shape), s - plain_mean) * inverse[:, None]
                 if HAS_SUM:
@@ -165,25 +179,19 @@ def _load_tile(ptr, starts, live, stride, i: tl.constexpr, H: tl.constexpr, LANE
     return tl.load(ptrs, mask=live[:, None] & (c < H)[None, :], other=0.0)
 
 
-@triton.jit
-def _scaled(
-    grad, weight_ptr, stride_w, offset, i: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr, HAS_WEIGHT: tl.constexpr
-):  # fmt: skip
-    """float32 gradient of the normalised row."""
-    s = grad.to(tl.float32)
-    if HAS_WEIGHT:
-        s = s * (load_vector(weight_ptr, stride_w, i, H, LANES).to(tl.float32) + offset)
-    return s
-
-
 @triton.jit(do_not_specialize=["num_parts"])
-def norm_parts_kernel(parts_ptr, out_ptr, num_parts, H, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [H] of float32 parts [num_parts, H]: part p belongs to lane p mod PARTS, which adds in ascending order; then
-    lanes by halves."""
+def norm_parts_kernel(
+    parts_ptr, out_ptr, num_parts, H, PARTS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out [H] of float32 parts [num_parts, H], at most PARTS * TURNS: part p belongs to lane p mod PARTS, which adds in
+    ascending order; then lanes by halves. A part that is not there adds 0."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([PARTS, BLOCK], tl.float32)
-    for start in range(0, num_parts, PARTS):
-        p = start + tl.arange(0, PARTS)
+    parts = ()  # all on their way before the first is needed
+    for turn in tl.static_range(TURNS):
+        p = turn * PARTS + tl.arange(0, PARTS)
         mask = (p < num_parts)[:, None] & (c < H)[None, :]
-        total += tl.load(parts_ptr + p[:, None].to(tl.int64) * H + c[None, :], mask=mask, other=0.0)
+        parts += (tl.load(parts_ptr + p[:, None].to(tl.int64) * H + c[None, :], mask=mask, other=0.0),)
+    total = tl.zeros([PARTS, BLOCK], tl.float32)
+    for turn in tl.static_range(TURNS):
+        total += parts[turn]
     tl.store(out_ptr + c, fold_rows(total, PARTS, BLOCK).to(out_ptr.dtype.element_ty), mask=c < H)

@@ -20,7 +20,7 @@ from rlalign_kernels.elementwise.triton_norm import norm_backward_kernel, norm_f
 from rlalign_kernels.elementwise.triton_rows import check_device
 from rlalign_kernels.launch import Launch
 
-_PART_LANES, _PART_COLUMNS = 64, 32
+_PART_LANES, _PART_COLUMNS = 64, 16
 _NONE = (0, 0, 0)
 
 
@@ -227,7 +227,9 @@ def _add_parts(parts: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor |
 
 @lru_cache(1024)
 def _parts_launch(num_parts: int, size: int, dtype: torch.dtype) -> Launch:
+    # a power of two: few kernels to compile
+    turns = 1 << (-(-num_parts // _PART_LANES) - 1).bit_length()
     return Launch(
         norm_parts_kernel, (-(-size // _PART_COLUMNS),), (num_parts, size),
-        PARTS=_PART_LANES, BLOCK=_PART_COLUMNS, num_warps=4, enable_fp_fusion=False,
+        PARTS=_PART_LANES, TURNS=turns, BLOCK=_PART_COLUMNS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
