@@ -2,9 +2,10 @@
 
     loss = sum_t w_t ( -c_t surrogate_t + kl_coef * k3_t - entropy_coef * H_t )
 
-with surrogate and k3 of ``surrogate``, c_t the weight of ``corrections`` (1 without one), H_t the entropy of the sampling
-distribution at token t, and w_t of ``aggregation``: 1/N (token_mean) or 1/(S L_s) (sequence_mean), both over the whole
-optimizer batch. The advantages are those of ``advantages.group_normalized``, one per sequence, repeated over its tokens.
+with surrogate and k3 of ``surrogate``, c_t the weight of ``corrections`` (1 without one), H_t the entropy of the
+sampling distribution at token t, and w_t of ``aggregation``: 1/N (token_mean) or 1/(S L_s) (sequence_mean), both over
+the whole optimizer batch. The advantages are those of ``advantages.group_normalized``, one per sequence, repeated over
+its tokens.
 """
 
 from __future__ import annotations
