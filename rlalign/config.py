@@ -199,6 +199,22 @@ class FaultConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class AlertConfig:
+    """Above what the tracker sends an alert; None: never. Missing log-probs and other weights always are one."""
+
+    max_abs: float | None = Field(None, ge=0)
+    """Of |Δ|. None: any differing bit with numerics=invariant, nothing with native."""
+    mean_abs: float | None = Field(None, ge=0)
+    k3: float | None = Field(None, ge=0)
+    mult_prob_error: float | None = Field(1.05, ge=1)
+    """Mean of e^|Δ|."""
+    kl: float | None = Field(None, ge=0)
+    """Mean over the vocabulary, of the steps in which all logits are compared."""
+    wait_seconds: float = Field(3600.0, ge=0)
+    """Between two alerts of one kind."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class AlignConfig:
     """What happens when rollout and trainer disagree."""
 
@@ -220,6 +236,7 @@ class AlignConfig:
     """Sequences that these two look at."""
     check_tokens: int = Field(128, ge=1)
     """Most response tokens of each that are decoded once more."""
+    alert: AlertConfig = AlertConfig()
     fault: FaultConfig = FaultConfig()
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from rlalign.config import TrackingConfig
+from rlalign.dashboards.alerts import Alert
 from rlalign.dashboards.aliases import ALIASES, Framework, aliased
 from rlalign.dashboards.heat_map import draw_heat_map
 from rlalign.dashboards.panels import STEP, definitions
@@ -47,6 +48,10 @@ class Sink(Protocol):
         """How far every layer's output differs in one step."""
         ...
 
+    def alert(self, alert: Alert) -> None:
+        """Tell whoever watches."""
+        ...
+
     def close(self, exit_code: int = 0) -> None:
         """Finish within bounded time. Safe to call twice."""
         ...
@@ -62,6 +67,9 @@ class NullSink:
         pass
 
     def layers(self, step: int, row: LayerRow) -> None:
+        pass
+
+    def alert(self, alert: Alert) -> None:
         pass
 
     def close(self, exit_code: int = 0) -> None:
@@ -109,6 +117,10 @@ class WandbSink:
     def layers(self, step: int, row: LayerRow) -> None:
         self._layers[step] = row
         self._softly(lambda run: run.log({STEP: step, **self._layer_map()}))
+
+    def alert(self, alert: Alert) -> None:
+        # the wait is ours (AlertGate), whatever the title; wandb takes 0 for a minute
+        self._softly(lambda run: run.alert(alert.title, alert.text, level=alert.level, wait_duration=1))
 
     def close(self, exit_code: int = 0) -> None:
         if problem := self._finish(exit_code):

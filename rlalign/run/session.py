@@ -17,6 +17,7 @@ import numpy as np
 
 from rlalign.config import Config, config_to_dict
 from rlalign.dashboards import MetricsFile, NullSink, Sink, make_sink
+from rlalign.dashboards.alerts import AlertGate, alerts_of
 from rlalign.dashboards.snapshot import snapshot_to_dict, take_snapshot
 from rlalign.generators import Generators
 from rlalign.records import Sample, derive_seed
@@ -62,6 +63,7 @@ class Run:
         self.status = "failed"
         self._seconds: dict[str, float] = {}
         self._interrupts = Interrupts()
+        self._alerts = AlertGate(config.align.alert.wait_seconds)
         self._checks = Checks()
         self._compared: Compared | None = None
         self.sink: Sink = NullSink()
@@ -200,7 +202,7 @@ class Run:
         except MismatchHalt:
             self.totals.count(report)
             # the step that stops a run is the one that people want to look at
-            self._log(self.totals.steps + 1, with_pictures=True)
+            self._log(self.totals.steps + 1, with_pictures=True, halted=True)
             raise
 
     def _dump(
@@ -295,11 +297,15 @@ class Run:
             f"continue with: python recipes/{self.recipe}.py run.resume={self.folder.path}"
         )
 
-    def _log(self, step: int, *, with_pictures: bool) -> None:
+    def _log(self, step: int, *, with_pictures: bool, halted: bool = False) -> None:
         self._metrics_file.log(step, self.metrics)
         self.sink.log(step, self.metrics)
         if self._compared is None:
             return
+        settings, verdict = self.config.align.alert, self._compared.report.verdict
+        found = alerts_of(self.metrics, settings, self.config.numerics, step=step, verdict=verdict, halted=halted)
+        for alert in self._alerts.passing(found):
+            self.sink.alert(alert)
         pictures, layers = self._compared.pictures, self._compared.layers
         snapshot = take_snapshot(pictures, full=with_pictures, layers=layers)
         self._pictures_file.log(step, snapshot_to_dict(snapshot))

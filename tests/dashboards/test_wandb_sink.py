@@ -18,6 +18,7 @@ import pytest
 
 from rlalign.config import TrackingConfig
 from rlalign.dashboards import NullSink, PictureData, WandbSink, make_sink
+from rlalign.dashboards.alerts import Alert
 from rlalign.dashboards.pictures import Trace
 from rlalign.dashboards.sink import WORST_COLUMNS
 
@@ -59,6 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
         sink.pictures(0, pictures())
         sink.log(1, {"align/mismatch_count": 1.0, "align/logp_abs_diff/max": float("inf")})
         sink.pictures(1, pictures(equal=True))
+        sink.alert(Alert("halt", "rlalign: it has stopped", "step 1: they differ", "ERROR"))
         sink.close()
         sink.close()
         # WANDB_SERVICE is wandb's own note of its process
@@ -80,6 +82,12 @@ def test_config_project_and_clean_end_come_back(run: tuple[Path, list[dict[str, 
     assert started["config"]["update"]["trainer"] == {"lr": 0.5}
     assert run[1][-1]["exit"]["exit_code"] == 0
     assert run[0].name.startswith("offline-run-")
+
+
+def test_alerts_come_back(run: tuple[Path, list[dict[str, Any]]]) -> None:
+    (alert,) = [row["alert"] for row in run[1] if row["type"] == "alert"]
+    assert (alert["title"], alert["text"]) == ("rlalign: it has stopped", "step 1: they differ")
+    assert alert["level"] == "ERROR"
 
 
 def test_step_is_the_axis_and_the_worst_is_kept(run: tuple[Path, list[dict[str, Any]]]) -> None:

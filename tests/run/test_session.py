@@ -15,7 +15,7 @@ from support.runs import summary, tiny_run
 from support.samples import make_samples
 
 from rlalign.config import Config
-from rlalign.dashboards import read_metrics
+from rlalign.dashboards import NullSink, read_metrics
 from rlalign.dashboards.run_report import read_run
 from rlalign.run import Run, resumed_config
 from rlalign.trainer.checkpoint import existing_folder
@@ -217,6 +217,26 @@ def test_the_step_that_halts_a_run_is_counted(tmp_path):
         verify(run, shift=0.5)
     found = summary(tmp_path)
     assert (found["status"], found["steps"], found["tokens"], found["mismatch_count"]) == ("halted", 0, 10, 10)
+
+
+def test_a_mismatch_that_lasts_is_one_alert(tmp_path):
+    class Watching(NullSink):
+        def alert(self, alert):
+            alerts.append((alert.kind, alert.level, alert.text))
+
+    alerts = []
+    with make_run(tiny_run(tmp_path, align={"on_mismatch": "log"})) as run:
+        run.restore(FakeTrainer())
+        run.sink = Watching()
+        for step in (1, 2, 3):
+            for name in ("rollout", "train"):
+                with run.phase(name):
+                    pass
+            verify(run, shift=0.5 if step > 1 else 0.0)
+            run.end_step(step, SAMPLES, rollout_stats={})
+    kinds = [kind for kind, _, _ in alerts]
+    assert kinds == ["mismatch", "mult_prob_error"]
+    assert alerts[0][1] == "ERROR" and alerts[0][2].startswith("step 2: 10 tokens. rollout and trainer differ on 10 of")
 
 
 def test_a_run_leaves_no_file_open(tmp_path):
