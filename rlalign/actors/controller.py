@@ -26,6 +26,7 @@ from rlalign.actors.inspection import Inspecting
 from rlalign.actors.process import device_of
 from rlalign.actors.rollout_actor import RolloutActor, RolloutRequest, check_cache
 from rlalign.actors.trainer_actor import TrainerActor
+from rlalign.actors.weight_sync import Transport
 from rlalign.config import Config, SamplingParams
 from rlalign.records import Completion, Prompt, Sample, derive_seed
 
@@ -71,13 +72,19 @@ class Controller:
         # decided once, here: every actor computes on the same kind of device
         self.device = device_of(config)
         self.config = replace(config, cluster=replace(config.cluster, device=self.device))
+        if config.cluster.weight_transport == "cuda_ipc" and self.device != "cuda":
+            raise ValueError(
+                f"cluster.weight_transport=cuda_ipc: the actors compute on device {self.device}; "
+                "use auto or object_store"
+            )
         self.num_restarts = 0
         self.weights_version = 0
-        self.weights_sha256: str | None = None
+        self.weight_transport: Transport = "object_store"
         self.weights_equal = True
         self.plan: Fingerprint | None = None
         self._checkpoint: Path | None = None
         self._weights: Any = None
+        self._weights_digest: str | None = None
         self._rollouts: list[Any] = []
         self._exit = ExitStack()
 
@@ -103,7 +110,8 @@ class Controller:
     def load(self, checkpoint: Path) -> None:
         """Load the checkpoint everywhere and compare plans. Raises RuntimeError naming the fields that differ.
 
-        Every actor reads the folder itself, by its absolute path. Raises ValueError for actors that don't start.
+        Every actor reads the folder itself, by its absolute path. Raises ValueError for actors that don't start, and
+        for cluster.weight_transport=cuda_ipc where they can't share memory.
         """
         config = self.config
         updates = config.run.steps * config.algorithm.epochs * config.algorithm.minibatches
@@ -117,18 +125,26 @@ class Controller:
         self.plan, *others = [fetch_named(one, name) for name, one in zip(names, loading, strict=True)]
         for index, plan in enumerate(others):
             self._check_plan(plan, index)
+        self.weight_transport = self._choose_transport()
 
     def sync_weights(self) -> None:
-        """Give the trainer's weights to every engine; each checks their hash on arrival.
+        """Give the trainer's weights to every engine; each checks their hash, or checksum, on arrival.
 
-        The bundle goes from process to process through the object store; this one only holds a reference to it.
+        They go from process to process; this one only holds a reference to them, or to where they are.
         """
-        self._weights, reference = self._trainer_handle.weights.options(num_returns=2).remote()
-        version, sha256 = self.trainer.wait_for(reference)
+        self._weights, reference = self._trainer_handle.weights.options(num_returns=2).remote(self.weight_transport)
+        version, digest = self.trainer.wait_for(reference)
         pending = [handle.load_weights.remote(self._weights) for handle in self._rollouts]
         held = [self._call(i, "load_weights", self._weights, pending=one) for i, one in enumerate(pending)]
-        self.weights_version, self.weights_equal = version, all(other == sha256 for other in held)
-        self.weights_sha256 = sha256
+        self.weights_version, self.weights_equal = version, all(other == digest for other in held)
+        self._weights_digest = digest
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """SHA-256 of the weights that were synced last, None before the first time."""
+        if self._weights_digest is None or self.weight_transport == "object_store":
+            return self._weights_digest
+        return self.trainer.shared_sha256()  # computed when somebody asks: a second or more
 
     def generate(
         self,
@@ -177,7 +193,31 @@ class Controller:
             "plan": dict(plan),
             "schedules": self.trainer.conformance(),
             "rollout_restarts": self.num_restarts,
+            "weight_transport": self.weight_transport,
         }
+
+    def _choose_transport(self) -> Transport:
+        """The setting's, or with auto the fastest that works here; says so where that is not what a GPU allows."""
+        wanted = self.config.cluster.weight_transport
+        if wanted == "object_store" or self.device != "cuda":
+            return "object_store"
+        reason = self._why_not_shared()
+        if reason is None:
+            return "cuda_ipc"
+        if wanted == "cuda_ipc":
+            raise ValueError(f"cluster.weight_transport=cuda_ipc: {reason}; use auto or object_store")
+        _LOG.warning("weights go through host memory, for GPU memory can't be shared: %s", reason)
+        return "object_store"
+
+    def _why_not_shared(self) -> str | None:
+        """Tries it, with a little memory of the trainer's process."""
+        offered = self.trainer.offer_memory()
+        if isinstance(offered, str):
+            return offered
+        for index, handle in enumerate(self._rollouts):
+            if reason := fetch_named(handle.try_memory.remote(offered), _rollout(index)):
+                return f"{_rollout(index)}: {reason}"
+        return None
 
     def _start(self, cls: type) -> Any:
         cluster = self.config.cluster

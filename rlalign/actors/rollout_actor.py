@@ -13,10 +13,11 @@ from rlalign_kernels import Fingerprint
 from rlalign.actors.faults import kv_page_fault
 from rlalign.actors.inspection import Inspector, What, paged
 from rlalign.actors.process import device_of, plan_of, policy_settings, set_up
+from rlalign.actors.shared_memory import SharedReader, SharedWeights
 from rlalign.actors.weight_sync import WeightBundle, unbundle_weights
 from rlalign.config import Config, SamplingParams
 from rlalign.engine import Engine
-from rlalign.modeling import load_policy, load_tokenizer
+from rlalign.modeling import checksum_tensors, load_policy, load_tokenizer
 from rlalign.records import Completion
 
 _COUNTERS = (
@@ -39,6 +40,7 @@ class RolloutActor:
     def __init__(self, threads: int) -> None:
         set_up(threads)
         self._engine: Engine | None = None
+        self._reader = SharedReader()
 
     def load(self, config: Config, checkpoint: Path) -> Fingerprint:
         """Load the checkpoint; returns what can change a bit in this process.
@@ -50,10 +52,22 @@ class RolloutActor:
         self._engine = Engine(policy, load_tokenizer(checkpoint), config.engine)
         return plan_of(config)
 
-    def load_weights(self, bundle: WeightBundle) -> str:
-        """Take over new weights, checked on arrival; returns the SHA-256 of what the engine now holds."""
+    def load_weights(self, bundle: WeightBundle | SharedWeights) -> str:
+        """Take over new weights, checked on arrival; returns the SHA-256, or checksum, of what the engine now holds."""
+        if isinstance(bundle, SharedWeights):
+            weights = self._reader.read(bundle, self.engine.policy.device)
+            self.engine.update_weights(weights, bundle.version, checksum=bundle.checksum)
+            return self.engine.weights_checksum()
         self.engine.update_weights(unbundle_weights(bundle), bundle.version, bundle.sha256)
         return self.engine.weights_hash()
+
+    def try_memory(self, offered: SharedWeights) -> str | None:
+        """Why this process can't read what the trainer's offers; None if it can."""
+        try:
+            found = checksum_tensors(SharedReader().read(offered, self.engine.policy.device))
+        except (RuntimeError, ValueError, OSError) as error:
+            return str(error)
+        return None if found == offered.checksum else "what it reads there is not what the trainer wrote"
 
     def generate(
         self, requests: Sequence[RolloutRequest], *, plant_fault: bool = False

@@ -1,5 +1,7 @@
 """Weights on their way from trainer to rollout: raw bytes with a version and a hash, through Ray's object store.
 
+On one GPU they need not leave its memory: shared_memory.py.
+
 The trainer's process puts one bundle into the store; every engine reads it from there without a copy, checks the hash
 of what arrived, and loads it. The hash is that of ``modeling.hash_tensors``: names, dtypes, shapes and bytes.
 """
@@ -8,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Transport = Literal["object_store", "cuda_ipc"]
 
 
 @dataclass(frozen=True, slots=True)

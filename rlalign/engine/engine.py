@@ -19,7 +19,7 @@ from rlalign.engine.runner import Runner
 from rlalign.engine.sampler import sample
 from rlalign.engine.scheduler import ScheduledStep, Scheduler
 from rlalign.engine.stopping import StopStringWatcher, decode_text, stop_ids
-from rlalign.modeling import Policy, as_policy, eos_ids, hash_tensors
+from rlalign.modeling import Policy, as_policy, checksum_tensors, eos_ids, hash_tensors
 from rlalign.records import Completion, FinishReason
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ class Engine:
     def weights_hash(self) -> str:
         """SHA-256 of the weights as they are now (names, dtypes, shapes, bytes)."""
         return self.policy.weights_hash()
+
+    def weights_checksum(self) -> str:
+        """Of the weights as they are now, computed where they are: modeling/checksum.py."""
+        return checksum_tensors(self.policy.named_weights())
 
     @property
     def stats(self) -> dict[str, float]:
@@ -184,16 +188,21 @@ class Engine:
             raise
         return [sorted(completions, key=lambda c: c.sample_index) for completions in results]
 
-    def update_weights(self, weights: Mapping[str, Tensor], version: int, sha256: str | None = None) -> None:
+    def update_weights(
+        self, weights: Mapping[str, Tensor], version: int, sha256: str | None = None, *, checksum: str | None = None
+    ) -> None:
         """Load ``weights`` in place under a new version, and forget every cached prefix.
 
-        sha256: what ``weights_hash()`` must be afterwards; it is checked on what arrived, before anything is changed.
-        Raises RuntimeError while requests are unfinished, ValueError for another hash, name, shape or dtype.
+        sha256, checksum: what ``weights_hash()`` or ``weights_checksum()`` must be afterwards; they are checked on what
+        arrived, before anything is changed.
+        Raises RuntimeError while requests are unfinished, ValueError for another hash, checksum, name, shape or dtype.
         """
         if self.has_unfinished:
             raise RuntimeError(f"{len(self._num_open)} requests are unfinished: their tokens would mix two weights")
         if sha256 is not None and (arrived := hash_tensors(weights)) != sha256:
             raise ValueError(f"weights version {version} arrived damaged: their SHA-256 is {arrived}, not {sha256}")
+        if checksum is not None and (arrived := checksum_tensors(weights)) != checksum:
+            raise ValueError(f"weights version {version} arrived damaged: their checksum is {arrived}, not {checksum}")
         self.policy.load_weights(weights)
         if self._graphs is not None:
             self._graphs.weights_changed()

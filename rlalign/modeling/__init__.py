@@ -2,6 +2,7 @@
 
 from rlalign.modeling.align import align, backend_for
 from rlalign.modeling.audit import AuditError, AuditReport, Finding, audit
+from rlalign.modeling.checksum import checksum_tensors
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext, PagedContext
 from rlalign.modeling.eos import eos_ids
 from rlalign.modeling.hf_attention import register_attention
@@ -26,6 +27,7 @@ __all__ = [
     "as_policy",
     "audit",
     "backend_for",
+    "checksum_tensors",
     "eos_ids",
     "hash_tensors",
     "load_model",

@@ -27,6 +27,9 @@ def test_both_actors_share_a_gpu(numerics, shared_ray, tmp_path, monkeypatch):
     assert len(rows) == 3
     assert all(row["grad_norm"] > 0 and row["reward/std"] > 0 and row["align/weights_equal"] == 1 for row in rows)
     assert found["tokens"] > 1000
+    assert found["weight_transport"] == "cuda_ipc"
+    replayed = sum(row["perf/engine/graph_steps"] for row in rows)
+    assert replayed > 0 if numerics == "invariant" else replayed == 0
     if numerics == "native":
         assert found["mismatch_count"] > 0
         return
