@@ -22,11 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from rlalign_kernels.gemm import triton_chain
-from rlalign_kernels.hopper_common import WARPGROUP_ROWS, all_warps_meet, barriers, boxes, copy_in
+from rlalign_kernels.hopper_common import WARPGROUP_ROWS, all_warps_meet, barriers, boxes, copy_in, copy_out
 
 _tile_of = gluon.jit(triton_chain.tile_of.fn)
-# a name that moved between Triton's versions
-_copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -134,11 +132,11 @@ def _write(acc, out_desc, out_s, row, col, COLS: gl.constexpr, CHUNK: gl.constex
         if SWAP:
             out_s.permute((1, 0)).store(rounded)
             fence_async_shared()
-            _copy_out(out_desc, [col, row], out_s)
+            copy_out(out_desc, [col, row], out_s)
         else:
             out_s.store(rounded)
             fence_async_shared()
-            _copy_out(out_desc, [row, col], out_s)
+            copy_out(out_desc, [row, col], out_s)
 
 
 @gluon.jit
