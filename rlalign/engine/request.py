@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from rlalign.config import SamplingParams
@@ -11,6 +12,9 @@ from rlalign.records import FinishReason, derive_seed
 
 if TYPE_CHECKING:
     from rlalign.engine.stopping import StopStringWatcher
+
+# asked at every token of a sequence
+_derive_seed = lru_cache(1 << 16)(derive_seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ class Request:
 
     def seed_of(self, sample_index: int) -> int:
         """Key of the counter-based generator, unsigned 64 bits."""
-        return derive_seed(self.params.seed or 0, sample_index)
+        return _derive_seed(self.params.seed or 0, sample_index)
 
     @property
     def seed(self) -> int:
@@ -137,11 +141,12 @@ class Request:
         self.finish_reason = self._reason_to_stop(draw.token_id)
 
     def _reason_to_stop(self, token_id: int) -> FinishReason | None:
-        may_stop = self.num_response >= self.params.min_tokens
+        num_response = self.num_response
+        may_stop = num_response >= self.params.min_tokens
         # The watcher sees every token, also those before min_tokens: it decodes incrementally.
         found_text = self.watcher is not None and self.watcher.feed(token_id, may_stop)
         if token_id in self.stop_ids or found_text:
             return "stop"
-        if self.num_response >= self.params.max_tokens or len(self.token_ids) >= self.max_length:
+        if num_response >= self.params.max_tokens or len(self.token_ids) >= self.max_length:
             return "length"
         return None

@@ -105,7 +105,8 @@ class Scheduler:
             self._register_filled_pages(request, chunk.start)
             if chunk.num_draws == 0:
                 continue
-            for member in (request, *self._fork(request)):
+            members = (request, *self._fork(request)) if request.num_siblings else (request,)
+            for member in members:
                 member.append(next(upcoming), batch_size=len(step.chunks))
                 if member.finish_reason is not None:
                     self._remove(member)
@@ -129,9 +130,12 @@ class Scheduler:
         while index < len(self.running) and taken < self.config.max_batch_tokens:
             request = self.running[index]
             num_tokens = min(request.num_pending, self.config.prefill_chunk, self.config.max_batch_tokens - taken)
-            if not self._make_room(request, num_tokens):
+            if self._has_room(request, num_tokens):
+                self._append_chunk(step, request, num_tokens)
+            elif self._make_room(request, num_tokens):
+                self._add_chunk(step, request, num_tokens)
+            else:
                 break  # it was the latest arrival itself, and is waiting now
-            self._add_chunk(step, request, num_tokens)
             taken += num_tokens
             index += 1
         return taken
@@ -155,6 +159,11 @@ class Scheduler:
             self._add_chunk(step, request, num_tokens)
             num_slots += request.num_slots
             budget -= num_tokens
+
+    def _has_room(self, request: Request, num_tokens: int) -> bool:
+        """Whether its own pages take the tokens, as in nearly every step of a decode, which this is quick for."""
+        begin, size, pages = request.num_computed, self.pool.page_size, request.pages
+        return begin + num_tokens <= len(pages) * size and not self.pool.is_shared(pages[begin // size])
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Free the pages that ``num_tokens`` more need by preempting the latest arrivals; False if that is us."""
@@ -197,6 +206,9 @@ class Scheduler:
             self.pool.release([source])
             step.copies.append((source, destination))
         request.pages += pages
+        self._append_chunk(step, request, num_tokens)
+
+    def _append_chunk(self, step: ScheduledStep, request: Request, num_tokens: int) -> None:
         num_draws = request.num_slots if num_tokens == request.num_pending else 0
         step.chunks.append(Chunk(request, request.num_computed, num_tokens, num_draws))
 
@@ -212,9 +224,9 @@ class Scheduler:
 
     def _register_filled_pages(self, request: Request, start: int) -> None:
         """Make the pages known that the tokens from ``start`` on have filled."""
-        if not self.pool.prefix_cache:
-            return
         num_full = request.num_computed // self.pool.page_size
+        if not self.pool.prefix_cache or num_full == start // self.pool.page_size:
+            return
         self.pool.extend_digests(request.page_digests, request.token_ids, num_full)
         for index in range(start // self.pool.page_size, num_full):
             self.pool.register(request.pages[index], request.page_digests[index])
