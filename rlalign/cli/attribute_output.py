@@ -31,7 +31,11 @@ def show(
         console.print(_kept(outcome))
     for line in _lines(outcome, facts, sequences):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if outcome.equal else "red")
+    good = facts["exit_code"] == 0
+    if not outcome.equal and outcome.num_tokens:
+        beyond = "; ".join(facts["exceeded"]) or "within the thresholds"
+        console.print(f"the difference as a whole: {beyond}", markup=False, soft_wrap=True)
+    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if good else "red")
 
 
 def write_json(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence], path: Path) -> None:
@@ -42,14 +46,12 @@ def write_json(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
 
 def record(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence]) -> dict[str, Any]:
     """The outcome as plain values."""
-    from rlalign.cli.verify_attribute import exit_code
-
     return {
-        "exit_code": exit_code(outcome),
         "equal": outcome.equal,
         "explained": outcome.explained,
         "verdict": outcome.verdict,
         **facts,
+        "metrics": dict(outcome.metrics),
         "base": asdict(outcome.base),
         "rest": asdict(outcome.rest),
         "causes": [
@@ -91,7 +93,7 @@ def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
     page = HtmlOutcome(
         title=f"Attribution of {facts['dump']}",
         verdict=outcome.verdict,
-        good=outcome.equal,
+        good=facts["exit_code"] == 0,
         facts={name: ", ".join(value) if isinstance(value, list) else value for name, value in facts.items() if value},
         tables=[("Where", table) for table in tables if table.rows],
     )

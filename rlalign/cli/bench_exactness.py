@@ -27,7 +27,7 @@ from torch import Tensor
 from rlalign.actors.process import set_up
 from rlalign.cli.bench_engine import machine_name
 from rlalign.cli.errors import run_main
-from rlalign.cli.verify_run import rescore
+from rlalign.cli.rescoring import rescore
 from rlalign.config import AlgorithmConfig, Dtype, EngineConfig, ModelConfig, Numerics, SamplingParams, TrainerConfig
 from rlalign.engine import Engine
 from rlalign.modeling import Policy, load_policy, make_tiny_model

@@ -26,15 +26,18 @@ def show(outcome: Bisection, facts: Facts, worst: int, console: Console) -> None
         console.print(_table(title, differing[:worst]))
     for name in facts["not_recorded"]:
         console.print(f"not compared: {name}: its output has no row per token", markup=False, soft_wrap=True)
-    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if outcome.equal else "red")
+    good = facts["exit_code"] == 0
+    if not outcome.equal:
+        beyond = "; ".join(facts["exceeded"]) or "within the thresholds"
+        console.print(f"log-probs at the end: {beyond}", markup=False, soft_wrap=True)
+    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if good else "red")
 
 
 def write_json(outcome: Bisection, facts: Facts, path: Path) -> None:
     """All of it as strict JSON, the heat map's data included; NaN and infinities are strings."""
-    from rlalign.cli.verify_bisect import exit_code
     from rlalign.dashboards.jsonl import to_json
 
-    content = {"exit_code": exit_code(outcome), **facts, **outcome.record()}
+    content = {**facts, **outcome.record()}
     path.write_text(json.dumps(to_json(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -62,8 +65,8 @@ def write_page(outcome: Bisection, facts: Facts, path: Path) -> None:
     page = HtmlOutcome(
         title=f"Bisection: {facts['a']} against {facts['b']}",
         verdict=outcome.verdict,
-        good=outcome.equal,
-        facts={name: value for name, value in facts.items() if value},
+        good=facts["exit_code"] == 0,
+        facts={name: value for name, value in facts.items() if value and name not in ("logprobs", "exit_code")},
         charts=[("Where", Chart("which layer, which token", {"": _figure(outcome)}, note, "full"))],
         tables=[("Where", table) for table in tables if table.rows],
     )

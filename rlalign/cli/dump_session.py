@@ -13,10 +13,11 @@ from rich.console import Console
 
 from rlalign.cli.dump_options import thresholds
 from rlalign.cli.dump_output import Decode, Verdict
-from rlalign.cli.dump_scoring import Distribution, score_dump
+from rlalign.cli.dump_scoring import score_dump
 from rlalign.cli.dump_watch import WatchedFolder
 from rlalign.config import Dtype
 from rlalign.verifier.dumps import DumpSequence, Format, ReadOptions, detect_format, read_dump
+from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.stream.pieces import of_scores
 from rlalign.verifier.stream.tally import Tally
 
@@ -76,7 +77,7 @@ class Session:
 
     def _score(self, format: Format, sequences: Iterable[DumpSequence]) -> None:
         policy = self._model()
-        distribution = self._distributions.setdefault(format.name, Distribution.of(self._args, format))
+        distribution = self._distributions.setdefault(format.name, Distribution.of(vars(self._args), format))
         start = time.perf_counter()
         for scored in score_dump(policy, sequences, distribution, micro_batch_tokens=self._args.micro_batch_tokens):
             if scored.train is not None:

@@ -135,7 +135,7 @@ def read_step(path: Path) -> Step:
 def replay(step: Step, *, model: Path | None, device: str | None, worst: int) -> Replay:
     """Compute both sides once more. Raises ValueError where weights or device are missing."""
     from rlalign.actors.process import policy_settings, set_up
-    from rlalign.cli.verify_run import rescore
+    from rlalign.cli.rescoring import rescore
     from rlalign.modeling import load_policy, load_tokenizer
 
     config = (

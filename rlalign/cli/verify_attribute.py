@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,17 +16,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from rich.console import Console
 
-from rlalign.cli.dump_options import check_outputs, positive
-from rlalign.config import Dtype, Numerics, SamplingParams
+from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, thresholds
+from rlalign.config import Dtype, Numerics
 from rlalign.verifier.dumps import FORMATS, DumpSequence, ReadOptions, detect_format, read_dump
+from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.score import OPERATORS, ScoreSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlalign.verifier.attribution import Attribution
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -50,6 +48,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page that opens offline")
     parser.add_argument("--worst", type=positive, default=12, metavar="K", help="causes in the table (default: 12)")
+    add_thresholds(parser)
     group = parser.add_argument_group("arithmetic of scoring")
     group.add_argument("--numerics", choices=get_args(Numerics), default="invariant")
     group.add_argument("--dtype", choices=get_args(Dtype), help="default: the checkpoint's")
@@ -76,49 +75,45 @@ def run(args: argparse.Namespace) -> int:
     """The whole subcommand; returns the exit code. Raises ValueError for input that can't be used."""
     from rlalign.cli.attribute_output import show, write_json, write_page
 
+    bounds = thresholds(args)
     check_outputs(args)
     base, sequences = _sequences(args)
     outcome, facts = _attribute(args, base, sequences)
+    exceeded = bounds.exceeded(outcome.metrics, num_tokens=outcome.num_tokens) if outcome.num_tokens else []
+    facts |= {"exceeded": exceeded, "exit_code": exit_code(outcome, exceeded)}
     show(outcome, facts, sequences, Console(), args.worst)
     if args.json is not None:
         write_json(outcome, facts, sequences, args.json)
     if args.html is not None:
         write_page(outcome, facts, sequences, args.html)
-    return exit_code(outcome)
+    return facts["exit_code"]
 
 
-def exit_code(outcome: Attribution) -> int:
-    """0 equal, 1 different, 2 nothing compared."""
+def exit_code(outcome: Attribution, exceeded: Sequence[str]) -> int:
+    """0 equal or within the thresholds, 1 different, 2 nothing compared. exceeded: what the difference as a whole,
+    before any cause is taken away, is beyond."""
     from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
 
     if outcome.broken:
         return EXIT_DIFFERENT
     if outcome.base.tokens == 0:
         return EXIT_UNUSABLE
-    return EXIT_EQUAL if outcome.equal else EXIT_DIFFERENT
+    return EXIT_DIFFERENT if exceeded else EXIT_EQUAL
 
 
-def _sequences(args: argparse.Namespace) -> tuple[ScoreSettings, list[DumpSequence]]:
-    """The first sequences, with what the command line says of them; and how they are scored to begin with."""
-    flags = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
-    SamplingParams(**flags)  # bounds, before any file is read
+def _sequences(args: argparse.Namespace) -> tuple[list[ScoreSettings], list[DumpSequence]]:
+    """The first sequences, with what the command line says of them; and how each is scored to begin with."""
     format = detect_format(args.dump, args.format)
+    distribution = Distribution.of(vars(args), format)
     options = ReadOptions(args.logprobs, args.pad_token_id)
-    read = read_dump(args.dump, format=format.name, options=options)
-    native = OPERATORS if args.numerics == "native" else ()
-    # a format whose log-probs are after temperature alone, where neither the dump nor the user says
-    ignore = ("top_k", "top_p", "min_p") if format.convention == "temperature" and args.processed is None else ()
-    sequences = []
-    for sequence in islice(read, args.limit):
-        sampling = replace(sequence.sampling or SamplingParams(), **flags) if flags else sequence.sampling
-        processed = sequence.processed if args.processed is None else args.processed
-        processed = format.convention != "raw" if processed is None else processed
-        sequences.append(replace(sequence, sampling=sampling, processed=processed))
-    return ScoreSettings(native=native, ignore=ignore), sequences
+    read = islice(read_dump(args.dump, format=format.name, options=options), args.limit)
+    base = ScoreSettings(native=OPERATORS if args.numerics == "native" else ())
+    decided = [distribution.decided(sequence, base) for sequence in read]
+    return [settings for _, settings in decided], [sequence for sequence, _ in decided]
 
 
 def _attribute(
-    args: argparse.Namespace, base: ScoreSettings, sequences: Sequence[DumpSequence]
+    args: argparse.Namespace, base: Sequence[ScoreSettings], sequences: Sequence[DumpSequence]
 ) -> tuple[Attribution, dict[str, Any]]:
     import torch
 

@@ -1,13 +1,14 @@
 """``rlalign-verify bisect``: the first module and operator whose output differs between two settings of one model.
 
 Both sides see the same tokens. Every module's output is compared bit by bit, in the order in which the model computes
-them, so that what is named made the difference and did not merely pass it on.
+them, so that what is named made the difference and did not merely pass it on. The exit code is 0 if every output is
+equal; with thresholds other than equal bits, if the log-probs at the end are within them.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,17 +16,22 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from rich.console import Console
 
-from rlalign.cli.dump_options import check_outputs, positive
+from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, thresholds
 from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
 from rlalign.cli.verify_settings import HELP, NamedSetting, parse_setting
 from rlalign.config import Dtype
+from rlalign.verifier.bisect import Recording
+from rlalign.verifier.compare import LogprobPair, compare
 from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.metrics import align_metrics
+from rlalign.verifier.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from rlalign.modeling.feeds import Feed
     from rlalign.verifier.bisect import Bisection
 
 _MAX_ROWS = 8192
+_Pair = tuple[Recording, Recording]
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -54,6 +60,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything as JSON, the heat map included")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with the heat map, opens offline")
     parser.add_argument("--png", type=Path, metavar="OUT", help="also draw the heat map, layer by token")
+    add_thresholds(parser)
     return parser
 
 
@@ -62,11 +69,13 @@ def run(args: argparse.Namespace) -> int:
     from rlalign.cli.bisect_output import show, write_json, write_page, write_png
 
     a, b = parse_setting("--a", args.a), parse_setting("--b", args.b)
+    bounds = thresholds(args)
     check_outputs(args)
     if args.png is not None and not args.png.absolute().parent.is_dir():
         raise FileNotFoundError(f"--png: no such folder: {args.png.absolute().parent}")
     sequences = _sequences(args)
-    outcome, skipped = bisect_settings(args.model, sequences, a, b, args)
+    outcome, skipped, logprobs = bisect_settings(args.model, sequences, a, b, args)
+    metrics = align_metrics(compare([logprobs]))
     facts = {
         "model": str(args.model),
         "tokens_of": str(args.dump or args.prompts),
@@ -75,18 +84,21 @@ def run(args: argparse.Namespace) -> int:
         "settings_a": a.settings.describe(),
         "settings_b": b.settings.describe(),
         "not_recorded": skipped,
+        "logprobs": metrics,
+        "exceeded": bounds.exceeded(metrics, num_tokens=logprobs.num_tokens) if logprobs.num_tokens else [],
     }
+    facts["exit_code"] = exit_code(outcome, bounds, facts["exceeded"])
     show(outcome, facts, args.worst, Console())
     for write, path in ((write_json, args.json), (write_page, args.html), (write_png, args.png)):
         if path is not None:
             write(outcome, facts, path)
-    return exit_code(outcome)
+    return facts["exit_code"]
 
 
 def bisect_settings(
     model: Path, sequences: Sequence[DumpSequence], a: NamedSetting, b: NamedSetting, args: argparse.Namespace
-) -> tuple[Bisection, list[str]]:
-    """What differs, and the outputs that could not be compared."""
+) -> tuple[Bisection, list[str], LogprobPair]:
+    """What differs, the outputs that could not be compared, and the log-probs of both sides (a as rollout)."""
     import torch
 
     from rlalign.cli.forwards import check_feeds
@@ -109,7 +121,17 @@ def bisect_settings(
         tokens = tokens_of(sides[0].feeds)
         targets = np.concatenate([_all_ids(sequence)[1:] for sequence in sequences])
         pairs = recorded_pairs(*sides, targets, head_logprobs, max_bytes=args.memory_mb * 2**20, max_rows=_MAX_ROWS)
-        return bisect(pairs, tokens), list(survey(sides[0], _MAX_ROWS).skipped)
+        last: list[_Pair] = []
+        outcome = bisect(_keeping_last(pairs, last), tokens)
+        rollout, train = (side.values[:, 0] for side in last[0])
+        return outcome, list(survey(sides[0], _MAX_ROWS).skipped), LogprobPair(rollout, train, len(rollout))
+
+
+def _keeping_last(pairs: Iterator[_Pair], last: list[_Pair]) -> Iterator[_Pair]:
+    """The pairs as they come; the newest one, of the log-probs in the end, stays in ``last``."""
+    for pair in pairs:
+        last[:] = [pair]
+        yield pair
 
 
 def _feed(sequence: DumpSequence, named: NamedSetting, sequences: Sequence[DumpSequence]) -> Feed:
@@ -155,8 +177,9 @@ def _sequences(args: argparse.Namespace) -> list[DumpSequence]:
     return found
 
 
-def exit_code(outcome: Bisection) -> int:
-    """0 equal, 1 different, 2 nothing compared."""
+def exit_code(outcome: Bisection, bounds: Thresholds, exceeded: Sequence[str]) -> int:
+    """0 equal or within the thresholds, 1 different, 2 nothing compared. exceeded: what the log-probs are beyond."""
     if not outcome.sites:
         return EXIT_UNUSABLE
-    return EXIT_EQUAL if outcome.equal else EXIT_DIFFERENT
+    different = bool(exceeded) or (bounds.bitwise and not outcome.equal)
+    return EXIT_DIFFERENT if different else EXIT_EQUAL

@@ -14,7 +14,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
 from rich.console import Console
 
 from rlalign.cli.dump_options import add_thresholds, thresholds
@@ -118,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
 def _verify(
     args: argparse.Namespace, rows: Sequence[Row], params: SamplingParams, engine: EngineConfig, micro_batch_tokens: int
 ) -> Outcome:
+    from rlalign.cli.rescoring import rescore
     from rlalign.cli.verify_output import Outcome
     from rlalign.cli.verify_prompts import encode_rows, needs_tokenizer
     from rlalign.engine import Engine
@@ -179,26 +179,6 @@ def _dump(path: Path, samples: Sequence[Sample]) -> None:
             for sample in samples
         ),
     )
-
-
-def rescore(policy: Policy, samples: Sequence[Sample], *, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Train log-probs float32 [L] per sample, from token ids and sampling parameters alone."""
-    import torch
-
-    from rlalign.trainer.packing import pack_samples
-    from rlalign.trainer.step import score
-
-    result = [np.zeros(0, np.float32) for _ in samples]
-    with torch.no_grad():
-        for batch in pack_samples(
-            samples,
-            micro_batch_tokens=micro_batch_tokens,
-            vocab_size=policy.vocab_size,
-            max_positions=policy.max_positions,
-            device=policy.device,
-        ):
-            batch.scatter(score(policy, batch).logprob, result)
-    return result
 
 
 def _load(args: argparse.Namespace, numerics: Numerics | None) -> Policy:

@@ -19,7 +19,9 @@ from rlalign.config import Dtype
 from rlalign.verifier import causes as catalogue
 from rlalign.verifier.attribution import Attribution, Effect, Rounding, Step
 from rlalign.verifier.causes import Cause, Way
+from rlalign.verifier.compare import compare
 from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.metrics import align_metrics
 from rlalign.verifier.residue import broken, describe_rest
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
 from rlalign.verifier.scores import Gap, Scores, fitted_temperature, swaps
@@ -39,7 +41,7 @@ def attribute(
     sequences: Sequence[DumpSequence],
     scorer: Scorer,
     *,
-    base: ScoreSettings | None = None,
+    base: ScoreSettings | Sequence[ScoreSettings] | None = None,
     dtype: Dtype = "float32",
     num_previous: int = 0,
     config_changes: Sequence[tuple[str, int | float | str, str]] = (),
@@ -48,21 +50,25 @@ def attribute(
 ) -> Attribution:
     """Attribute the difference between the dump's log-probs and the scorer's.
 
-    base: how scoring is done to begin with. dtype: what the scorer computes in where settings don't say. num_previous:
+    base: how scoring is done to begin with, of all sequences or of each. dtype: what the scorer computes in where
+    settings don't say. num_previous:
     older checkpoints that the scorer has. config_changes: as ``causes.config_changes`` gives them. decode: also score
     token by token, which takes as many forwards as the longest response has tokens. progress: told what is scored.
     Raises what the scorer raises for ``base``; a cause that it can't imitate is listed with the reason.
     """
     scores = Scores(sequences, scorer)
     base = base or ScoreSettings()
-    native = base.numerics == "native"
-    ways = [Way(base)] * len(sequences)
+    bases = [base] * len(sequences) if isinstance(base, ScoreSettings) else list(base)
+    native = any(one.numerics == "native" for one in bases)
+    ways = [Way(one) for one in bases]
     progress("as the dump says")
     now = scores.of(ways) if len(sequences) else np.zeros(0, np.float32)
     whole = scores.gap(now)
     damaged = broken(sequences, now, scores.place)
+    comparison = compare(scores.pairs(now))
+    metrics, num_tokens = align_metrics(comparison), comparison.num_tokens
     if whole.tokens == 0 or whole.mismatches == 0:
-        return Attribution(len(sequences), whole, (), (), whole, None, damaged, ())
+        return Attribution(len(sequences), whole, (), (), whole, None, damaged, (), metrics, num_tokens)
     found = [
         *catalogue.shift_causes(),
         *swaps(scores, now),
@@ -82,7 +88,9 @@ def attribute(
     rest = scores.gap(now)
     rounding = None if rest.mismatches == 0 else _rounding(scores, ways, now, dtype, other, progress)
     findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts)
-    return Attribution(len(sequences), whole, tuple(effects), tuple(steps), rest, rounding, damaged, findings)
+    return Attribution(
+        len(sequences), whole, tuple(effects), tuple(steps), rest, rounding, damaged, findings, metrics, num_tokens
+    )
 
 
 def _alone(

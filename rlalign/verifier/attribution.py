@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from rlalign.verifier.causes import Cause
 from rlalign.verifier.residue import Finding
@@ -61,7 +62,8 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
-    """All of it. broken: log-probs that are no numbers. findings: what is left looks like."""
+    """All of it. broken: log-probs that are no numbers. findings: what is left looks like. metrics: ``align/*`` of
+    ``num_tokens``, the dump as rollout against scoring as the dump says, before any cause."""
 
     num_sequences: int
     base: Gap
@@ -71,6 +73,8 @@ class Attribution:
     rounding: Rounding | None
     broken: tuple[Finding, ...]
     findings: tuple[Finding, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    num_tokens: int = 0
 
     @property
     def equal(self) -> bool:

@@ -117,7 +117,9 @@ def effective_sampling(sequence: DumpSequence, settings: ScoreSettings) -> Sampl
     """The parameters whose transforms the log-probs of ``sequence`` are taken after, under ``settings``.
 
     Greedy ones (temperature 0) mean the untruncated distribution at temperature 1. A dump without parameters is taken
-    to be of temperature 1 with nothing cut off. Without transforms, ``min_tokens`` bans nothing either.
+    to be of temperature 1 with nothing cut off, and one that does not say otherwise, as ours are, to be after its
+    transforms: what other formats mean is decided before (dumps/distribution.py). Without transforms, ``min_tokens``
+    bans nothing either.
     """
     params = sequence.sampling or SamplingParams()
     processed = settings.processed

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlalign.verifier import causes as catalogue
 from rlalign.verifier.causes import Cause, Way
+from rlalign.verifier.compare import LogprobPair
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
 
@@ -68,6 +69,14 @@ class Scores:
         if begin < end:
             found[begin:end] = source[begin + way.shift : end + way.shift]
         return found
+
+    def pairs(self, scored: np.ndarray) -> list[LogprobPair]:
+        """Reported and scored log-probs of every sequence, for ``compare``; ``scored`` float32 [N]."""
+        ends = np.cumsum([0, *(len(s.token_ids) for s in self.sequences)]).tolist()
+        return [
+            LogprobPair(s.logprobs.astype(np.float32, copy=False), scored[a:b], b - a, s.mask)
+            for s, (a, b) in zip(self.sequences, pairwise(ends), strict=True)
+        ]
 
     def distance(self, scored: np.ndarray, reported: np.ndarray | None = None) -> np.ndarray:
         """|Δ| float64 [N], at most ``CAP``; NaN where a token does not count or has none."""

@@ -123,16 +123,16 @@ def test_thresholds_accept_a_difference(model: Path, prompts: Path, tmp_path: Pa
 def test_nonfinite_rescoring_exits_1(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlalign.cli import verify_run
+    from rlalign.cli import rescoring
 
-    rescore = verify_run.rescore
+    rescore = rescoring.rescore
 
     def poisoned(*args: Any, **kwargs: Any) -> list[Any]:
         arrays = rescore(*args, **kwargs)
         arrays[2][3] = float("nan")
         return arrays
 
-    monkeypatch.setattr(verify_run, "rescore", poisoned)
+    monkeypatch.setattr(rescoring, "rescore", poisoned)
     result = result_of(model, prompts, tmp_path)
     assert (result["exit_code"], result["metrics"]["align/nonfinite_count"]) == (1, 1)
     assert result["metrics"]["align/logp_abs_diff/max"] == "Infinity"
@@ -140,10 +140,10 @@ def test_nonfinite_rescoring_exits_1(
 
 
 def test_a_missing_logprob_exits_1(model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlalign.cli import verify_run
+    from rlalign.cli import rescoring
 
-    rescore = verify_run.rescore
-    monkeypatch.setattr(verify_run, "rescore", lambda *a, **k: [array[:-1] for array in rescore(*a, **k)])
+    rescore = rescoring.rescore
+    monkeypatch.setattr(rescoring, "rescore", lambda *a, **k: [array[:-1] for array in rescore(*a, **k)])
     assert verify(model, prompts) == 1
 
 
@@ -279,9 +279,9 @@ def test_nothing_compared_exits_2(model: Path, tmp_path: Path, capsys: pytest.Ca
 def test_an_internal_error_exits_3_without_a_traceback(
     model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rlalign.cli import verify_run
+    from rlalign.cli import rescoring
 
-    monkeypatch.setattr(verify_run, "rescore", lambda *a, **k: {}["nothing"])
+    monkeypatch.setattr(rescoring, "rescore", lambda *a, **k: {}["nothing"])
     assert verify(model, prompts) == 3
     said = capsys.readouterr().err
     assert said.startswith("internal error: KeyError: 'nothing'")

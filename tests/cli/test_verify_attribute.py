@@ -307,6 +307,56 @@ def test_an_equal_dump_exits_0_and_an_unusable_one_2(folder, plain, dump_file, t
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_thresholds_decide_the_exit_code(folder, plain, dump_file, tmp_path):
+    """All log-probs off by 1/8, which no cause explains: |Δ| is 1/8 everywhere, k3 = e^(1/8) - 9/8."""
+    file = dump_file([replace(s, logprobs=s.logprobs - np.float32(0.125)) for s in plain])
+    out = tmp_path / "out.json"
+    options = ["attribute", "--dump", str(file), "--model", str(folder / "model"), "--no-decode", "--json", str(out)]
+    for more, code in (
+        (["--max-abs", "0.2"], 0),
+        (["--max-abs", "0.2", "--k3", "0.009", "--mean-abs", "0.126", "--mismatch-frac", "1"], 0),
+        (["--k3", "0.008"], 1),
+        (["--mean-abs", "0.1"], 1),
+        (["--mismatch-frac", "0.5"], 1),
+        (["--max-abs", "0"], 1),
+    ):
+        assert main([*options, *more]) == code, more
+        found = json.loads(out.read_text())
+        assert found["exit_code"] == code and bool(found["exceeded"]) == bool(code)
+    assert main([*options, "--k3", "-1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "raw"),
+    [
+        # vLLM's and its OpenAI server's log-probs are raw unless someone says otherwise
+        ("vllm", [], True),
+        ("vllm", ["--processed"], False),
+        ("ours", [], False),
+        ("ours", ["--raw"], True),
+    ],
+)
+def test_dump_and_attribute_take_the_same_distribution(row, flags, raw, folder, policy, cool, tmp_path):
+    sequences = relabel(cool, lambda s: logits_of(policy, s) if raw else logits_of(policy, s) / 0.7)
+    lines = []
+    for s in sequences:
+        ids, values = s.token_ids.tolist(), s.logprobs.tolist()
+        entries = [{str(i): {"logprob": v}} for i, v in zip(ids, values, strict=True)]
+        lines.append(
+            {"id": s.id, "prompt_token_ids": s.prompt_token_ids.tolist(), "token_ids": ids, "logprobs": values,
+             "sampling": {"temperature": 0.7}}
+            if row == "ours"
+            else {"prompt_token_ids": s.prompt_token_ids.tolist(), "sampling_params": {"temperature": 0.7},
+                  "outputs": [{"token_ids": ids, "logprobs": entries}]}
+        )  # fmt: skip
+    file, out = tmp_path / "dump.jsonl", tmp_path / "out.json"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--model", str(folder / "model"), "--max-abs", "1e-4", "--json", str(out), *flags]
+    assert main(["dump", str(file), *options]) == 0
+    assert main(["attribute", "--dump", str(file), *options, "--no-decode"]) == 0
+    assert json.loads(out.read_text())["base"]["max_abs"] < 1e-4
+
+
 def test_operators_are_switched_back(scorer, plain):
     fresh = PolicyScorer(scorer.policies)
     before = fresh(plain, ScoreSettings())

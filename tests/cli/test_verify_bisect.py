@@ -82,6 +82,17 @@ def test_the_operator_that_differs_is_named(model, prompts, tmp_path, b, module,
     assert found["first"]["max_ulp"] >= 1
 
 
+def test_thresholds_hold_for_the_log_probs_at_the_end(model, prompts, tmp_path, capsys):
+    options = (model, prompts, tmp_path, "invariant", "native")
+    for more, code in ((["--max-abs", "1e-3"], 0), (["--max-abs", "1e-12"], 1), (["--k3", "1", "--mean-abs", "1"], 0),
+                       (["--max-abs", "0"], 1)):  # fmt: skip
+        found = run(*options, *more)
+        assert (found["exit_code"], found["equal"], bool(found["exceeded"])) == (code, False, bool(code))
+    # outputs that differ before log-probs that don't: only equal bits are asked of every output
+    assert 0 < found["logprobs"]["align/logp_abs_diff/max"] < 1e-3
+    assert "log-probs at the end: " in capsys.readouterr().out
+
+
 def test_another_checkpoint_is_a_setting(model, prompts, tmp_path):
     other = tmp_path / "other"
     policy = modeling.load_model(model, dtype="float32", device="cpu")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from support.pages import parse
 
+from rlalign.cli.rescoring import rescore
 from rlalign.cli.verify import main
-from rlalign.cli.verify_run import rescore
 from rlalign.config import Config, ModelConfig, SamplingParams, config_from_dict
 from rlalign.engine import Engine
 from rlalign.modeling import load_policy, load_tokenizer, make_tiny_model
@@ -111,7 +111,7 @@ def test_what_differs_again_exits_1(model: Path, step: Any, tmp_path: Path, monk
         return [shifted(values) for values in rescore(policy, samples, **settings)]
 
     path = keep(tmp_path / "step", model, samples, [shifted(values) for values in train])
-    monkeypatch.setattr("rlalign.cli.verify_run.rescore", trainer)
+    monkeypatch.setattr("rlalign.cli.rescoring.rescore", trainer)
     result = result_of(path, tmp_path)
     assert result["exit_code"] == 1
     assert result["verdict"].startswith("reproduced: both sides give what they gave")
