@@ -13,13 +13,12 @@ import triton.language as tl
 from rlalign_kernels.vocab.triton_tiles import (
     LN2,
     ZERO_EXP,
+    blocks,
     exponents,
-    halves,
     log,
-    logits_tile,
-    place,
     restrict,
     row_scale,
+    rows_and_logits,
     spread,
 )
 
@@ -34,12 +33,10 @@ def logits_kernel(
     """out float32 [rows, ids]: the logits whose statistics the scan takes, bit for bit."""
     num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_ids, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=FLATTEN):
-        row_tile, id_tile = place(tile, num_rows, num_ids, BLOCK_M, BLOCK_N, ROW_TILES)
-        x = logits_tile(
-            hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, row_tile, id_tile, num_rows, num_ids, depth,
-            stride_hidden, stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, HAS_BIAS, HAS_CAP,
+        offs_m, id_tile, x = rows_and_logits(
+            tile, hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, num_rows, num_ids, depth, stride_hidden,
+            stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, ROW_TILES, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
-        offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         ids = id_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out + ids[None, :]
         tl.store(ptrs, x, mask=(offs_m < num_rows)[:, None] & (ids < num_ids)[None, :])
@@ -81,12 +78,10 @@ def gradient_kernel(
     """out [rows, ids] in the weights' dtype, of ids first_id ...; upstream float32 [3, rows], stats as scored."""
     num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_ids, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=FLATTEN):
-        row_tile, id_tile = place(tile, num_rows, num_ids, BLOCK_M, BLOCK_N, ROW_TILES)
-        x = logits_tile(
-            hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, row_tile, id_tile, num_rows, num_ids, depth,
-            stride_hidden, stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, HAS_BIAS, HAS_CAP,
+        offs_m, id_tile, x = rows_and_logits(
+            tile, hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, num_rows, num_ids, depth, stride_hidden,
+            stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, ROW_TILES, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
-        offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = offs_m < num_rows
         c, _ = row_scale(temperature_ptr, offs_m, num_rows, HAS_TEMPERATURE)
         kept = tl.load(kept_ptr + offs_m, mask=inside, other=0) != 0
@@ -109,18 +104,9 @@ def gradient_kernel(
         a = tl.where(kept, a * scale * share, 0.0)
         g_hit = tl.where(kept, g_hit * scale, 0.0)
         CLAMP: tl.constexpr = HAS_BIAS or HAS_MASK
-        if BLOCK_N == BLOCK:
+        parts = blocks(x, BLOCK_M, BLOCK_N, BLOCK)
+        for i in tl.static_range(BLOCK_N // BLOCK):
             _gradient_block(
-                x, id_tile * BLOCK_N, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr, num_rows, num_ids,
-                stride_mask, stride_out, cap, BLOCK_M, BLOCK, HAS_CAP, HAS_MASK, CLAMP,
-            )  # fmt: skip
-        else:
-            left, right = halves(x, BLOCK_M, BLOCK_N)
-            _gradient_block(
-                left, id_tile * BLOCK_N, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr, num_rows,
-                num_ids, stride_mask, stride_out, cap, BLOCK_M, BLOCK, HAS_CAP, HAS_MASK, CLAMP,
-            )  # fmt: skip
-            _gradient_block(
-                right, id_tile * BLOCK_N + BLOCK, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr, num_rows,
-                num_ids, stride_mask, stride_out, cap, BLOCK_M, BLOCK, HAS_CAP, HAS_MASK, CLAMP,
+                parts[i], id_tile * BLOCK_N + i * BLOCK, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr,
+                num_rows, num_ids, stride_mask, stride_out, cap, BLOCK_M, BLOCK, HAS_CAP, HAS_MASK, CLAMP,
             )  # fmt: skip

@@ -13,13 +13,12 @@ from rlalign_kernels.vocab.triton_tiles import (
     LOG2E,
     ZERO_EXP,
     block_maximum,
+    blocks,
     exponents,
-    halves,
-    logits_tile,
     noise,
-    place,
     restrict,
     row_scale,
+    rows_and_logits,
     spread,
     tree,
     tree_dot,
@@ -78,26 +77,15 @@ def scan_kernel(
 ):  # fmt: skip
     num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_ids, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=FLATTEN):
-        row_tile, id_tile = place(tile, num_rows, num_ids, BLOCK_M, BLOCK_N, ROW_TILES)
-        x = logits_tile(
-            hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, row_tile, id_tile, num_rows, num_ids, depth,
-            stride_hidden, stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, HAS_BIAS, HAS_CAP,
+        offs_m, id_tile, x = rows_and_logits(
+            tile, hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, num_rows, num_ids, depth, stride_hidden,
+            stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, ROW_TILES, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
-        offs_m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         c, greedy = row_scale(temperature_ptr, offs_m, num_rows, HAS_TEMPERATURE)
         CLAMP: tl.constexpr = HAS_BIAS or HAS_MASK or RAGGED
-        if BLOCK_N == BLOCK:
+        parts = blocks(x, BLOCK_M, BLOCK_N, BLOCK)
+        for i in tl.static_range(BLOCK_N // BLOCK):
             _scan_block(
-                x, id_tile, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows, num_ids,
-                stride_mask, BLOCK_M, BLOCK, HAS_MASK, RAGGED, CLAMP, SAMPLE, RAW,
-            )  # fmt: skip
-        else:
-            left, right = halves(x, BLOCK_M, BLOCK_N)
-            _scan_block(
-                left, 2 * id_tile, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows,
-                num_ids, stride_mask, BLOCK_M, BLOCK, HAS_MASK, RAGGED, CLAMP, SAMPLE, RAW,
-            )  # fmt: skip
-            _scan_block(
-                right, 2 * id_tile + 1, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows,
-                num_ids, stride_mask, BLOCK_M, BLOCK, HAS_MASK, RAGGED, CLAMP, SAMPLE, RAW,
+                parts[i], id_tile * (BLOCK_N // BLOCK) + i, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr,
+                parts_ptr, num_rows, num_ids, stride_mask, BLOCK_M, BLOCK, HAS_MASK, RAGGED, CLAMP, SAMPLE, RAW,
             )  # fmt: skip

@@ -99,6 +99,21 @@ def logits_tile(
 
 
 @triton.jit
+def rows_and_logits(
+    tile, hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, num_rows, num_ids, depth, stride_hidden,
+    stride_weight, cap, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    TMA: tl.constexpr, ROW_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """(rows [BLOCK_M], id tile, their logits) of tile number ``tile``."""
+    row_tile, id_tile = place(tile, num_rows, num_ids, BLOCK_M, BLOCK_N, ROW_TILES)
+    x = logits_tile(
+        hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, row_tile, id_tile, num_rows, num_ids, depth,
+        stride_hidden, stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, HAS_BIAS, HAS_CAP,
+    )  # fmt: skip
+    return row_tile * BLOCK_M + tl.arange(0, BLOCK_M), id_tile, x
+
+
+@triton.jit
 def soft_cap(x, cap):
     return tanh(x * (1.0 / cap)) * cap
 
@@ -144,6 +159,15 @@ def log(x):
 def halves(x, M: tl.constexpr, N: tl.constexpr):
     """Left and right half of [M, N]."""
     return tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def blocks(x, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """[M, N] as one or two of the plan's blocks of ids, ascending."""
+    if N == BLOCK:
+        return (x,)
+    else:
+        return halves(x, M, N)
 
 
 @triton.jit
