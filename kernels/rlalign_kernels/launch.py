@@ -1,8 +1,8 @@
 """Triton launches that cost the host little: what follows from shapes is worked out once, only pointers change.
 
 Triton's own call binds, types and hashes every argument anew; on an H200's host that is 50 to 70 us for a kernel of 40
-arguments, and the compiled kernel's call is 7 to 17. A ``Launch`` makes the first kind of call once for every device
-and alignment of its tensors that it meets, and the second kind from then on.
+arguments. A ``Launch`` makes that call once for every device and alignment of its tensors that it meets, and from then
+on the compiled kernel's, without what that prepares for a profiler's hooks while there is none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
+from triton import knobs
+from triton.runtime import driver
 
 T = TypeVar("T")
 
@@ -49,7 +51,7 @@ class Launch:
     by those.
     """
 
-    __slots__ = ("_boxes", "_constants", "_descriptors", "_grid", "_kernel", "_lock", "_numbers", "_rest", "_runs")
+    __slots__ = ("_boxes", "_compiled", "_constants", "_descriptors", "_grid", "_kernel", "_lock", "_numbers", "_rest")
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class Launch:
         # those of the last tensors that needed checks; only their base is exchanged
         self._descriptors: dict[int, Any] = {}
         self._lock = Lock()
-        self._runs: dict[Hashable, Callable[..., None]] = {}
+        self._compiled: dict[Hashable, Any] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         device = tensors[0].get_device()
@@ -80,19 +82,29 @@ class Launch:
         key: Hashable = device
         if reduce(or_, pointers) % _ALIGNMENT or 0 in pointers:
             key = (device, *(None if x is None else x.data_ptr() % _ALIGNMENT == 0 for x in tensors))
-        run = self._runs.get(key)
-        if run is None:
+        compiled = self._compiled.get(key)
+        if compiled is None:
             return self._launch_first(tensors, key)
         if not self._descriptors:
-            run(*pointers, *self._rest)
+            self._run(compiled, device, pointers)
             return
         with self._lock:  # a launch has read its descriptors when it returns
             for index, descriptor in self._descriptors.items():
                 descriptor.base = tensors[index]
                 pointers[index] = descriptor
-            run(*pointers, *self._rest)
+            self._run(compiled, device, pointers)
             for descriptor in self._descriptors.values():
                 descriptor.base = None
+
+    def _run(self, compiled: Any, device: int, pointers: list[Any]) -> None:
+        stream, hooks = driver.active.get_current_stream(device), knobs.runtime
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            compiled[self._grid](*pointers, *self._rest, stream=stream)
+        else:
+            compiled.run(
+                *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *pointers, *self._rest,
+            )  # fmt: skip
 
     def compile(self, *tensors: torch.Tensor | None) -> None:
         """For tensors like these, without a launch, so that none waits for a compiler later. Not in the interpreter."""
@@ -115,7 +127,7 @@ class Launch:
             self._descriptors = {index: arguments[index] for index in self._boxes}
             for descriptor in self._descriptors.values():
                 descriptor.base = None
-        self._runs[key] = compiled[self._grid]
+        self._compiled[key] = compiled
 
 
 @cache

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
+from rlalign_kernels import launch as launch_module
 from rlalign_kernels.launch import Launch, Remembered
+from triton import knobs
+
+STREAM = 7
+
+
+@pytest.fixture(autouse=True)
+def a_stream(monkeypatch):
+    active = SimpleNamespace(get_current_stream=lambda device: STREAM)
+    monkeypatch.setattr(launch_module, "driver", SimpleNamespace(active=active))
 
 
 @dataclass
@@ -16,22 +30,37 @@ class Descriptor:
     shape: list[int]
 
 
+class Compiled:
+    """Stands for what Triton compiled: records how it was called, with and without its hooks."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.direct, self.hooked = [], []
+
+    def run(self, grid_x, grid_y, grid_z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        assert (stream, function, metadata) == (STREAM, "function", "metadata")
+        assert launch_metadata is enter is leave is None
+        # a descriptor is lent for the call
+        lent = [replace(x) if isinstance(x, Descriptor) else x for x in arguments]
+        self.direct.append(((grid_x, grid_y, grid_z), lent))
+
+    def __getitem__(self, grid):
+        return lambda *arguments, stream: self.hooked.append((grid, stream, arguments))
+
+
 class Kernel:
-    """Stands for a compiled Triton kernel: records how it was called."""
+    """Stands for a Triton kernel: records how it was called."""
 
     arg_names = ("x_ptr", "y_desc", "n", "BLOCK", "FLAG")
 
     def __init__(self) -> None:
-        self.first, self.again = [], []
+        self.first, self.compiled = [], Compiled()
 
     def __getitem__(self, grid):
-        def again(*direct):
-            # a descriptor is lent for the call
-            self.again.append((grid, [replace(x) if isinstance(x, Descriptor) else x for x in direct]))
-
         def launch(*arguments, **constants):
             self.first.append((grid, [replace(x) if isinstance(x, Descriptor) else x for x in arguments], constants))
-            return {grid: again}
+            return self.compiled
 
         return launch
 
@@ -50,7 +79,7 @@ def test_the_first_launch_is_tritons_own_and_later_ones_change_pointers_only():
     assert arguments[0] is x and arguments[1].base is y and arguments[2] == 7
     other = torch.ones(8), torch.ones(2, 4)
     launch(*other)
-    ((grid, direct),) = kernel.again
+    ((grid, direct),) = kernel.compiled.direct
     assert len(kernel.first) == 1 and grid == (3, 2, 1)
     pointer, descriptor, *rest = direct
     assert pointer == other[0].data_ptr()
@@ -67,12 +96,26 @@ def test_another_alignment_is_another_first_launch():
         launch(*tensors)
     # x[1:] and x[2:] are the same kernel: Triton asks for multiples of 16 bytes only; and None is a constant to it
     assert len(kernel.first) == 4
-    assert [direct[:2] for _, direct in kernel.again] == [
+    assert [direct[:2] for _, direct in kernel.compiled.direct] == [
         [x[2:].data_ptr(), x.data_ptr()],
         [x[1:].data_ptr(), x.data_ptr()],
         [x.data_ptr(), x.data_ptr()],
         [x.data_ptr(), 0],
     ]
+
+
+def test_a_profilers_hooks_are_called(monkeypatch):
+    """Triton's own call of a compiled kernel calls them; ours leaves them out only where there are none."""
+    kernel = Kernel()
+    launch, x = Launch(kernel, (3,), (7,), BLOCK=16, FLAG=True), torch.zeros(8)
+    launch(x, x)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(knobs.runtime, name), "calls", [print])
+            launch(x, x)
+    launch(x, x)
+    assert kernel.compiled.hooked == [((3, 1, 1), STREAM, (x.data_ptr(), x.data_ptr(), 7, 16, True))] * 2
+    assert len(kernel.compiled.direct) == 1
 
 
 def test_no_tensor_is_kept():
@@ -82,7 +125,7 @@ def test_no_tensor_is_kept():
     launch(x, y)
     gone = [weakref.ref(x), weakref.ref(y)]
     launch._kernel.first.clear()
-    launch._kernel.again.clear()
+    launch._kernel.compiled.direct.clear()
     del x, y
     assert [ref() for ref in gone] == [None, None]
 
@@ -96,7 +139,6 @@ def test_a_full_memory_starts_anew():
 
 
 def test_what_was_refused_once_is_refused_again_and_what_fitted_before_is_looked_at():
-    pytest.importorskip("triton")
     from rlalign_kernels import attention_packed
 
     q = torch.randn(4, 2, 16, dtype=torch.float16)
