@@ -94,7 +94,8 @@ def _side_by_side(data: dict[str, Any], cell: Callable[[dict[str, Any] | None], 
         against = "" if ours["baseline"] == impls[0] else f" ({ours['baseline']})"
         cells = [*(cell(mine.get(impl)) for impl in impls), cell(ours)]
         rows.append("| " + " | ".join([case, *cells, f"{ours['ratio']:.2f}{against}"]) + " |")
-    text = "\n".join(rows) + f"\n\nRatio: our time over {impls[0]}'s, or over that of the library named beside it."
+    others = ", or over that of the library named beside it" if any(row.endswith(") |") for row in rows) else ""
+    text = "\n".join(rows) + f"\n\nRatio: our time over {impls[0]}'s{others}."
     for case, times in data["meta"].get("host_us", {}).items():
         text += f" {case[0].upper()}{case[1:]}: " + ", ".join(f"{impl} {us:.0f} µs" for impl, us in times.items()) + "."
     return text + _measured_on(data["meta"])

@@ -98,7 +98,11 @@ def _hopper_tiles(num_rows: int, out_dtype: torch.dtype) -> list[HopperTile]:
     few = [
         tile
         for cols in (16, 32, FEW_ROWS)
-        for tile in (HopperTile(1, cols, swap=cols < 64, block_k=128, chunk=16), HopperTile(1, cols, chunk=16))
+        for tile in (
+            HopperTile(1, cols, swap=cols < 64, block_k=128, chunk=16),
+            HopperTile(1, cols, swap=cols >= 64, block_k=128, chunk=16),
+            HopperTile(1, cols, chunk=16),
+        )
     ]
     both = [replace(tile, swap=swap) for tile in HOPPER_TILES for swap in sorted({tile.swap, tile.all_cols < 96})]
     wanted = [tile for tile in (*few, *both) if _tokens(tile) <= max(_FEWEST, 2 * num_rows)]
