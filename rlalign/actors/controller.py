@@ -26,8 +26,9 @@ from rlalign.actors.inspection import Inspecting
 from rlalign.actors.process import device_of
 from rlalign.actors.rollout_actor import RolloutActor, RolloutRequest, check_cache
 from rlalign.actors.trainer_actor import TrainerActor
-from rlalign.actors.weight_sync import Transport
+from rlalign.actors.weight_sync import Transport, unbundle_weights
 from rlalign.config import Config, SamplingParams
+from rlalign.modeling import hash_tensors
 from rlalign.records import Completion, Prompt, Sample, derive_seed
 
 _LOG = logging.getLogger(__name__)
@@ -142,9 +143,12 @@ class Controller:
     @property
     def weights_sha256(self) -> str | None:
         """SHA-256 of the weights that were synced last, None before the first time."""
-        if self._weights_digest is None or self.weight_transport == "object_store":
+        if self._weights_digest is None or self.device != "cuda":
             return self._weights_digest
-        return self.trainer.shared_sha256()  # computed when somebody asks: a second or more
+        # a GPU's actors compared checksums; a SHA-256 takes seconds, and is computed when somebody asks
+        if self.weight_transport == "cuda_ipc":
+            return self.trainer.shared_sha256()
+        return hash_tensors(unbundle_weights(fetch(self._weights)))
 
     def generate(
         self,

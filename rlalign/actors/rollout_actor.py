@@ -54,12 +54,15 @@ class RolloutActor:
 
     def load_weights(self, bundle: WeightBundle | SharedWeights) -> str:
         """Take over new weights, checked on arrival; returns the SHA-256, or checksum, of what the engine now holds."""
-        if isinstance(bundle, SharedWeights):
-            weights = self._reader.read(bundle, self.engine.policy.device)
-            self.engine.update_weights(weights, bundle.version, checksum=bundle.checksum)
-            return self.engine.weights_checksum()
-        self.engine.update_weights(unbundle_weights(bundle), bundle.version, bundle.sha256)
-        return self.engine.weights_hash()
+        device = self.engine.policy.device
+        shared = isinstance(bundle, SharedWeights)
+        weights = self._reader.read(bundle, device) if shared else unbundle_weights(bundle)
+        if bundle.checksum is None:
+            self.engine.update_weights(weights, bundle.version, bundle.sha256)
+            return self.engine.weights_hash()
+        there = {name: weight.to(device) for name, weight in weights.items()}  # a checksum is a GPU's work
+        self.engine.update_weights(there, bundle.version, checksum=bundle.checksum)
+        return self.engine.weights_checksum()
 
     def try_memory(self, offered: SharedWeights) -> str | None:
         """Why this process can't read what the trainer's offers; None if it can."""

@@ -17,7 +17,7 @@ from rlalign.actors.process import plan_of, policy_settings, set_up
 from rlalign.actors.shared_memory import SharedBuffer, SharedWeights
 from rlalign.actors.weight_sync import Transport, WeightBundle, bundle_weights
 from rlalign.config import Config
-from rlalign.modeling import eos_ids, load_policy, load_tokenizer, save_checkpoint
+from rlalign.modeling import checksum_tensors, eos_ids, load_policy, load_tokenizer, save_checkpoint
 from rlalign.records import Sample
 from rlalign.trainer import AccumulateResult, Critic, Trainer
 from rlalign.trainer.checkpoint import atomic_folder
@@ -92,11 +92,15 @@ class TrainerActor:
     def weights(self, transport: Transport) -> tuple[WeightBundle | SharedWeights, tuple[int, str]]:
         """Compute-dtype weights, to be handed to the engines; their version, and what each of them checks:
 
-        their SHA-256, or with "cuda_ipc" a checksum that the GPU computes.
+        their SHA-256, or on a GPU a checksum that it computes.
         """
+        policy, version = self.trainer.policy, self.trainer.version
         if transport == "cuda_ipc":
-            shared = self._shared.publish(self.trainer.policy.named_weights(), self.trainer.version)
-            return shared, (shared.version, shared.checksum)
+            shared = self._shared.publish(policy.named_weights(), version)
+            return shared, (version, shared.checksum)
+        if policy.device.type == "cuda":
+            checksum = checksum_tensors(policy.named_weights())
+            return bundle_weights(policy.named_weights(), version, checksum=checksum), (version, checksum)
         weights, version, sha256 = self.trainer.weights()
         return bundle_weights(weights, version, sha256), (version, sha256)
 

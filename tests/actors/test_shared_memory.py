@@ -16,6 +16,7 @@ from rlalign.actors.controller import Controller
 from rlalign.actors.rollout_actor import RolloutActor
 from rlalign.actors.shared_memory import SharedBuffer, SharedReader
 from rlalign.actors.trainer_actor import TrainerActor
+from rlalign.actors.weight_sync import bundle_weights
 from rlalign.modeling import checksum_tensors, hash_tensors, make_tiny_model
 from rlalign.tasks.sort import make_sort_tokenizer
 
@@ -93,10 +94,29 @@ def test_actors_hand_over_and_check_both_ways(actors, exported):
     assert rollout.engine.weights_hash() == sha256 == trainer.shared_sha256()
     bundle, (_, other) = trainer.weights("object_store")
     assert other == sha256 == rollout.load_weights(bundle)
+    weight.mul_(2)
+    bundle = bundle_weights(trainer.trainer.policy.named_weights(), 0, checksum="something else")
+    with pytest.raises(ValueError, match="arrived damaged: their checksum is"):
+        rollout.load_weights(bundle)
+    weight.div_(2)
+    good = bundle_weights(trainer.trainer.policy.named_weights(), 0, checksum=checksum)
+    assert rollout.load_weights(good) == checksum
     exported[0][shared.layout[name][2]] ^= 1
     with pytest.raises(ValueError, match="version 0 arrived damaged: their checksum is"):
         rollout.load_weights(shared)
     assert rollout.engine.weights_hash() == sha256  # nothing was changed
+
+
+def test_a_gpus_weights_have_a_sha256_for_who_asks(tmp_path, monkeypatch):
+    weights, actors = some_weights(), Controller(tiny_run(tmp_path))
+    assert actors.weights_sha256 is None
+    actors._weights, actors._weights_digest = bundle_weights(weights, 1, checksum="of it"), "of it"
+    assert actors.weights_sha256 == "of it"  # on a CPU it is the SHA-256
+    monkeypatch.setattr(controller, "fetch", lambda reference: reference)
+    actors.device = "cuda"
+    assert actors.weights_sha256 == hash_tensors(weights)
+    actors.weight_transport, actors.trainer = "cuda_ipc", SimpleNamespace(shared_sha256=lambda: "the trainer's")
+    assert actors.weights_sha256 == "the trainer's"
 
 
 def test_memory_is_tried_before_it_is_relied_on(actors, exported, monkeypatch):

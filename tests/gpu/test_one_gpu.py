@@ -16,18 +16,20 @@ SMALLER = (
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("numerics", ["invariant", "native"])
-def test_both_actors_share_a_gpu(numerics, shared_ray, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("numerics", "transport"), [("invariant", "cuda_ipc"), ("native", "object_store")])
+def test_both_actors_share_a_gpu(numerics, transport, shared_ray, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # the reward's path is from there
     path = questions(tmp_path / "train.jsonl", 40)
-    grpo.train(one_gpu(*SMALLER, f"numerics={numerics}", f"task.path={path}", f"run.dir={tmp_path / 'run'}"))
+    # auto takes the GPU's memory
+    way = f"cluster.weight_transport={'auto' if transport == 'cuda_ipc' else transport}"
+    grpo.train(one_gpu(*SMALLER, way, f"numerics={numerics}", f"task.path={path}", f"run.dir={tmp_path / 'run'}"))
     found = summary(tmp_path / "run")
     assert found["status"] == "finished" and found["plan"]["device"] == "cuda"
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in row]
     assert len(rows) == 3
     assert all(row["grad_norm"] > 0 and row["reward/std"] > 0 and row["align/weights_equal"] == 1 for row in rows)
     assert found["tokens"] > 1000
-    assert found["weight_transport"] == "cuda_ipc"
+    assert found["weight_transport"] == transport
     replayed = sum(row["perf/engine/graph_steps"] for row in rows)
     assert replayed > 0 if numerics == "invariant" else replayed == 0
     if numerics == "native":
