@@ -217,7 +217,9 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
     total, share = float(better.sum()), float(better.sum()) / max(float(before[both].sum()), 1e-300)
     if share < (MIN_NUMERIC_SHARE if cause.kind == "numerics" else MIN_SHARE):
         return 0.0
-    error = float(better.std()) * len(better) ** 0.5
+    # tokens that the cause leaves as they are, of other sequences for instance, say nothing of whether it is chance
+    touched = better[now[both] != other[both]]
+    error = float(touched.std()) * len(touched) ** 0.5
     exact = scores.gap(other, both).mismatches < scores.gap(now, both).mismatches // 2
     return total if exact or total > _MIN_STANDARD_ERRORS * error else 0.0
 

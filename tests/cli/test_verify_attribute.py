@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import tiny_model
+from support.faults import COOL, PLAIN, PROMPTS, engine_dump, logits_of, relabel, save_models
 
 from rlalign.cli.policies import Policies
 from rlalign.cli.scoring import PolicyScorer
 from rlalign.cli.verify import main
-from rlalign.config import SamplingParams
-from rlalign.engine import Engine
-from rlalign.modeling import PackedContext, PagedContext, Policy, load_policy
+from rlalign.modeling import PagedContext, Policy, load_policy
 from rlalign.verifier.attribute import attribute
 from rlalign.verifier.attribution import Attribution
 from rlalign.verifier.causes import config_changes
@@ -26,24 +24,12 @@ from rlalign.verifier.dumps import DumpSequence, write_dump
 from rlalign.verifier.score import OPERATORS, ScoreSettings
 
 VLLM = Path(__file__).resolve().parents[3] / "shared/data/vllm_dump"
-PROMPTS = ([3, 14, 15, 9], [2, 71, 82, 8, 18, 28], [1, 61, 80, 33, 9, 88, 7], [57, 72])
-COOL = SamplingParams(temperature=0.7, top_p=0.8, max_tokens=12, seed=3)
-PLAIN = SamplingParams(max_tokens=12, seed=3)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model, older (one step behind) and turned (another RoPE base) are checkpoints below it."""
-    path = tmp_path_factory.mktemp("models")
-    model = tiny_model("qwen3")
-    model.config.rms_norm_eps = model.config.rms_norm_eps
-    model.save_pretrained(path / "model")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 1e-3)
-    model.save_pretrained(path / "older")
-    return path
+    """model and older (one step behind) are checkpoints below it."""
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 class Remembering:
@@ -63,16 +49,6 @@ class Remembering:
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> Remembering:
     return Remembering(PolicyScorer(Policies([folder / "model", folder / "older"], "float32", kept=9)))
-
-
-def engine_dump(policy: Policy, params: SamplingParams) -> list[DumpSequence]:
-    groups = Engine(policy, None).generate(PROMPTS, replace(params, raw_logprobs=True))
-    return [
-        DumpSequence(
-            str(i), np.array(prompt), c.token_ids, c.logprobs, sampling=params, processed=True, source=f"dump:{i}"
-        )
-        for i, (prompt, [c]) in enumerate(zip(PROMPTS, groups, strict=True))
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -101,28 +77,6 @@ def names(found: Attribution) -> list[str]:
     if len(steps) > 1 and steps[-1].kind == "numerics" and found.steps[-1].before.mean_abs < 1e-5:
         steps.pop()
     return [cause.name for cause in steps]
-
-
-@torch.no_grad()
-def logits_of(policy: Policy, sequence: DumpSequence, *, pads: int = 0, shift: int = 0, late: int = 0) -> torch.Tensor:
-    """float32 [L, V] of the response's rows, by a forward of this test's own."""
-    ids = [0] * pads + sequence.prompt_token_ids.tolist() + sequence.token_ids.tolist()
-    first = pads + len(sequence.prompt_token_ids)
-    positions = torch.arange(len(ids)) + shift
-    positions[first:] += late
-    context = PackedContext(torch.tensor([0, len(ids)], dtype=torch.int32))
-    hidden = policy.hidden(torch.tensor(ids), positions, context)
-    return hidden[first - 1 : -1] @ policy.head.weight.T
-
-
-def relabel(dump: Sequence[DumpSequence], score: Callable[[DumpSequence], torch.Tensor]) -> list[DumpSequence]:
-    """The dump with log-softmax of ``score``'s logits at the sampled tokens."""
-    made = []
-    for sequence in dump:
-        values = torch.log_softmax(score(sequence).float(), -1)
-        picked = values.gather(1, torch.from_numpy(sequence.token_ids)[:, None])[:, 0]
-        made.append(replace(sequence, logprobs=picked.numpy().astype(np.float32)))
-    return made
 
 
 def test_the_engines_own_dump_is_equal(plain, cool, scorer):

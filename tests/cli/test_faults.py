@@ -1,0 +1,53 @@
+"""Faults planted in the dumps of an engine that is PyTorch's, against our operators: each is named, on a CPU.
+
+tests/gpu/test_faults.py does the same on the Triton path.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.faults import FAULTS, Stand, damaged, found_name, save_models
+
+from rlalign.cli.policies import Policies
+from rlalign.cli.scoring import PolicyScorer
+from rlalign.cli.verify import main
+from rlalign.verifier.attribute import attribute
+from rlalign.verifier.causes import config_changes
+from rlalign.verifier.dumps import write_dump
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Stand:
+    return Stand.of(save_models(tmp_path_factory.mktemp("models")), numerics="native")
+
+
+@pytest.fixture(scope="module")
+def scorer(stand: Stand) -> PolicyScorer:
+    return PolicyScorer(Policies([stand.folder / "model", stand.folder / "older"], "float32", kept=9))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_another_engine_is_named(fault, stand, scorer):
+    plant, name = FAULTS[fault]
+    changes = config_changes(json.loads((stand.folder / "model" / "config.json").read_text()), [])
+    found = attribute(plant(stand), scorer, decode=False, num_previous=1, config_changes=changes)
+    assert found_name(found) == name
+    assert found.rest.mean_abs < 1e-3 * found.base.mean_abs + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["one ULP", "missing", "NaN", "-inf"])
+def test_a_damaged_log_prob_is_placed(kind, stand, tmp_path: Path):
+    """Our own engine's dump is equal in every bit, so that one ULP is all that differs."""
+    ours = Stand.of(stand.folder).plain
+    file, out = tmp_path / "dump.jsonl", tmp_path / "out.json"
+    write_dump(file, damaged(ours, kind))
+    options = ["dump", str(file), "--model", str(stand.folder / "model"), "--json", str(out)]
+    assert main(options) == 1
+    found = json.loads(out.read_text())
+    assert found["metrics"]["align/mismatch_count"] == 1
+    assert found["metrics"]["align/nonfinite_count"] == (kind != "one ULP")
+    worst = found["worst_tokens"][0]
+    assert (worst["position"], worst["ulp"]) == (5, 1 if kind == "one ULP" else -1)
