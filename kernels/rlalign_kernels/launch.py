@@ -14,8 +14,6 @@ from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
-from triton import knobs
-from triton.runtime import driver
 
 T = TypeVar("T")
 
@@ -51,7 +49,7 @@ class Launch:
     by those.
     """
 
-    __slots__ = ("_boxes", "_compiled", "_constants", "_descriptors", "_grid", "_kernel", "_lock", "_numbers", "_rest")
+    __slots__ = ("_boxes", "_constants", "_descriptors", "_grid", "_kernel", "_lock", "_numbers", "_rest", "_runs")
 
     def __init__(
         self,
@@ -71,7 +69,7 @@ class Launch:
         # those of the last tensors that needed checks; only their base is exchanged
         self._descriptors: dict[int, Any] = {}
         self._lock = Lock()
-        self._compiled: dict[Hashable, Any] = {}
+        self._runs: dict[Hashable, Callable[[int, Sequence[Any], Sequence[Any]], None]] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         device = tensors[0].get_device()
@@ -82,29 +80,19 @@ class Launch:
         key: Hashable = device
         if reduce(or_, pointers) % _ALIGNMENT or 0 in pointers:
             key = (device, *(None if x is None else x.data_ptr() % _ALIGNMENT == 0 for x in tensors))
-        compiled = self._compiled.get(key)
-        if compiled is None:
+        run = self._runs.get(key)
+        if run is None:
             return self._launch_first(tensors, key)
         if not self._descriptors:
-            self._run(compiled, device, pointers)
+            run(device, pointers, self._rest)
             return
         with self._lock:  # a launch has read its descriptors when it returns
             for index, descriptor in self._descriptors.items():
                 descriptor.base = tensors[index]
                 pointers[index] = descriptor
-            self._run(compiled, device, pointers)
+            run(device, pointers, self._rest)
             for descriptor in self._descriptors.values():
                 descriptor.base = None
-
-    def _run(self, compiled: Any, device: int, pointers: list[Any]) -> None:
-        stream, hooks = driver.active.get_current_stream(device), knobs.runtime
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            compiled[self._grid](*pointers, *self._rest, stream=stream)
-        else:
-            compiled.run(
-                *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *pointers, *self._rest,
-            )  # fmt: skip
 
     def compile(self, *tensors: torch.Tensor | None) -> None:
         """For tensors like these, without a launch, so that none waits for a compiler later. Not in the interpreter."""
@@ -127,7 +115,9 @@ class Launch:
             self._descriptors = {index: arguments[index] for index in self._boxes}
             for descriptor in self._descriptors.values():
                 descriptor.base = None
-        self._compiled[key] = compiled
+        from rlalign_kernels.triton_runner import runner  # triton may be missing where nobody asks for it
+
+        self._runs[key] = runner(compiled, self._grid)
 
 
 @cache

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rlalign_kernels import launch as launch_module
+from rlalign_kernels import triton_runner
 from rlalign_kernels.launch import Launch, Remembered
 from triton import knobs
 
@@ -21,7 +21,7 @@ STREAM = 7
 @pytest.fixture(autouse=True)
 def a_stream(monkeypatch):
     active = SimpleNamespace(get_current_stream=lambda device: STREAM)
-    monkeypatch.setattr(launch_module, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(triton_runner, "driver", SimpleNamespace(active=active))
 
 
 @dataclass
