@@ -173,12 +173,13 @@ class Capture:
         with torch.cuda.device(self._device):
             if self._pool is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
-            graph = torch.cuda.CUDAGraph()
+            graph, outside = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 # other threads may go on using the GPU
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     body()
             except RuntimeError as error:
+                torch.cuda.set_stream(outside)  # a capture that failed leaves its own
                 raise RuntimeError(
                     f"a decode step can't be captured in a CUDA graph ({what}): {error}; "
                     "engine.cuda_graphs=false runs every step eagerly"
