@@ -103,6 +103,7 @@ class DecodeGraphs:
 
     def _forget(self) -> None:
         self._steps.clear()
+        self._capture = Capture(self._policy.device)  # a pool whose graphs are gone is no place for new ones
         self._weights = _tensors_of(self._policy)
         self._places = [x.data_ptr() for x in self._weights]
 
