@@ -52,6 +52,10 @@ def test_packed_means_what_flash_attention_means(given, meant):
     assert lse.shape == (2, 23)
     assert error(out, exact) < 1e-6
     assert torch.allclose(lse.t().double(), exact_lse, atol=1e-5)
+    alone = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 20, 20, **given)
+    both = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 20, 20, return_softmax_lse=True, **given)
+    assert torch.equal(alone, out)
+    assert len(both) == 2 and torch.equal(both[0], out) and torch.equal(both[1], lse)
 
 
 @interpreted

@@ -59,7 +59,7 @@ def flash_attn_varlen_func(
         "softcap": softcap or None,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
-        "return_lse": True,
+        "return_lse": return_attn_probs or return_softmax_lse,
         "backend": "triton",
     }
     pages = _either("block_table", block_table, "page_table", page_table)
@@ -69,16 +69,17 @@ def flash_attn_varlen_func(
             raise NotImplementedError("flash_attn_varlen_func: seqused_k without a block_table is not supported")
         if cu_seqlens_k is None:
             raise ValueError("flash_attn_varlen_func: cu_seqlens_k=None needs a block_table and seqused_k")
-        out, lse = attention_packed(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **settings)
+        found = attention_packed(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **settings)
     else:
         if used is None:
             if cu_seqlens_k is None:
                 raise ValueError("flash_attn_varlen_func: a block_table needs seqused_k or cu_seqlens_k")
             used = cu_seqlens_k.diff()
-        out, lse = attention_paged(q, k, v, block_tables=pages, cu_seqlens_q=cu_seqlens_q, kv_lens=used, **settings)
-    if return_attn_probs:
-        return out, lse.t(), None
-    return (out, lse.t()) if return_softmax_lse else out
+        found = attention_paged(q, k, v, block_tables=pages, cu_seqlens_q=cu_seqlens_q, kv_lens=used, **settings)
+    if not settings["return_lse"]:
+        return found
+    out, lse = found
+    return (out, lse.t(), None) if return_attn_probs else (out, lse.t())
 
 
 def _window(causal: bool, window_size: tuple[int | None, int | None]) -> tuple[bool, int | None]:
