@@ -19,12 +19,7 @@ from rlalign_kernels.attention.schedules import Tile
 from rlalign_kernels.attention.tile_plan import TilePlan, padded, tile_plan
 from rlalign_kernels.attention.triton_decode import attention_decode_kernel
 from rlalign_kernels.attention.triton_forward import attention_forward_kernel
-from rlalign_kernels.attention.triton_problem import (
-    Keys,
-    Masking,
-    shape_of,
-    workspace,
-)
+from rlalign_kernels.attention.triton_problem import Keys, Masking, shape_of, workspace
 from rlalign_kernels.gpu import BOX_ALIGNMENT, num_processors, rows
 from rlalign_kernels.launch import Launch, Remembered
 
@@ -117,6 +112,9 @@ class Forward:
         self.num_tokens, self.num_heads = q.shape[:2]
         self.num_sequences, self.kv_heads = cu_seqlens_q.shape[0] - 1, keys.k.shape[-2]
         self.shape = shape_of(q, keys.k, keys.v)
+        self.out_shape = (self.num_tokens, self.num_heads, self.shape.value_dim)
+        # a tensor like another is had for less than one of a stated shape
+        self.out_like_q = q.shape == self.out_shape and q.stride() == (q.shape[1] * q.shape[2], q.shape[2], 1)
         self.plan = tile_plan(self.shape.head_dim, self.shape.value_dim, q.dtype, self.shape.architecture)
         self.strides = (
             q.stride(0), q.stride(1), *_three_strides(keys.k, self.page_size), *_three_strides(keys.v, self.page_size),
@@ -175,8 +173,8 @@ class Forward:
         k, v, cu_seqlens_k, block_tables, kv_lens, _ = keys
         if self.as_rows:
             q, k, v = rows(q), rows(k), rows(v)
-        out = q.new_empty((self.num_tokens, self.num_heads, self.shape.value_dim))
-        lse = q.new_empty((self.num_tokens, self.num_heads), dtype=torch.float32) if self.return_lse else None
+        out = torch.empty_like(q) if self.out_like_q else q.new_empty(self.out_shape)
+        lse = q.new_empty(self.out_shape[:2], dtype=torch.float32) if self.return_lse else None
         # q stands in place of what is absent; it is not read there
         results = (out, q if lse is None else lse, q if sinks is None else sinks)
         cu_seqlens_k = q if cu_seqlens_k is None else cu_seqlens_k
