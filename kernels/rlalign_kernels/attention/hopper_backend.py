@@ -12,10 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from rlalign_kernels.attention.hopper_backward import hopper_dq_kernel, row_terms_kernel
 from rlalign_kernels.attention.hopper_backward_keys import hopper_dkv_kernel
 from rlalign_kernels.attention.hopper_forward import hopper_forward_kernel
-from rlalign_kernels.attention.hopper_tiles import (
-    ADDRESS_WRAP,
-    ROWS_BOUND,
-)
+from rlalign_kernels.attention.hopper_tiles import ADDRESS_WRAP, ROWS_BOUND
 from rlalign_kernels.attention.schedules import HopperTile, Shape
 from rlalign_kernels.attention.tile_plan import TilePlan
 from rlalign_kernels.attention.triton_problem import Masking

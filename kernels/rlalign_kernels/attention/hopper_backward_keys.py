@@ -39,7 +39,7 @@ from rlalign_kernels.hopper_common import (
     matrix,
 )
 
-query_range = gluon.jit(triton_backward._query_range.fn)
+query_range = gluon.jit(triton_backward.query_range.fn)
 
 
 @gluon.jit

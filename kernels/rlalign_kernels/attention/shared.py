@@ -75,7 +75,9 @@ def check_problem(
 def check_offsets(operator: str, name: str, offsets: torch.Tensor) -> None:
     """Raises ValueError unless ``offsets`` is int [B + 1]; its content is not looked at."""
     if offsets.dtype not in (torch.int32, torch.int64) or offsets.dim() != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"{operator}: {name} is {offsets.dtype} {tuple(offsets.shape)}; expected int32 [B + 1]")
+        raise ValueError(
+            f"{operator}: {name} is {offsets.dtype} {tuple(offsets.shape)}; expected int32 or int64 [B + 1]"
+        )
 
 
 def host_offsets(operator: str, name: str, offsets: torch.Tensor, total: int) -> np.ndarray:

@@ -150,7 +150,7 @@ def attention_dq_kernel(
 
 
 @triton.jit
-def _query_range(
+def query_range(
     n0, num_queries, num_keys, left, right,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -236,9 +236,7 @@ def attention_dkv_kernel(
     v_ptr += token * stride_vn + kv_head.to(tl.int64) * stride_vh
     k = load_rows(k_ptr, k_ptr, n, num_keys, offs_d, 0, stride_kn, 0, True, HEAD_DIM, BLOCK_D, False)
     v = load_rows(v_ptr, v_ptr, n, num_keys, offs_dv, 0, stride_vn, 0, True, VALUE_DIM, BLOCK_DV, False)
-    begin, whole, part, end = _query_range(
-        n0, num_queries, num_keys, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
-    )
+    begin, whole, part, end = query_range(n0, num_queries, num_keys, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for g in range(GROUP):

@@ -18,14 +18,7 @@ from rlalign_kernels.attention.triton_backward import (
     attention_dq_kernel,
     attention_sink_kernel,
 )
-from rlalign_kernels.attention.triton_problem import (
-    Keys,
-    Masking,
-    integers,
-    layout,
-    shape_of,
-    workspace,
-)
+from rlalign_kernels.attention.triton_problem import Keys, Masking, integers, layout, shape_of, workspace
 from rlalign_kernels.gpu import num_processors, rows
 from rlalign_kernels.launch import Launch, Remembered
 

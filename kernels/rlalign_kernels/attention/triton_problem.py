@@ -10,8 +10,7 @@ from triton.runtime import driver
 
 from rlalign_kernels.attention.schedules import Shape
 from rlalign_kernels.gpu import BOX_ALIGNMENT, architecture
-
-_LOG2E = 1.4426950408889634
+from rlalign_kernels.triton_math import LOG2E
 
 
 class Masking(NamedTuple):
@@ -25,7 +24,7 @@ class Masking(NamedTuple):
     @property
     def multiplier(self) -> float:
         """c: from scores, or from their tanh, to exponents of 2."""
-        return (self.scale if self.softcap is None else self.softcap) * _LOG2E
+        return (self.scale if self.softcap is None else self.softcap) * LOG2E.value
 
     @property
     def cap_scale(self) -> float:
