@@ -144,6 +144,17 @@ def test_settings_and_bounds_may_be_numpys_or_tensors_and_sinks_anywhere():
     assert torch.equal(one, attention_packed(q, k, v, **cu, scale=0.25, sinks=sinks[:1].repeat(2)))
 
 
+def test_inputs_of_any_strides_give_a_contiguous_output():
+    """Of one fused projection, and with heads before tokens."""
+    q, k, v = normal(20, 4, 16, seed=1, dtype=torch.float32).split((2, 1, 1), dim=1)
+    cu = {"cu_seqlens_q": offsets([20]), "cu_seqlens_k": offsets([20]), "scale": 0.3, "backend": "triton"}
+    expected = attention_packed(q.contiguous(), k.contiguous(), v.contiguous(), **cu)
+    for strided in (q, q.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert not strided.is_contiguous()
+        out = attention_packed(strided, k, v, **cu)
+        assert out.is_contiguous() and torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_a_second_derivative_is_refused(backend):
     inputs = [x.requires_grad_() for x in make([5], [5])]
