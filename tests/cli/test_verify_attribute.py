@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.faults import COOL, PLAIN, PROMPTS, engine_dump, logits_of, relabel, save_models
+from support.faults import COOL, PLAIN, PROMPTS, Remembering, engine_dump, logits_of, relabel, save_models
 
 from rlalign.cli.policies import Policies
 from rlalign.cli.scoring import PolicyScorer
@@ -30,20 +30,6 @@ VLLM = Path(__file__).resolve().parents[3] / "shared/data/vllm_dump"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model and older (one step behind) are checkpoints below it."""
     return save_models(tmp_path_factory.mktemp("models"))
-
-
-class Remembering:
-    """The scorer, which is asked the same of the same tokens by most tests here; it never looks at the log-probs."""
-
-    def __init__(self, scorer: PolicyScorer) -> None:
-        self.policies, self._scorer, self._known = scorer.policies, scorer, {}
-
-    def __call__(self, sequences: Sequence[DumpSequence], settings: ScoreSettings) -> list[np.ndarray]:
-        asked = [(s.prompt_token_ids.tobytes(), s.token_ids.tobytes(), s.sampling, s.processed) for s in sequences]
-        key = (settings, *asked)
-        if key not in self._known:
-            self._known[key] = self._scorer(sequences, settings)
-        return self._known[key]
 
 
 @pytest.fixture(scope="module")

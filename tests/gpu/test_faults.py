@@ -13,7 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.faults import COOL, FAULTS, PLAIN, PROMPTS, Stand, damaged, engine_dump, found_name, save_models
+from support.faults import (
+    COOL,
+    FAULTS,
+    PLAIN,
+    PROMPTS,
+    Remembering,
+    Stand,
+    damaged,
+    engine_dump,
+    found_name,
+    save_models,
+)
 
 from rlalign.actors.faults import flip_weight_bit
 from rlalign.actors.inspection import Inspector, packed, paged
@@ -48,12 +59,12 @@ def native(folder: Path) -> Stand:
 
 
 @pytest.fixture(scope="module")
-def scorer(folder: Path) -> PolicyScorer:
-    return PolicyScorer(Policies([folder / "model", folder / "older"], "float32", "cuda", kept=9))
+def scorer(folder: Path) -> Remembering:
+    return Remembering(PolicyScorer(Policies([folder / "model", folder / "older"], "float32", "cuda", kept=9)))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_another_engine_is_named(fault: str, native: Stand, scorer: PolicyScorer) -> None:
+def test_a_fault_of_another_engine_is_named(fault: str, native: Stand, scorer: Remembering) -> None:
     plant, name = FAULTS[fault]
     changes = config_changes(json.loads((native.folder / "model" / "config.json").read_text()), [])
     found = attribute(plant(native), scorer, decode=False, num_previous=1, config_changes=changes)
