@@ -231,3 +231,25 @@ def test_unaligned_tensors_and_other_launches_between_give_the_same_bits():
         for _ in range(3):
             assert same_bits(packed(p, q, k, v, cu, cu), whole)
         assert same_bits(packed(p), whole)
+
+
+def test_a_profilers_hook_sees_every_launch_and_a_stream_of_ones_own_is_used():
+    """Calls after the first bypass Triton's launcher: see triton_runner."""
+    from triton import knobs
+
+    p = make("bf16", SHORT)
+    whole, seen = packed(p), []
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        assert same_bits(packed(p), whole)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert len(seen) == 1
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        q = torch.full_like(p.q, torch.nan)
+        torch.cuda._sleep(50_000_000)
+        late = packed(p, q.copy_(p.q))  # on another stream it would come too early
+    torch.cuda.current_stream().wait_stream(stream)
+    assert same_bits(late, whole) and len(seen) == 1
