@@ -234,7 +234,7 @@ class AlignConfig:
     """Steps between comparisons of every layer's output on them; 0: never."""
     check_sequences: int = Field(2, ge=1)
     """Sequences that these two look at."""
-    check_tokens: int = Field(128, ge=1)
+    check_tokens: int = Field(64, ge=1)
     """Most response tokens of each that are decoded once more."""
     alert: AlertConfig = AlertConfig()
     fault: FaultConfig = FaultConfig()

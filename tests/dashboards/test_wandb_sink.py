@@ -21,6 +21,7 @@ from rlalign.dashboards import NullSink, PictureData, WandbSink, make_sink
 from rlalign.dashboards.alerts import Alert
 from rlalign.dashboards.pictures import Trace
 from rlalign.dashboards.sink import WORST_COLUMNS
+from rlalign.dashboards.snapshot import LayerRow
 
 WORST = dict(zip(WORST_COLUMNS, ("differs", "1/2/3", 4, 5, "a ⟦b⟧", -1.0, -1.5, -0.5, 9, 6, 7, 8, "stop"), strict=True))
 
@@ -60,6 +61,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
         sink.pictures(0, pictures())
         sink.log(1, {"align/mismatch_count": 1.0, "align/logp_abs_diff/max": float("inf")})
         sink.pictures(1, pictures(equal=True))
+        for step, ulp in ((0, 0.0), (1, 3.0)):
+            sink.layers(step, LayerRow(("model.layers.0", "model.norm"), (0.0, ulp)))
         sink.alert(Alert("halt", "rlalign: it has stopped", "step 1: they differ", "ERROR"))
         sink.close()
         sink.close()
@@ -70,7 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
 
 def test_metrics_come_back(run: tuple[Path, list[dict[str, Any]]]) -> None:
     rows = history(run[1])
-    assert [row["step"] for row in rows] == [0, 0, 1, 1]
+    assert [row["step"] for row in rows] == [0, 0, 1, 1, 0, 1]
     assert (rows[0]["align/mismatch_count"], rows[0]["reward/mean"], rows[0]["entropy"]) == (3.0, 0.25, 1.5)
     assert rows[2]["align/logp_abs_diff/max"] == "Infinity"
 
@@ -100,7 +103,7 @@ def test_step_is_the_axis_and_the_worst_is_kept(run: tuple[Path, list[dict[str, 
     assert kept["entropy"] == 1.5
 
 
-@pytest.mark.parametrize("name", ["abs_diff_histogram", "prob_scatter", "worst_tokens", "position_heat_map", "trace"])
+@pytest.mark.parametrize("name", ["abs_diff_histogram", "prob_scatter", "worst_tokens", "position_heat_map", "layer_heat_map", "trace"])
 def test_media_come_back_with_their_files(run: tuple[Path, list[dict[str, Any]]], name: str) -> None:
     folder, rows = run
     shown = [row for row in history(rows) if f"where/{name}.path" in row]
