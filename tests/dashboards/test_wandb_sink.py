@@ -103,7 +103,9 @@ def test_step_is_the_axis_and_the_worst_is_kept(run: tuple[Path, list[dict[str, 
     assert kept["entropy"] == 1.5
 
 
-@pytest.mark.parametrize("name", ["abs_diff_histogram", "prob_scatter", "worst_tokens", "position_heat_map", "layer_heat_map", "trace"])
+@pytest.mark.parametrize(
+    "name", ["abs_diff_histogram", "prob_scatter", "worst_tokens", "position_heat_map", "layer_heat_map", "trace"]
+)
 def test_media_come_back_with_their_files(run: tuple[Path, list[dict[str, Any]]], name: str) -> None:
     folder, rows = run
     shown = [row for row in history(rows) if f"where/{name}.path" in row]
