@@ -134,7 +134,8 @@ def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _report(error: BaseException) -> int:
     code = exit_code(error)
     if isinstance(error, MismatchHalt):
-        Console(stderr=True).print(error.report.table())
+        if error.report.worst:  # not where all sampled tokens agree, and something beyond them differs
+            Console(stderr=True).print(error.report.table())
         _say(one_line(error))
     elif code == EXIT_INTERNAL:
         _say(

@@ -67,6 +67,12 @@ def test_halt_shows_the_table_and_names_the_token(capsys: pytest.CaptureFixture[
     assert "step 1 prompt 2 sample 3 position 4, token 5" in said
 
 
+def test_halt_over_something_beyond_the_sampled_tokens_shows_no_empty_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(MismatchHalt(Report(10, 2, 0, 0, 0.0, (), ("all logits differ",)))) == 1
+    said = capsys.readouterr().err
+    assert said == "rollout and trainer agree bit for bit on 10 tokens of 2 samples; all logits differ\n"
+
+
 def test_a_wrapped_actor_error_is_unwrapped(capsys: pytest.CaptureFixture[str]) -> None:
     wrapper = type("RayTaskError", (Exception,), {"__module__": "ray.exceptions"})("a whole traceback\nof lines")
     wrapper.cause = MismatchHalt(REPORT)
