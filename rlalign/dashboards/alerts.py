@@ -52,7 +52,8 @@ def alerts_of(
     if metrics.get("align/weights_equal") == 0.0:
         add("weights", "rlalign: the engines hold other weights", "their hash is not the trainer's", "ERROR")
     # with one plan on both sides a single bit is news; ordinary operators always differ
-    if numerics == "invariant" and config.max_abs is None and metrics.get("align/mismatch_count"):
+    one_bit = numerics == "invariant" and config.max_abs is None and not halted  # a stop says it already
+    if one_bit and metrics.get("align/mismatch_count"):
         add(
             "mismatch", "rlalign: rollout and trainer differ", f"{metrics['align/mismatch_count']:,.0f} tokens", "ERROR"
         )

@@ -49,6 +49,7 @@ def test_what_is_always_one() -> None:
 def test_one_differing_bit_is_one_under_a_common_plan_only() -> None:
     assert kinds("invariant", AlertConfig(), align__mismatch_count=1.0) == ["mismatch"]
     assert kinds("native", AlertConfig(), align__mismatch_count=1.0) == []
+    assert kinds("invariant", AlertConfig(), halted=True, align__mismatch_count=1.0) == ["halt"]
     assert kinds("invariant", ALL, align__mismatch_count=1.0) == [], "the bound that was asked for counts"
 
 
