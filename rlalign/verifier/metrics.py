@@ -54,14 +54,18 @@ def align_metrics(
         **_ulp(comparison.ulp[finite]),
         **_prob(np.exp(train), np.exp(rollout)),
         **_divergence(delta),
-        **_ratio(delta, (provenance or Provenance()).correction_cap),
+        **_ratio(delta),
         **_sequences(comparison),
     }
     if comparison.nonfinite_count:
         values |= {name: math.inf for name in values if name.endswith(("/max", "_max"))}
     if advantages is not None:
         values["adv_skew"] = _adv_skew(comparison, advantages)
-    values |= _provenance(comparison, provenance or Provenance())
+    if provenance is not None:  # of a step of training: elsewhere nothing could correct a ratio
+        cap = math.inf if provenance.correction_cap is None else provenance.correction_cap
+        with np.errstate(over="ignore"):
+            values["ratio_frac_modified"] = _mean(np.exp(delta) > cap)
+        values |= _provenance(comparison, provenance)
     return {f"align/{name}": value for name, value in values.items()}
 
 
@@ -107,7 +111,7 @@ def _divergence(delta: np.ndarray) -> dict[str, float]:
         }
 
 
-def _ratio(delta: np.ndarray, cap: float | None) -> dict[str, float]:
+def _ratio(delta: np.ndarray) -> dict[str, float]:
     with np.errstate(over="ignore"):
         ratio = np.exp(delta)
     shifted = np.exp(delta - delta.max()) if len(delta) else delta  # the common factor cancels in ess, its overflow not
@@ -116,7 +120,6 @@ def _ratio(delta: np.ndarray, cap: float | None) -> dict[str, float]:
         "ratio_raw/min": float(ratio.min()) if len(ratio) else math.nan,
         "ratio_raw/mean": _mean(ratio),
         "ratio_raw/max": _max(ratio),
-        "ratio_frac_modified": _mean(ratio > (math.inf if cap is None else cap)),
         "ess": _mean(shifted) ** 2 / squares if len(delta) else math.nan,
     }
 

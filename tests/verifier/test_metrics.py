@@ -54,7 +54,6 @@ WORKED = {
     "ratio_raw/min": 0.5,
     "ratio_raw/mean": 3.5 / 3,
     "ratio_raw/max": 2.0,
-    "ratio_frac_modified": 0.0,
 }
 
 
