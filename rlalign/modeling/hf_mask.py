@@ -26,6 +26,8 @@ _PLAIN = frozenset(
 # arguments that say how transformers' own masks are stored
 _ABOUT_STORAGE = frozenset({"allow_is_causal_skip", "allow_is_bidirectional_skip", "dtype", "config"})
 _CAUSAL, _PADDED, _PACKED = 1, 2, 4
+# sequences and gaps of a row of a padded batch
+_PER_ROW = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ def _has_padding(seen: Tensor) -> bool:
 
 def tokens_beside(mask: Tensor, batch_size: int, length: int) -> Tensor:
     """Bool [B, T - 1]: whether positions t and t + 1 are both tokens, by a padded batch's offsets (``pack``)."""
-    first, last = (mask[0, edge:-1:3, 0, 0][:batch_size, None] for edge in (1, 3))
+    first, last = (mask[0, start:-2:_PER_ROW, 0, 0][:, None] for start in (2, 3))
     at = torch.arange(batch_size * length, device=mask.device).view(batch_size, length)
     return (at[:, :-1] >= first) & (at[:, 1:] < last)
 
@@ -181,19 +183,19 @@ def tokens_beside(mask: Tensor, batch_size: int, length: int) -> Tensor:
 def _with_gaps(
     queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], q_length: int, kv_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Offsets int [3 B + 3] of B sequences, each [from, to) in its row, with a gap of queries and one of keys between.
+    """Offsets int [5 B + 1] of B sequences, each [from, to) in its row, with a gap of queries and of keys on each side.
 
-    Per row: queries that see nothing, keys that nothing sees, the sequence; and the same gaps after the last one.
+    Per row: queries that see nothing, keys that nothing sees, the sequence, such keys, such queries. No gap reaches
+    into the next row, so none is longer than a row: whoever states that bound to a kernel counts on it.
     """
     row = torch.arange(len(queries[0]), device=queries[0].device)
-    q_from, q_to = (edge + row * q_length for edge in queries)
-    k_from, k_to = (edge + row * kv_length for edge in keys)
-    zero = torch.zeros_like(row[:1])
-    before = torch.cat([zero, k_to[:-1]])
-    cu_q = torch.stack([q_from, q_from, q_to], dim=1).flatten()
-    cu_k = torch.stack([before, k_from, k_to], dim=1).flatten()
-    end_q, end_k = (zero + len(row) * length for length in (q_length, kv_length))
-    return torch.cat([zero, cu_q, end_q, end_q]), torch.cat([zero, cu_k, k_to[-1:], end_k])
+    q_row, k_row = row * q_length, row * kv_length
+    q_from, q_to = (edge + q_row for edge in queries)
+    k_from, k_to = (edge + k_row for edge in keys)
+    cu_q = torch.stack([q_row, q_from, q_from, q_to, q_to], dim=1).flatten()
+    cu_k = torch.stack([k_row, k_row, k_from, k_to, k_row + kv_length], dim=1).flatten()
+    ends = (row.new_full((1,), len(row) * length) for length in (q_length, kv_length))
+    return tuple(torch.cat([cu, end]) for cu, end in zip((cu_q, cu_k), ends, strict=True))
 
 
 def _leaves(function: MaskFunction) -> Iterator[MaskFunction]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -212,6 +213,43 @@ def test_sinks_and_gradients_through_triton() -> None:
             continue
         error = (mine.grad - theirs.grad).norm() / theirs.grad.norm().clamp_min(1e-6)
         assert error < 1e-3, f"{name}: relative error {error:.2e}"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody writes holds NaN."""
+    strict, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(strict)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_padding_that_meets_the_next_rows_is_written_too() -> None:
+    """The Triton backend counts on its bounds: right padding, then left, and a row of nothing else; with sinks."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mask = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]], device=device)
+    real = mask.bool()
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"query": (4, 4, 4, 16), "key": (4, 1, 4, 16), "value": (4, 1, 4, 16), "s_aux": (4,)}
+    inputs = {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
+    weights = torch.randn(4, 4, 4, 16, generator=generator).to(device)
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    out = attention("triton", **inputs, attention_mask=mask)
+    assert not out[~real].any()
+    found = torch.autograd.grad((out * weights).sum(), list(inputs.values()))
+    expected = torch.zeros(4, device=device)
+    for row in (0, 1, 3):
+        alone = {name: inputs[name][row : row + 1, :, real[row]] for name in ("query", "key", "value")}
+        own = attention("triton", **alone, s_aux=inputs["s_aux"])
+        torch.testing.assert_close(out[row, real[row]], own[0], **CLOSE)
+        expected += torch.autograd.grad((own * weights[row : row + 1, real[row]]).sum(), inputs["s_aux"])[0]
+    torch.testing.assert_close(found[3], expected, **CLOSE)
+    for grad in found[:3]:
+        assert grad.isfinite().all() and not grad.transpose(1, 2)[~real].any()
 
 
 def test_registering_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
