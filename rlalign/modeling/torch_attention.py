@@ -2,7 +2,7 @@
 
 Both take packed rows; pages are gathered into packed rows first. What follows from a batch's offsets (block mask,
 gathered slots, longest sequence where the caller doesn't say) is made in its first layer and kept as long as they are:
-one wait for the device per batch.
+one wait for the device per batch, or one per layer under torch.inference_mode.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class GatheredPages:
         kv_lens: Tensor,
         **settings: Any,
     ) -> Tensor:
-        slots, cu_seqlens_k = _of_batch(kv_lens, "slots", lambda: _slots(block_tables, kv_lens, k_cache.shape[1]))
+        page_size = k_cache.shape[1]
+        slots, cu_seqlens_k = _of_batch(
+            kv_lens, ("slots", page_size), lambda: _slots(block_tables, kv_lens, page_size), beside=block_tables
+        )
         key, value = (cache.flatten(0, 1)[slots] for cache in (k_cache, v_cache))
         return self.packed(query, key, value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **settings)
 
@@ -234,9 +237,14 @@ _BATCHES = WeakIdKeyDictionary()
 
 
 def _of_batch(tensor: Tensor, name: object, build: Callable[[], T], *, beside: Tensor | None = None) -> T:
-    """``build()``, kept as long as ``tensor`` lives; made anew when it was written to, or comes ``beside`` another."""
+    """``build()``, kept as long as ``tensor`` lives; made anew when it was written to, or comes ``beside`` another.
+
+    Whatever else it is made from is part of ``name``. Of inference tensors nothing is kept: they don't tell of writes.
+    """
     beside = tensor if beside is None else beside
-    versions = tuple(0 if x.is_inference() else x._version for x in (tensor, beside))
+    if tensor.is_inference() or beside.is_inference():
+        return build()
+    versions = tensor._version, beside._version
     kept = _BATCHES.setdefault(tensor, {})
     found = kept.get(name)
     if found is None or found[0] != versions or found[1]() is not beside:

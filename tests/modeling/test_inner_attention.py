@@ -132,6 +132,44 @@ def test_what_is_kept_of_a_batch_goes_with_it():
     assert len(_BATCHES) == kept - 1
 
 
+def test_pages_are_looked_up_where_the_table_says_now():
+    """Lengths that stay what they were: another table, the same one rewritten, and other pages."""
+    caches = [torch.randn(4, 8, 2, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    settings = {"scale": 0.3, "causal": True, "window": None, "softcap": None, "cu_seqlens_q": offsets((1,))}
+    settings["kv_lens"] = torch.tensor([8], dtype=torch.int32)
+    q = rows()[0][:1]
+    tables = [torch.tensor([[page, 2]], dtype=torch.int32) for page in (0, 1)]
+    seen = []
+    for table, first_page, page_size in ((0, 0, 8), (1, 1, 8), (1, 1, 4), (1, 1, 8), (1, 3, 8)):
+        if tables[table][0, 0] != first_page:
+            tables[table][0, 0] = first_page
+        paged = [cache.unflatten(1, (-1, page_size)).flatten(0, 1) for cache in caches]
+        call = settings | {"block_tables": tables[table]}
+        seen.append(Flex(compile=False).paged(q, *paged, **call))
+        torch.testing.assert_close(seen[-1], Reference().paged(q, *paged, **call), **CLOSE)
+    assert not any(torch.allclose(seen[0], other) for other in seen[1:])
+
+
+@torch.inference_mode()
+def test_inference_tensors_may_be_written_to():
+    """They count no writes, so nothing that follows from them is kept."""
+    attention = Flex(compile=False)
+    q, k, v = rows()
+    settings = {"scale": 0.3, "causal": True, "window": None, "softcap": None, "cu_seqlens_q": offsets(Q_LENS)}
+    cu_k = offsets(KV_LENS)
+    pages = {"kv_lens": torch.tensor([5], dtype=torch.int32), "block_tables": torch.tensor([[1]])}
+    caches = [x[:32].unflatten(0, (2, 16)) for x in (k, v)]
+    for lengths, kv_len in ((KV_LENS, 5), ((12, 5, 20, 3), 9)):
+        cu_k.copy_(offsets(lengths))
+        pages["kv_lens"].fill_(kv_len)
+        found, expected = (a.packed(q, k, v, **settings, cu_seqlens_k=cu_k) for a in (attention, Reference()))
+        torch.testing.assert_close(found, expected, **CLOSE)
+        assert torch_attention._longest(cu_k) == max(lengths)
+        one = settings | pages | {"cu_seqlens_q": offsets((1,))}
+        found, expected = (a.paged(q[:1], *caches, **one) for a in (attention, Reference()))
+        torch.testing.assert_close(found, expected, **CLOSE)
+
+
 @torch.no_grad()
 def test_an_aligned_model_runs_on_it(attention, family):
     if isinstance(attention, Varlen):
