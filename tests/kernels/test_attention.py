@@ -229,5 +229,14 @@ def test_refusals_name_the_argument():
         attention_paged(q, cache, cache, block_tables=torch.tensor([[7]]), kv_lens=one, **pages)
     with pytest.raises(ValueError, match=r"kv_lens\[0\]=10 does not fit"):
         attention_paged(q, cache[:, :4], cache[:, :4], block_tables=torch.tensor([[1]]), kv_lens=one, **pages)
+
+
+@pytest.mark.parametrize("learns", ["q", "k_cache", "v_cache", "sinks"])
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_pages_have_no_gradient(backend, learns):
+    tensors = {"q": torch.zeros(1, 4, 32), "k_cache": torch.zeros(4, 16, 2, 32), "v_cache": torch.zeros(4, 16, 2, 32)}
+    tensors |= {"sinks": torch.zeros(4)} if learns == "sinks" else {}
+    tensors[learns].requires_grad_()
+    one = {"block_tables": torch.tensor([[1]]), "cu_seqlens_q": torch.tensor([0, 1]), "kv_lens": torch.tensor([5])}
     with pytest.raises(NotImplementedError, match="no gradient"):
-        attention_paged(q.requires_grad_(), cache, cache, block_tables=torch.tensor([[1]]), kv_lens=one, **pages)
+        attention_paged(**tensors, **one, scale=1.0, backend=backend)

@@ -135,7 +135,9 @@ def attention_paged(
     Raises ValueError or NotImplementedError naming what does not fit.
     """
     run = _IMPLEMENTATIONS[backend]
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad or (sinks is not None and sinks.requires_grad)
+    ):
         raise NotImplementedError("attention_paged: has no gradient; use attention_packed, or torch.no_grad()")
     batch = Batch(block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k)
     running.append("attention_paged")  # what @operator does, without packing the keywords twice
