@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from rlalign_kernels.attention import hopper_backend as attention
-from rlalign_kernels.attention import hopper_softmax, schedules
+from rlalign_kernels.attention import hopper_softmax, schedules, triton_backend
 from rlalign_kernels.attention.tile_plan import tile_plan
-from rlalign_kernels.attention.triton_problem import Masking
+from rlalign_kernels.attention.triton_problem import Keys, Masking
 from rlalign_kernels.gemm import hopper_backend as gemm
 from rlalign_kernels.gemm.schedules import HopperTile, fitted
 from rlalign_kernels.launch import Launch
@@ -56,15 +56,17 @@ def lowered(*_: Any) -> None:
     raise Lowered
 
 
-def integers(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.int32)
+def integers(*shape: int, wide: bool = False) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64 if wide else torch.int32)
 
 
 def shape_of(dim: int) -> schedules.Shape:
     return schedules.Shape(dim, dim, HEADS // KV_HEADS, DTYPE, (9, 0))
 
 
-def forward(dim: int, *, page: int = 0, left: int | None = None, sinks: bool = False, one_split: bool) -> None:
+def forward(
+    dim: int, *, page: int = 0, left: int | None = None, sinks: bool = False, one_split: bool, wide: bool = False
+) -> None:
     shape = shape_of(dim)
     launch = attention.forward(
         shape, tile_plan(dim, dim, DTYPE, (9, 0)), schedules.hopper_forward_tile(shape, False), Masking(0.1, left, 0),
@@ -73,11 +75,12 @@ def forward(dim: int, *, page: int = 0, left: int | None = None, sinks: bool = F
     )  # fmt: skip
     q, keys = torch.zeros(TOKENS, HEADS, dim, dtype=DTYPE), (8, page) if page else (TOKENS,)
     k = torch.zeros(*keys, KV_HEADS, dim, dtype=DTYPE)
-    cu, lse = integers(3), torch.zeros(TOKENS, HEADS)
-    launch(q, k, k, q, lse, torch.zeros(HEADS), cu, cu, integers(2), integers(2, 8), integers(1))
+    cu, lse = integers(3, wide=wide), torch.zeros(TOKENS, HEADS)
+    tables, lens = integers(2, 8, wide=wide), integers(2, wide=wide)
+    launch(q, k, k, q, lse, torch.zeros(HEADS), cu, cu, lens, tables, integers(1))
 
 
-def backward(dim: int, *, left: int | None = None, of_queries: bool) -> None:
+def backward(dim: int, *, left: int | None = None, of_queries: bool, wide: bool = False) -> None:
     shape = shape_of(dim)
     q = torch.zeros(TOKENS, HEADS, dim, dtype=DTYPE)
     k = torch.zeros(TOKENS, KV_HEADS, dim, dtype=DTYPE)
@@ -86,7 +89,20 @@ def backward(dim: int, *, left: int | None = None, of_queries: bool) -> None:
         num_tokens=TOKENS, num_keys=TOKENS, num_sequences=2, kv_heads=KV_HEADS, num_programs=132,
     )  # fmt: skip
     dq, dk, dv = (q, None, None) if of_queries else (None, k, k)
-    launches(q, k, k, q, torch.zeros(TOKENS, HEADS), q, dq, dk, dv, integers(3), integers(3), integers(1))
+    cu = integers(3, wide=wide)
+    launches(q, k, k, q, torch.zeros(TOKENS, HEADS), q, dq, dk, dv, cu, cu, integers(1))
+
+
+def stock(num_queries: int, longest: int) -> None:
+    """On pages, by the kernels of any GPU."""
+    triton_backend.num_processors = lambda device: 132
+    shape, plan = shape_of(128), tile_plan(128, 128, DTYPE, (9, 0))
+    q, cache = torch.zeros(2 * num_queries, HEADS, 128, dtype=DTYPE), torch.zeros(8, 128, KV_HEADS, 128, dtype=DTYPE)
+    keys = Keys(cache, cache, None, integers(2, 32, wide=True), integers(2, wide=True), longest)
+    tiles = schedules.prefill_tile(shape, plan), schedules.decode_tile(shape, plan, 1, 132, True)
+    triton_backend.forward(
+        q, keys, integers(3, wide=True), Masking(0.1, None, 0), max_seqlen_q=num_queries, return_lse=True, tiles=tiles
+    )
 
 
 def linear(tile: HopperTile, *, leaves: int = 1) -> None:
@@ -112,8 +128,11 @@ WHOLE: dict[str, Callable[[], None]] = {
     "linear": lambda: linear(HopperTile(1, 64, block_k=128, swap=False, chunk=16), leaves=2),
 }
 LOWERED: dict[str, Callable[[], None]] = {
-    "forward on pages": lambda: forward(128, page=128, left=63, sinks=True, one_split=False),
-    "gradient of keys": lambda: backward(128, left=63, of_queries=False),
+    "forward on pages": lambda: forward(128, page=128, left=63, sinks=True, one_split=False, wide=True),
+    "gradient of keys": lambda: backward(128, left=63, of_queries=False, wide=True),
+    "gradient of queries, wide offsets": lambda: backward(64, of_queries=True, wide=True),
+    "stock forward": lambda: stock(128, 1024),
+    "stock decode": lambda: stock(1, 4096),
     "linear, two warpgroups": lambda: linear(HopperTile(2, 128, more=64)),
     "linear, three warpgroups": lambda: linear(HopperTile(3, 64, more=16)),
     "broken": broken,

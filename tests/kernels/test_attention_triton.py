@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rlalign_kernels import attention_packed, attention_paged
+from rlalign_kernels.launch import Remembered
 from rlalign_kernels.reference import truths
 from support_kernels import error, interpreted, normal
 
@@ -199,21 +200,61 @@ def test_pages(name, bounds):
     assert torch.allclose(lse.double(), exact_lse, atol=1e-5)
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one program", "a program each"])
+@pytest.mark.parametrize("settings", [{}, {"window": 200}, {"causal": False, "softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("q_len", [1, 7])
-def test_splits_that_meet(q_len):
+def test_splits_that_meet(q_len, settings, apart, monkeypatch):
     """More keys than one split holds: in one program, and in a program each with the last one merging."""
-    q, k, v = make([q_len], [1100], heads=(2, 1))
-    exact = truth(q, k, v, [q_len], [1100])[0]
-    cu = {"cu_seqlens_q": offsets([q_len]), "cu_seqlens_k": offsets([1100])}
-    assert error(attention_packed(q, k, v, **cu, scale=0.3, backend="triton"), exact) < 1e-6
+    from rlalign_kernels.attention import triton_backend
+
+    monkeypatch.setattr(triton_backend, "num_processors", lambda device: 132 if apart else 1)
+    monkeypatch.setattr(triton_backend, "_CALLS", Remembered())
+    q, k, v = make([q_len, 1], [1100, 0], heads=(2, 1))
+    exact, exact_lse = truth(q, k, v, [q_len, 1], [1100, 0], **settings)
     cache = [torch.cat((x, torch.full((1152 - 1100, 1, 16), torch.nan))).view(-1, 64, 1, 16) for x in (k, v)]
-    tables = torch.arange(18, dtype=torch.int32)[None]
-    for _ in range(2):  # the counters are as they were
-        out = attention_paged(
-            q, *cache, block_tables=tables, cu_seqlens_q=offsets([q_len]),
-            kv_lens=torch.tensor([1100], dtype=torch.int32), scale=0.3, backend="triton",
+    tables = torch.arange(18, dtype=torch.int32)[None].expand(2, 18).contiguous()
+    for integers in (torch.int32, torch.int64):  # the counters are as they were
+        out, lse = attention_paged(
+            q, *cache, block_tables=tables, cu_seqlens_q=offsets([q_len, 1]).to(integers),
+            kv_lens=torch.tensor([1100, 0], dtype=integers), scale=0.3, backend="triton", return_lse=True, **settings,
         )  # fmt: skip
         assert error(out, exact) < 1e-6
+        assert torch.allclose(lse.double(), exact_lse, atol=1e-5)
+    assert all((call.decode is not None) == apart for call in triton_backend._CALLS._found.values())
+
+
+def test_a_bound_that_was_too_small_spoils_no_later_call(monkeypatch):
+    """The counters of a decode's splits outlive it on a GPU: a call that lied of its lengths must leave them at 0."""
+    from rlalign_kernels.attention import triton_backend, triton_problem
+
+    kept = triton_problem.workspace(torch.device("cpu"), 4096, 64)
+    monkeypatch.setattr(triton_backend, "num_processors", lambda device: 132)
+    monkeypatch.setattr(triton_backend, "workspace", lambda *sizes: kept)
+    monkeypatch.setattr(triton_backend, "_CALLS", Remembered())
+    q, k, v = make([1], [2112], heads=(2, 1))
+    tables = torch.arange(33, dtype=torch.int32)[None]
+    exact = truth(q, k, v, [1], [2112])[0]
+    for bound in (1100, 2112):
+        out = attention_paged(
+            q, k.view(33, 64, 1, 16), v.view(33, 64, 1, 16), block_tables=tables, cu_seqlens_q=offsets([1]),
+            kv_lens=torch.tensor([2112], dtype=torch.int32), max_seqlen_k=bound, scale=0.3, backend="triton",
+        )  # fmt: skip
+        assert not kept[1].any()
+    assert error(out, exact) < 1e-6
+
+
+def test_a_sink_at_minus_infinity_is_none():
+    """Also for a row without keys, whose log-sum-exp is then -inf: no gradient of it is NaN."""
+    q_lens, k_lens = [3, 2], [1, 2]
+    inputs = [x.requires_grad_() for x in make(q_lens, k_lens)]
+    sinks = torch.tensor([-torch.inf, 0.5], requires_grad=True)
+    cu = {"cu_seqlens_q": offsets(q_lens), "cu_seqlens_k": offsets(k_lens)}
+    out = attention_packed(*inputs, **cu, scale=0.3, sinks=sinks, backend="triton")
+    none = attention_packed(*inputs, **cu, scale=0.3, backend="triton")
+    assert error(out[:, 0], none[:, 0].double()) < 1e-6 and not torch.allclose(out[:, 1], none[:, 1])
+    grads = torch.autograd.grad(out.square().sum(), [*inputs, sinks])
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[3][0] == 0 != grads[3][1]
 
 
 def test_neighbours_may_hold_anything():

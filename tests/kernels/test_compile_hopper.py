@@ -44,7 +44,8 @@ def test_every_hopper_kernel_compiles_and_a_broken_one_is_found(tmp_path: Path) 
     assert not errors, "\n".join(f"{name}: {error}" for name, error in errors.items())
     kernels = [kernel for case in cases.values() for kernel in case["kernels"].items()]
     assert {name for name, _ in kernels} == {
-        "hopper_forward_kernel", "hopper_dq_kernel", "hopper_dkv_kernel", "row_terms_kernel", "hopper_linear_kernel"
+        "hopper_forward_kernel", "hopper_dq_kernel", "hopper_dkv_kernel", "row_terms_kernel", "hopper_linear_kernel",
+        "attention_forward_kernel", "attention_decode_kernel",
     }  # fmt: skip
     for name, resources in kernels:
         if resources is not None:

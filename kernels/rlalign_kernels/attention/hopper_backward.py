@@ -61,9 +61,9 @@ def row_terms_kernel(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     b, first_tile = triton_find_sequence(tile, cu_q_ptr, num_sequences, 1, BLOCK_M)
-    q_begin = tl.load(cu_q_ptr + b)
+    q_begin = tl.load(cu_q_ptr + b).to(tl.int32)
     row = (tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mine = row < tl.load(cu_q_ptr + b + 1) - q_begin
+    mine = row < tl.load(cu_q_ptr + b + 1).to(tl.int32) - q_begin
     token = (q_begin + row).to(tl.int64)
     offs_d = tl.arange(0, VALUE_DIM)
     out_ptrs = out_ptr + (token * stride_ot + head.to(tl.int64) * stride_oh)[:, None] + offs_d[None, :]
@@ -106,11 +106,11 @@ def _dq_producer(
         tile = num_tiles // HEADS - 1 - drawn // HEADS
         b, first_tile = find_sequence(tile, cu_q_ptr, num_sequences, 1, BLOCK_M)
         row0 = (tile - first_tile) * BLOCK_M
-        q_begin = gl.load(cu_q_ptr + b)
-        num_queries = gl.load(cu_q_ptr + b + 1) - q_begin
+        q_begin = gl.load(cu_q_ptr + b).to(gl.int32)
+        num_queries = gl.load(cu_q_ptr + b + 1).to(gl.int32) - q_begin
         if row0 < num_queries:
-            k_begin = gl.load(cu_k_ptr + b)
-            num_keys = gl.load(cu_k_ptr + b + 1) - k_begin
+            k_begin = gl.load(cu_k_ptr + b).to(gl.int32)
+            num_keys = gl.load(cu_k_ptr + b + 1).to(gl.int32) - k_begin
             begin, _whole, _part, end = tiles_of_keys(
                 row0, num_queries, num_keys, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
             )

@@ -60,10 +60,10 @@ def _dkv_producer(
         tile = drawn // KV_HEADS
         b, first_tile = find_sequence(tile, cu_k_ptr, num_sequences, 1, BLOCK_N)
         n0 = (tile - first_tile) * BLOCK_N
-        k_begin = gl.load(cu_k_ptr + b)
-        num_keys = gl.load(cu_k_ptr + b + 1) - k_begin
-        q_begin = gl.load(cu_q_ptr + b)
-        num_queries = gl.load(cu_q_ptr + b + 1) - q_begin
+        k_begin = gl.load(cu_k_ptr + b).to(gl.int32)
+        num_keys = gl.load(cu_k_ptr + b + 1).to(gl.int32) - k_begin
+        q_begin = gl.load(cu_q_ptr + b).to(gl.int32)
+        num_queries = gl.load(cu_q_ptr + b + 1).to(gl.int32) - q_begin
         begin, _whole, _part, end = query_range(
             n0, num_queries, num_keys, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
         )

@@ -62,14 +62,14 @@ def _producer(
         tile = num_tiles // HEADS - 1 - drawn // HEADS
         b, first_tile = find_sequence(tile, cu_q_ptr, num_sequences, 1, BLOCK_M)
         row0 = (tile - first_tile) * BLOCK_M
-        q_begin = gl.load(cu_q_ptr + b)
-        num_queries = gl.load(cu_q_ptr + b + 1) - q_begin
+        q_begin = gl.load(cu_q_ptr + b).to(gl.int32)
+        num_queries = gl.load(cu_q_ptr + b + 1).to(gl.int32) - q_begin
         if (row0 < num_queries) & (num_queries * GROUP > FEW_ROWS):
             if PAGE == 0:
-                k_begin = gl.load(cu_k_ptr + b)
-                num_keys = gl.load(cu_k_ptr + b + 1) - k_begin
+                k_begin = gl.load(cu_k_ptr + b).to(gl.int32)
+                num_keys = gl.load(cu_k_ptr + b + 1).to(gl.int32) - k_begin
             else:
-                num_keys = gl.load(kv_lens_ptr + b)
+                num_keys = gl.load(kv_lens_ptr + b).to(gl.int32)
             begin, _whole, _part, end = tiles_of_keys(
                 row0, num_queries, num_keys, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
             )

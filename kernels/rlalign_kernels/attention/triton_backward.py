@@ -48,6 +48,7 @@ def attention_sink_kernel(
         mask = token < num_tokens
         lse = tl.load(lse_ptr + token * HEADS + head, mask=mask, other=float("inf"))
         delta = tl.load(delta_ptr + token * HEADS + head, mask=mask, other=0.0)
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # of a sink at -inf and no key
         total += tl.math.exp2((sink - lse) * LOG2E) * delta
     tl.store(grad_ptr + head, -tl.sum(total, 0))
 
@@ -100,12 +101,12 @@ def attention_dq_kernel(
     tile = tl.num_programs(0) // KV_HEADS - 1 - pid // KV_HEADS
     b, first_tile = find_sequence(tile, cu_q_ptr, num_sequences, GROUP, BLOCK_M)
     row0 = (tile - first_tile) * BLOCK_M
-    q_begin = tl.load(cu_q_ptr + b)
-    num_queries = tl.load(cu_q_ptr + b + 1) - q_begin
+    q_begin = tl.load(cu_q_ptr + b).to(tl.int32)
+    num_queries = tl.load(cu_q_ptr + b + 1).to(tl.int32) - q_begin
     if row0 >= num_queries * GROUP:
         return
-    k_begin = tl.load(cu_k_ptr + b)
-    num_keys = tl.load(cu_k_ptr + b + 1) - k_begin
+    k_begin = tl.load(cu_k_ptr + b).to(tl.int32)
+    num_keys = tl.load(cu_k_ptr + b + 1).to(tl.int32) - k_begin
     k_ptr += k_begin.to(tl.int64) * stride_kn + kv_head.to(tl.int64) * stride_kh
     v_ptr += k_begin.to(tl.int64) * stride_vn + kv_head.to(tl.int64) * stride_vh
 
@@ -222,12 +223,12 @@ def attention_dkv_kernel(
     tile = pid // KV_HEADS
     b, first_tile = find_sequence(tile, cu_k_ptr, num_sequences, 1, BLOCK_N)
     n0 = (tile - first_tile) * BLOCK_N
-    k_begin = tl.load(cu_k_ptr + b)
-    num_keys = tl.load(cu_k_ptr + b + 1) - k_begin
+    k_begin = tl.load(cu_k_ptr + b).to(tl.int32)
+    num_keys = tl.load(cu_k_ptr + b + 1).to(tl.int32) - k_begin
     if n0 >= num_keys:
         return
-    q_begin = tl.load(cu_q_ptr + b)
-    num_queries = tl.load(cu_q_ptr + b + 1) - q_begin
+    q_begin = tl.load(cu_q_ptr + b).to(tl.int32)
+    num_queries = tl.load(cu_q_ptr + b + 1).to(tl.int32) - q_begin
     n = n0 + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)

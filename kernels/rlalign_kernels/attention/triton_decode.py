@@ -29,7 +29,7 @@ def _merged_states(
     for low in tl.range(first, last + 1, _UNROLL, num_stages=1):
         for i in tl.static_range(_UNROLL):
             live = low + i <= last
-            mask = mine & live
+            mask = mine & (lane * 0 + low + i <= last)  # of lanes: the interpreter makes no mask of a scalar
             slot = slot0 + (low + i) * stride_split + lane
             den_ptrs = part_den_ptr + slot[:, None] * WIDTH + wide[None, :]
             acc_ptrs = part_acc_ptr + slot[:, None] * BLOCK_DV + offs_dv[None, :]
@@ -64,15 +64,17 @@ def attention_decode_kernel(
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     b = tl.program_id(2)
-    q_begin = tl.load(cu_q_ptr + b)
-    num_queries = tl.load(cu_q_ptr + b + 1) - q_begin
-    num_keys = tl.load(kv_lens_ptr + b)
+    q_begin = tl.load(cu_q_ptr + b).to(tl.int32)
+    num_queries = tl.load(cu_q_ptr + b + 1).to(tl.int32) - q_begin
+    num_keys = tl.load(kv_lens_ptr + b).to(tl.int32)
     num_rows = num_queries * GROUP
     begin, whole, part, end = key_range(
         0, num_queries, num_keys, left, right, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
     first_split = begin // SPLIT
     last_split = tl.maximum(tl.maximum(end - 1, 0) // SPLIT, first_split)
+    # where max_seqlen_k was given too small: the count below must come to its end, or later calls' would not
+    last_split = tl.minimum(last_split, num_splits - 1)
     if (num_rows == 0) | (num_rows > BLOCK_M) | (split < first_split) | (split > last_split):
         return
     begin = tl.maximum(begin, split * SPLIT)

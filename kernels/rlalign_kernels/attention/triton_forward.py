@@ -149,8 +149,8 @@ def attention_forward_kernel(
         tile = tl.num_programs(0) // KV_HEADS - 1 - pid // KV_HEADS
         b, first_tile = find_sequence(tile, cu_q_ptr, num_sequences, GROUP, BLOCK_M)
         row0 = (tile - first_tile) * BLOCK_M
-    q_begin = tl.load(cu_q_ptr + b)
-    num_queries = tl.load(cu_q_ptr + b + 1) - q_begin
+    q_begin = tl.load(cu_q_ptr + b).to(tl.int32)
+    num_queries = tl.load(cu_q_ptr + b + 1).to(tl.int32) - q_begin
     num_rows = num_queries * GROUP
     if ONLY_FEW:
         if (num_rows == 0) | (num_rows > BLOCK_M):
@@ -159,12 +159,12 @@ def attention_forward_kernel(
         return
     k_begin = 0
     if PAGE == 0:
-        k_begin = tl.load(cu_k_ptr + b)
-        num_keys = tl.load(cu_k_ptr + b + 1) - k_begin
+        k_begin = tl.load(cu_k_ptr + b).to(tl.int32)
+        num_keys = tl.load(cu_k_ptr + b + 1).to(tl.int32) - k_begin
         k_ptr += k_begin.to(tl.int64) * stride_kn
         v_ptr += k_begin.to(tl.int64) * stride_vn
     else:
-        num_keys = tl.load(kv_lens_ptr + b)
+        num_keys = tl.load(kv_lens_ptr + b).to(tl.int32)
         table_ptr += b.to(tl.int64) * stride_table
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
