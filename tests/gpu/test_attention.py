@@ -188,30 +188,36 @@ def test_schedules_of_decode_give_one_result(name, page, monkeypatch):
             assert same_bits(found, [x[index] for x in whole]), (apart, tile)
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["bounds unknown", "bounds known"])
-def test_no_kernel_is_compiled_while_decoding(known):
-    """1,000 steps of growing lengths, over the end of a split, as sequences come and go."""
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("known", ["nothing", "queries", "both"])
+def test_no_kernel_is_compiled_while_decoding(known, page_size):
+    """1,000 steps of growing lengths, over the end of a split, as sequences come and go and page tables widen."""
     from rlalign_kernels.attention.triton_decode import attention_decode_kernel
     from rlalign_kernels.attention.triton_forward import attention_forward_kernel
 
+    kernels = [attention_decode_kernel, attention_forward_kernel]
+    if torch.cuda.get_device_capability() == (9, 0):
+        from rlalign_kernels.attention.hopper_forward import hopper_forward_kernel
+
+        kernels.append(hopper_forward_kernel)
     p = Problem([1500] * 40, heads=(4, 2))
-    cache = p.cache(16)
+    cache = p.cache(page_size)
 
     def compiled() -> int:
-        kernels = (attention_decode_kernel, attention_forward_kernel)
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
     def step(n: int, many: int) -> None:
         lens = torch.tensor([n, *[n // 2 + 1] * (many - 2), 1], dtype=torch.int32, device=DEVICE)
-        part = {"block_tables": cache["block_tables"][:many], "kv_lens": lens}
-        bounds = {"max_seqlen_k": n} if known else {}
-        attention_paged(p.q[:many], **{**cache, **part}, cu_seqlens_q=offsets([1] * many), max_seqlen_q=1, **bounds, **p.keywords)  # fmt: skip  # noqa: E501
+        # as an engine has it: as many columns as the longest needs
+        part = {"block_tables": cache["block_tables"][:many, : -(-n // page_size)].contiguous(), "kv_lens": lens}
+        bounds = {"nothing": {}, "queries": {"max_seqlen_q": 1}, "both": {"max_seqlen_q": 1, "max_seqlen_k": n}}[known]
+        attention_paged(p.q[:many], **{**cache, **part}, cu_seqlens_q=offsets([1] * many), **bounds, **p.keywords)
 
-    step(400, 3)
+    step(400, 20)
     before = compiled()
     assert before > 0
     for n in range(400, 1401):
-        step(n, 3 if n % 5 else 2 + n % 39)
+        step(n, 20 + n % 3 if n % 5 else 2 + n % 39)
     assert compiled() == before
 
 

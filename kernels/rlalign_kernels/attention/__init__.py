@@ -4,8 +4,9 @@
 Shapes: q [T, Hq, D]; packed k [S, Hkv, D], v [S, Hkv, Dv]; paged caches [pages, page, Hkv, D] and [.., Dv]. Hq is a
 multiple of Hkv; query head h reads key head h // (Hq / Hkv). dtypes: float32, bfloat16, with backend "triton" float16;
 everything inside is float32.
-Promised: forward, a query row's bits depend on that row and the keys it may see only: packed and paged, whole and
-chunked give the same bits. A row that sees no key is 0 with lse -inf. Backward (packed) is deterministic run to run.
+Promised: forward, a query row's bits depend on that row and the keys it may see: packed and paged, whole and chunked
+give the same bits, where a sequence's own keys and values are finite. A row that sees no key is 0, its lse -inf (with
+sinks: its sink). Backward (packed) is deterministic run to run.
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from rlalign_kernels.launch import Launch, Remembered
 _BOX_PARAMETERS = (3, 4)
 # More than any GPU runs at once.
 _MANY_PROGRAMS = 1 << 30
+# Of a grid's third dimension.
+_MOST_SEQUENCES = 65_535
 
 
 def forward(
@@ -121,8 +123,14 @@ class Forward:
             self.num_heads * self.shape.value_dim, self.shape.value_dim, self.num_heads,
             keys.block_tables.stride(0) if self.page_size else 0,
         )  # fmt: skip
+        if self.page_size * keys.k.stride(-3) >= 2**31 or self.page_size * keys.v.stride(-3) >= 2**31:
+            raise ValueError(f"attention_paged: page_size={self.page_size}: offsets within a page must fit 32 bits")
         self.boxes = _boxes(keys.k, keys.v, self.page_size, self.plan.kv_tile)
+        self.few = tiles[1].block_m if tiles else schedules.few_rows(self.shape)
         self.most_rows = (self.num_tokens if max_seqlen_q is None else max_seqlen_q) * self.shape.group
+        # as many as may be where nothing is said, so that batches of any size share a kernel
+        known_rows = self.few if max_seqlen_q is None else self.most_rows
+        self.merge_rows = triton.next_power_of_2(max(1, min(self.few, known_rows)))
         self.hopper: Launch | None = None
         self.stock: list[Launch] = []
         self.decode: tuple[Launch, int, int] | None = None
@@ -134,38 +142,49 @@ class Forward:
         processors, paged = num_processors(q.device), self.page_size > 0
         num_splits = triton.cdiv(max(1, keys.longest), self.plan.split)
         places = self.num_sequences * self.kv_heads
-        apart = paged and schedules.splits_apart(places, num_splits, processors)
+        apart = (
+            paged and self.num_sequences <= _MOST_SEQUENCES and schedules.splits_apart(places, num_splits, processors)
+        )
         prefill, decode = tiles or (
             schedules.prefill_tile(self.shape, self.plan),
             schedules.decode_tile(self.shape, self.plan, places * (num_splits if apart else 1), processors, paged),
         )
-        few = decode.block_m
         if apart:
             self.decode = self._decode(decode, num_splits)
-        elif paged or self.most_rows <= few:
+        elif paged or self.most_rows <= self.few:
             self.stock.append(self._of_few_rows(decode))
-        if self.most_rows <= few:
+        if self.most_rows <= self.few:
             return
-        # packed batches are not looked through for sequences of few rows: there are none to speak of
-        few_rows = few if paged else 0
-        self.hopper = None if tiles else self._hopper(q, keys, few_rows, processors, num_splits)
+        self.hopper = None if tiles else self._hopper(q, keys, one_split=num_splits == 1)
         if self.hopper is None:
-            self.stock.append(self._prefill(prefill, few_rows, one_split=num_splits == 1))
+            self.stock.append(self._prefill(prefill, one_split=num_splits == 1))
 
     def compile_ahead(
         self, q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None
     ) -> None:
-        """The schedules that a decode comes to as its sequences grow, come and go: no step waits for a compiler."""
-        if not (self.page_size and self.num_tokens and q.is_cuda) or self.most_rows > schedules.few_rows(self.shape):
+        """The schedules that a decode comes to as its sequences grow, come and go: no step waits for a compiler.
+
+        A decode has few rows a sequence by its bound or, where it has none, no more queries than sequences.
+        """
+        bounded = self.most_rows <= self.few
+        if not (
+            self.page_size and self.num_tokens and q.is_cuda and (bounded or self.num_tokens <= self.num_sequences)
+        ):
             return
-        lse = q.new_empty(1, dtype=torch.float32)
-        tensors = (q, keys.k, keys.v, keys.k, keys.v, q, lse if self.return_lse else q, q if sinks is None else sinks)
-        lengths = (cu_seqlens_q, keys.kv_lens, keys.block_tables)
+        results = (q, q.new_empty(1, dtype=torch.float32) if self.return_lse else q, q if sinks is None else sinks)
+        tensors, lengths = (q, keys.k, keys.v), (keys.kv_lens, keys.block_tables)
+        of_stock = (*tensors, keys.k, keys.v, *results, cu_seqlens_q)
         processors = num_processors(q.device)
         for tile in {schedules.decode_tile(self.shape, self.plan, n, processors, True) for n in (1, _MANY_PROGRAMS)}:
             launch, *sizes = self._decode(tile, num_splits=2)
-            launch.compile(*tensors, *lengths, *workspace(q.device, *sizes))
-            self._of_few_rows(tile).compile(*tensors, cu_seqlens_q, q, keys.kv_lens, keys.block_tables)
+            launch.compile(*of_stock, *lengths, *workspace(q.device, *sizes))
+            self._of_few_rows(tile).compile(*of_stock, q, *lengths)
+        for one_split in () if bounded else (True, False):
+            hopper = self._hopper(q, keys, one_split)
+            if hopper is not None:
+                hopper.compile(*tensors, *results, cu_seqlens_q, q, *lengths, workspace(q.device, 0, 1)[1])
+            else:
+                self._prefill(schedules.prefill_tile(self.shape, self.plan), one_split).compile(*of_stock, q, *lengths)
 
     def __call__(
         self, q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None
@@ -194,10 +213,14 @@ class Forward:
         """A program per sequence of at most ``tile.block_m`` rows, through all of its keys."""
         return self._forward(tile, self.num_sequences, ONLY_FEW=True, FEW_ROWS=0, ONE_SPLIT=False)
 
-    def _prefill(self, tile: Tile, few_rows: int, one_split: bool) -> Launch:
-        """A program per row tile, through all of its keys. few_rows: sequences of no more rows are not its own."""
+    def _prefill(self, tile: Tile, one_split: bool) -> Launch:
+        """A program per row tile, through all of its keys."""
         num_tiles = self.num_tokens * self.shape.group // tile.block_m + self.num_sequences
-        return self._forward(tile, num_tiles, ONLY_FEW=False, FEW_ROWS=few_rows, ONE_SPLIT=one_split)
+        return self._forward(tile, num_tiles, ONLY_FEW=False, FEW_ROWS=self._left_out(), ONE_SPLIT=one_split)
+
+    def _left_out(self) -> int:
+        """Sequences of no more rows have a launch of their own: on pages. Packed batches have none to speak of."""
+        return self.few if self.page_size else 0
 
     def _forward(self, tile: Tile, num_tiles: int, **constants: bool | int) -> Launch:
         return Launch(
@@ -205,7 +228,7 @@ class Forward:
             (*self._numbers(), self.num_sequences, *self.strides), **self._constants(tile), **constants,
         )  # fmt: skip
 
-    def _hopper(self, q: torch.Tensor, keys: Keys, few_rows: int, processors: int, num_splits: int) -> Launch | None:
+    def _hopper(self, q: torch.Tensor, keys: Keys, one_split: bool) -> Launch | None:
         """Warp-specialised, where that kernel takes the call; the same bits."""
         tile = schedules.hopper_forward_tile(self.shape, self.masking.softcap is not None)
         if tile is None or 0 < self.page_size < tile.block_n:
@@ -216,19 +239,19 @@ class Forward:
             return None
         return hopper_backend.forward(
             self.shape, self.plan, tile, self.masking, num_tokens=self.num_tokens, num_sequences=self.num_sequences,
-            num_heads=self.num_heads, num_programs=processors, has_sinks=self.has_sinks, has_lse=self.return_lse,
-            one_split=num_splits == 1, few_rows=few_rows, page_size=self.page_size, stride_table=self.strides[-1],
+            num_heads=self.num_heads, num_programs=num_processors(q.device), has_sinks=self.has_sinks,
+            has_lse=self.return_lse, one_split=one_split, few_rows=self._left_out(), page_size=self.page_size,
+            stride_table=self.strides[-1],
         )  # fmt: skip
 
     def _decode(self, tile: Tile, num_splits: int) -> tuple[Launch, int, int]:
         """A program per split, for sequences of at most ``tile.block_m`` rows; and the floats and counters it needs."""
-        merge_rows = triton.next_power_of_2(max(1, min(tile.block_m, self.most_rows)))
         places = self.num_sequences * self.kv_heads
         # a multiple of 16, as Triton then knows
-        slots = triton.cdiv(places * num_splits * merge_rows, 16) * 16
+        slots = triton.cdiv(places * num_splits * self.merge_rows, 16) * 16
         launch = Launch(
             attention_decode_kernel, (num_splits, self.kv_heads, self.num_sequences),
-            (*self._numbers(), num_splits, slots, *self.strides), **self._constants(tile), MERGE_ROWS=merge_rows,
+            (*self._numbers(), num_splits, slots, *self.strides), **self._constants(tile), MERGE_ROWS=self.merge_rows,
         )  # fmt: skip
         return launch, slots * (1 + self.plan.sum_width + padded(self.shape.value_dim)), places
 
