@@ -85,7 +85,15 @@ def test_pages_under_either_name():
         ({"dropout_p": 0.1}, r"dropout_p=0\.1"),
         ({"alibi_slopes": torch.ones(2)}, "alibi_slopes"),
         ({"window_size": (3, 2)}, r"window_size=\(3, 2\)"),
-        ({"window_size": (-3, 0)}, "negative left"),
+        ({"window_size": (-3, 0)}, r"window_size=\(-3, 0\)"),
+        ({"window_size": (1, 2, 3)}, r"window_size=\(1, 2, 3\)"),
+        ({"window_size": 3}, "window_size=3 "),
+        ({"window_size": ([1], 0)}, r"window_size=\(\[1\], 0\)"),
+        ({"window_size": (1.5, 0)}, r"window_size=\(1\.5, 0\)"),
+        ({"window_size": (True, 0)}, r"window_size=\(True, 0\)"),
+        ({"block_table": torch.ones(2, 1), "cu_seqlens_k": torch.tensor([0.0, 9, 20])}, "cu_seqlens_k is torch.float"),
+        ({"block_table": torch.ones(2, 1), "cu_seqlens_k": torch.tensor([0, 20])}, r"cu_seqlens_k \(2,\) on cpu"),
+        ({"block_table": torch.ones(2, 1), "cu_seqlens_k": [0, 9, 20]}, r"cu_seqlens_k=\[0, 9, 20\]"),
         ({"seqused_k": torch.ones(2)}, "seqused_k without"),
         ({"block_table": torch.ones(2), "page_table": torch.ones(2)}, "block_table and page_table"),
         ({"cu_seqlens_k": None}, "cu_seqlens_k=None"),
@@ -96,3 +104,10 @@ def test_what_is_not_supported_is_refused_by_name(given, message):
     run = dict(zip(names, problem(), strict=True)) | {"max_seqlen_q": 20, "max_seqlen_k": 20}
     with pytest.raises((ValueError, NotImplementedError), match=message):
         flash_attn_varlen_func(**run | given)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window_size", [(1, -5), (-5, -1), (-5, 0)])
+def test_a_side_below_minus_one_is_no_window_on_either_side(window_size, causal):
+    with pytest.raises(ValueError, match=f"window_size=\\({window_size[0]}, {window_size[1]}\\)"):
+        flash_attn_varlen_func(*problem(), 20, 20, window_size=window_size, causal=causal)

@@ -6,10 +6,14 @@ Arguments and their order are FlashAttention 2's; version 3's names are keyword-
 
 from __future__ import annotations
 
+from functools import lru_cache
+from numbers import Integral
+
 import torch
 
 from rlalign_kernels.attention.packed import attention_packed
 from rlalign_kernels.attention.paged import attention_paged
+from rlalign_kernels.attention.shared import check_offsets, refuse_what_is_no_tensor
 
 
 def flash_attn_varlen_func(
@@ -51,7 +55,7 @@ def flash_attn_varlen_func(
     if alibi_slopes is not None:
         raise NotImplementedError("flash_attn_varlen_func: alibi_slopes are not supported; use None")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    causal, window = _window(causal, (-1, -1) if window_size is None else window_size)
+    causal, window = _window(causal, window_size)
     settings = {
         "scale": scale,
         "causal": causal,
@@ -74,7 +78,7 @@ def flash_attn_varlen_func(
         if used is None:
             if cu_seqlens_k is None:
                 raise ValueError("flash_attn_varlen_func: a block_table needs seqused_k or cu_seqlens_k")
-            used = cu_seqlens_k.diff()
+            used = _lengths(cu_seqlens_q, cu_seqlens_k)
         found = attention_paged(q, k, v, block_tables=pages, cu_seqlens_q=cu_seqlens_q, kv_lens=used, **settings)
     if not settings["return_lse"]:
         return found
@@ -82,18 +86,37 @@ def flash_attn_varlen_func(
     return (out, lse.t(), None) if return_attn_probs else (out, lse.t())
 
 
-def _window(causal: bool, window_size: tuple[int | None, int | None]) -> tuple[bool, int | None]:
+def _window(causal: bool, window_size: tuple[int | None, int | None] | None) -> tuple[bool, int | None]:
     """(causal, window) as our operators count: a window holds the key at the query's own position too."""
-    left, right = (None if bound in (None, -1) else bound for bound in window_size)
-    if causal:
-        right = 0  # as FlashAttention has it: transformers passes the same width for both sides
-    if right not in (None, 0):
-        raise NotImplementedError(
-            f"flash_attn_varlen_func: window_size={tuple(window_size)}: its right side is -1 or 0"
+    try:
+        return _sides(bool(causal), *((-1, -1) if window_size is None else window_size))
+    except TypeError:  # not a pair, or not of numbers
+        raise ValueError(f"flash_attn_varlen_func: window_size={window_size!r} is not a pair (left, right)") from None
+
+
+@lru_cache(64, typed=True)
+def _sides(causal: bool, left: int | None, right: int | None) -> tuple[bool, int | None]:
+    for side in (left, right):
+        if side is not None and (not isinstance(side, Integral) or isinstance(side, bool) or side < -1):
+            raise ValueError(
+                f"flash_attn_varlen_func: window_size={left, right}: a side is None, -1 or an integer from 0 on"
+            )
+    ahead = 0 if causal else right  # as FlashAttention has it: transformers passes the same width for both sides
+    if ahead not in (None, -1, 0):
+        raise NotImplementedError(f"flash_attn_varlen_func: window_size={left, right}: its right side is -1 or 0")
+    return ahead == 0, None if left in (None, -1) else int(left) + 1
+
+
+def _lengths(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> torch.Tensor:
+    """Int [B] of offsets [B + 1], which are refused under the name that they have here."""
+    refuse_what_is_no_tensor("flash_attn_varlen_func", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_offsets("flash_attn_varlen_func", "cu_seqlens_k", cu_seqlens_k)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape or cu_seqlens_k.device != cu_seqlens_q.device:
+        raise ValueError(
+            f"flash_attn_varlen_func: cu_seqlens_k {tuple(cu_seqlens_k.shape)} on {cu_seqlens_k.device} does not fit "
+            f"cu_seqlens_q {tuple(cu_seqlens_q.shape)} on {cu_seqlens_q.device}"
         )
-    if left is not None and left < 0:
-        raise ValueError(f"flash_attn_varlen_func: window_size={tuple(window_size)} has a negative left side")
-    return causal or right == 0, None if left is None else left + 1
+    return cu_seqlens_k.diff()
 
 
 def _either(name: str, value: torch.Tensor | None, alias: str, aliased: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of
+from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of, refuse_what_is_no_tensor
 from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, running
 from rlalign_kernels.native import attention as native
@@ -93,7 +93,7 @@ class Offsets(NamedTuple):
 def _reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    check_problem("attention_packed", q, k, v, settings, "reference")
+    check_problem("attention_packed", q, k, v, settings, "reference", offsets[-2:])
     cu_q, cu_k = offsets.host()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Packed.apply(q, k, v, cu_q, cu_k, settings)
@@ -104,7 +104,7 @@ def _reference(
 def _native(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    check_problem("attention_packed", q, k, v, settings, "native")
+    check_problem("attention_packed", q, k, v, settings, "native", offsets[-2:])
     cu_q, cu_k = offsets.host()
 
     def batch() -> native.Batch:
@@ -154,10 +154,16 @@ def attention_packed(
     Raises ValueError or NotImplementedError naming what does not fit.
     """
     run = _IMPLEMENTATIONS[backend]
-    offsets = Offsets(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
     running.append("attention_packed")  # what @operator does, without packing the keywords twice
     try:
+        offsets = Offsets(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], max_seqlen_q, max_seqlen_k)
         out, lse = run(q, k, v, offsets, Settings(scale, causal, window, softcap, key_mask, sinks), return_lse)
+    except AttributeError:
+        refuse_what_is_no_tensor(
+            "attention_packed", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            key_mask=key_mask, sinks=sinks,
+        )  # fmt: skip
+        raise
     finally:
         running.pop()
     return (out, lse) if return_lse else out

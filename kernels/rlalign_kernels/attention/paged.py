@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of
+from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of, refuse_what_is_no_tensor
 from rlalign_kernels.checks import check_integer
 from rlalign_kernels.content import cached, content
 from rlalign_kernels.dispatch import Backend, Implementations, running
@@ -58,7 +58,7 @@ def _reference(
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    check_problem("attention_paged", q, k_cache, v_cache, settings, "reference")
+    check_problem("attention_paged", q, k_cache, v_cache, settings, "reference", batch[-2:])
     page_size, host = k_cache.shape[1], batch.host(q, k_cache)
     layout = layout_of(
         ("layout", *host.key),
@@ -84,7 +84,7 @@ def _native(
     settings: Settings,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    check_problem("attention_paged", q, k_cache, v_cache, settings, "native")
+    check_problem("attention_paged", q, k_cache, v_cache, settings, "native", batch[-2:])
     page_size, host = k_cache.shape[1], batch.host(q, k_cache)
 
     def padded() -> native.Batch:
@@ -135,14 +135,23 @@ def attention_paged(
     Raises ValueError or NotImplementedError naming what does not fit.
     """
     run = _IMPLEMENTATIONS[backend]
-    if torch.is_grad_enabled() and (
-        q.requires_grad or k_cache.requires_grad or v_cache.requires_grad or (sinks is not None and sinks.requires_grad)
-    ):
-        raise NotImplementedError("attention_paged: has no gradient; use attention_packed, or torch.no_grad()")
-    batch = Batch(block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k)
     running.append("attention_paged")  # what @operator does, without packing the keywords twice
     try:
+        if torch.is_grad_enabled() and (
+            q.requires_grad
+            or k_cache.requires_grad
+            or v_cache.requires_grad
+            or (sinks is not None and sinks.requires_grad)
+        ):
+            raise NotImplementedError("attention_paged: has no gradient; use attention_packed, or torch.no_grad()")
+        batch = Batch(block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k)
         out, lse = run(q, k_cache, v_cache, batch, Settings(scale, causal, window, softcap, None, sinks), return_lse)
+    except AttributeError:
+        refuse_what_is_no_tensor(
+            "attention_paged", q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables,
+            cu_seqlens_q=cu_seqlens_q, kv_lens=kv_lens, sinks=sinks,
+        )  # fmt: skip
+        raise
     finally:
         running.pop()
     return (out, lse) if return_lse else out

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from numbers import Integral, Real
+from operator import index
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from rlalign_kernels.reference.attention_backward import Settings
 from rlalign_kernels.reference.attention_layout import Layout, Problem, build_layout
 
 _KEY_SHAPES = {"attention_packed": "[S, Hkv, D]", "attention_paged": "[pages, page, Hkv, D]"}
+_MAY_BE_ABSENT = ("key_mask", "sinks")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,11 +40,35 @@ def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
             raise NotImplementedError(f"{operator}: {name}={size} is not supported; 1 to {MAX_HEAD_DIM} are")
 
 
+def refuse_what_is_no_tensor(operator: str, **arguments: object) -> None:
+    """Raises ValueError naming the first argument that is no tensor; for a call that has failed.
+
+    Asked of every call it would cost time; asked afterwards it costs none.
+    """
+    for name, value in arguments.items():
+        absent = value is None and name in _MAY_BE_ABSENT
+        if not absent and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{operator}: {name}={reprlib.repr(value)} is not supported; use a tensor") from None
+
+
+def bound(name: str, value: int | None) -> int | None:
+    """A length that no sequence exceeds. A tensor is read, which waits for its device."""
+    if value is None or (type(value) is int and value >= 0):
+        return value
+    try:
+        length = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        length = -1
+    if length < 0:
+        raise ValueError(f"attention: {name}={value!r} is not supported; use None or an integer from 0 on")
+    return length
+
+
 def check_settings(operator: str, scale: float, window: int | None, softcap: float | None) -> None:
     """Raises ValueError naming the setting that is out of bounds."""
     if not isinstance(scale, Real) or not math.isfinite(scale):
         raise ValueError(f"{operator}: scale={scale!r} is not supported; it must be a finite number")
-    if window is not None and (not isinstance(window, Integral) or window < 1):
+    if window is not None and (not isinstance(window, Integral) or isinstance(window, bool) or window < 1):
         raise ValueError(f"{operator}: window={window!r} is not supported; use None or an integer from 1 on")
     if softcap is not None and (not isinstance(softcap, Real) or not 0 < softcap < math.inf):
         raise ValueError(f"{operator}: softcap={softcap!r} is not supported; use None or a finite value > 0")
@@ -61,9 +88,17 @@ def check_sinks(operator: str, sinks: torch.Tensor | None, q: torch.Tensor, back
 
 
 def check_problem(
-    operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, backend: str
+    operator: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    settings: Settings,
+    backend: str,
+    bounds: tuple[int | None, int | None],
 ) -> None:
-    """What every backend refuses, of keys that are packed or on pages."""
+    """What every backend refuses, of keys that are packed or on pages. ``bounds``: max_seqlen_q and max_seqlen_k."""
+    bound("max_seqlen_q", bounds[0])
+    bound("max_seqlen_k", bounds[1])
     check_heads(operator, q, k, v, backend)
     check_settings(operator, settings.scale, settings.window, settings.softcap)
     check_sinks(operator, settings.sinks, q, backend)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from triton import knobs
 
-from rlalign_kernels.attention.shared import check_heads, check_offsets, check_settings, check_sinks
+from rlalign_kernels.attention.shared import bound, check_heads, check_offsets, check_settings, check_sinks
 from rlalign_kernels.attention.triton_backend import find
 from rlalign_kernels.attention.triton_gradient import PackedAttention
 from rlalign_kernels.attention.triton_problem import Keys, Masking
@@ -30,8 +29,12 @@ def packed(
     cu_seqlens_q, cu_seqlens_k, _, num_keys, max_seqlen_q, max_seqlen_k = offsets
     if key_mask is not None:
         raise NotImplementedError("attention_packed: key_mask is not there with backend='triton'; pack the keys")
-    masking = _masking("attention_packed", scale, causal, window, softcap, 0 if window is None else num_keys)
-    max_seqlen_q, max_seqlen_k = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
+    try:
+        masking = _masking("attention_packed", scale, causal, window, softcap, 0 if window is None else num_keys)
+    except TypeError:  # not hashable, so not a number
+        check_settings("attention_packed", scale, window, softcap)
+        raise
+    max_seqlen_q, max_seqlen_k = bound("max_seqlen_q", max_seqlen_q), bound("max_seqlen_k", max_seqlen_k)
     if sinks is not None:
         sinks = sinks.contiguous()
     learns = torch.is_grad_enabled() and (
@@ -51,8 +54,12 @@ def paged(
     scale, causal, window, softcap, _, sinks = settings
     block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_seqlen_k = batch
     most = 0 if window is None else block_tables.shape[-1] * k_cache.shape[1]
-    masking = _masking("attention_paged", scale, causal, window, softcap, most)
-    max_seqlen_q, max_seqlen_k = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
+    try:
+        masking = _masking("attention_paged", scale, causal, window, softcap, most)
+    except TypeError:  # not hashable, so not a number
+        check_settings("attention_paged", scale, window, softcap)
+        raise
+    max_seqlen_q, max_seqlen_k = bound("max_seqlen_q", max_seqlen_q), bound("max_seqlen_k", max_seqlen_k)
     if sinks is not None:
         sinks = sinks.contiguous()
     keys = Keys(k_cache, v_cache, None, block_tables, kv_lens, max_seqlen_k)
@@ -70,16 +77,6 @@ def _masking(
         raise NotImplementedError(f"{name}: scale={scale} is not there with backend='triton'; use one > 0")
     left = None if window is None or window >= most_keys else int(window) - 1
     return Masking(float(scale), left, 0 if causal else None, None if softcap is None else float(softcap))
-
-
-def _bound(name: str, value: int | None) -> int | None:
-    """A tensor is read, which waits for its device."""
-    if value is None or type(value) is int:
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"attention: {name}={value!r} is not an integer") from None
 
 
 def _check_packed(q: torch.Tensor, keys: Keys, cu_seqlens_q: torch.Tensor, sinks: torch.Tensor | None) -> None:
