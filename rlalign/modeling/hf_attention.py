@@ -187,7 +187,8 @@ def _packed_by_position(
 ) -> Tensor | None:
     """Offsets int32 [n + 1] of the sequences that position ids tell apart, or None if each row is one.
 
-    transformers looks for them in a forward without cache only. Read from the device in the first layer, for all.
+    transformers looks for them in a forward without cache only. Read from the device in the first layer of a mask, for
+    all that share it; a model that asks for no mask has a new one in each layer.
     Raises ValueError if they do so within a padded row: mask and positions then disagree about what a sequence is.
     """
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length:
