@@ -147,8 +147,9 @@ def attention_packed(
     """out [T, Hq, Dv] of q [T, Hq, D], k [S, Hkv, D], v [S, Hkv, Dv]; with ``return_lse`` also lse float32 [T, Hq].
 
     cu_seqlens_q, cu_seqlens_k: int [B + 1]. ``window``: a query at position i sees keys j with i - j < window.
-    ``key_mask`` bool [S]: False hides a key; its position counts. lse is natural, -inf where no key is seen, and
-    carries no gradient. ``sinks`` [Hq]: a logit per head that takes its share of every row and has no value; triton.
+    ``key_mask`` bool [S]: False hides a key; its position counts. ``sinks`` [Hq]: a logit per head that takes its share
+    of every row and has no value; triton. lse is natural, -inf (with sinks: the sink) where no key is seen, and carries
+    no gradient.
     ``max_seqlen_*``: no sequence is longer; saves the triton backend work, changes nothing else. That backend reads
     no offset on the host: cu_seqlens_q must end at T and cu_seqlens_k at S.
     Raises ValueError or NotImplementedError naming what does not fit.
