@@ -223,6 +223,21 @@ def test_splits_that_meet(q_len, settings, apart, monkeypatch):
     assert all((call.decode is not None) == apart for call in triton_backend._CALLS._found.values())
 
 
+@pytest.mark.parametrize("bound", [None, 40])
+def test_tiles_that_nobody_chose_take_every_row(bound):
+    """The chosen tiles tell no lengths above 17 apart; these hold more rows than 17 queries have."""
+    from rlalign_kernels.attention.schedules import Tile
+    from rlalign_kernels.attention.triton_backend import forward
+    from rlalign_kernels.attention.triton_problem import Keys, Masking
+
+    lengths = [40, 3, 21]
+    q, k, v = make(lengths, lengths)
+    tile = Tile(64, 32, 4, 2)
+    cu = offsets(lengths)
+    out, _ = forward(q, Keys(k, v, cu), cu, Masking(0.3, right=0), max_seqlen_q=bound, tiles=(tile, tile))
+    assert error(out, truth(q, k, v, lengths, lengths)[0]) < 1e-6
+
+
 def test_a_bound_that_was_too_small_spoils_no_later_call(monkeypatch):
     """The counters of a decode's splits outlive it on a GPU: a call that lied of its lengths must leave them at 0."""
     from rlalign_kernels.attention import triton_backend, triton_problem

@@ -62,8 +62,8 @@ def find(
 ) -> Forward:
     """What calls of this layout launch, decided when it is new; ``check`` then raises for what can't be."""
     k, v, cu_seqlens_k, block_tables, kv_lens, max_seqlen_k = keys
-    # lengths that a decision does not tell apart need no decisions of their own
-    if max_seqlen_q is not None and max_seqlen_q > schedules.MANY_QUERIES:
+    # lengths that a decision does not tell apart need no decisions of their own; other tiles may
+    if tiles is None and max_seqlen_q is not None and max_seqlen_q > schedules.MANY_QUERIES:
         max_seqlen_q = schedules.MANY_QUERIES
     num_splits = None if max_seqlen_k is None else -(-max_seqlen_k // TilePlan.split)
     if block_tables is None:
