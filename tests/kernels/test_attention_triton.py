@@ -201,8 +201,9 @@ def test_pages(name, bounds):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one program", "a program each"])
-@pytest.mark.parametrize("settings", [{}, {"window": 200}, {"causal": False, "softcap": 5.0}], ids=str)
-@pytest.mark.parametrize("q_len", [1, 7])
+@pytest.mark.parametrize(
+    ("q_len", "settings"), [(1, {}), (7, {"window": 200}), (1, {"causal": False, "softcap": 5.0})], ids=str
+)
 def test_splits_that_meet(q_len, settings, apart, monkeypatch):
     """More keys than one split holds: in one program, and in a program each with the last one merging."""
     from rlalign_kernels.attention import triton_backend
