@@ -150,8 +150,10 @@ def test_a_wrong_kv_block_is_named(folder: Path) -> None:
 _EXCERPTS = [Excerpt(str(i), np.array(prompt), np.arange(3, 15)) for i, prompt in enumerate(PROMPTS)]
 
 
-def inspectors(folder: Path, plant: Callable[[Policy], object] | None = None, **rollout_is: Any) -> list[Inspector]:
-    rollout, train = (load_policy(folder / "model", dtype="bfloat16", **GPU, **given) for given in (rollout_is, {}))
+def inspectors(
+    folder: Path, plant: Callable[[Policy], object] | None = None, dtype: str = "bfloat16", **rollout_is: Any
+) -> list[Inspector]:
+    rollout, train = (load_policy(folder / "model", dtype=dtype, **GPU, **given) for given in (rollout_is, {}))
     if plant is not None:
         plant(train)
     return [Inspector(rollout, paged(EngineConfig(prefill_chunk=3))), Inspector(train, packed)]
@@ -166,7 +168,8 @@ def test_a_runs_checks_agree_on_the_triton_path(folder: Path) -> None:
 
 
 def test_a_runs_checks_measure_native_operators_against_the_triton_path(folder: Path) -> None:
-    sides = inspectors(folder, numerics="native")
+    # in bfloat16 a model this small has the same bits in all its layers: its sums are short, and rounded to 8 of them
+    sides = inspectors(folder, dtype="float32", numerics="native")
     vocabulary, layers = check_full_vocabulary(*sides, _EXCERPTS, positions=8), check_layers(*sides, _EXCERPTS)
     assert not vocabulary.equal and 0 < vocabulary.kl.mean() < 0.1
     assert not layers.equal and max(layers.max_ulp) >= 1
@@ -175,5 +178,6 @@ def test_a_runs_checks_measure_native_operators_against_the_triton_path(folder: 
 def test_a_runs_checks_find_one_flipped_bit(folder: Path) -> None:
     sides = inspectors(folder, flip_weight_bit)
     vocabulary, layers = check_full_vocabulary(*sides, _EXCERPTS, positions=8), check_layers(*sides, _EXCERPTS)
-    assert vocabulary.differing == vocabulary.tokens and vocabulary.kl.max() > 1e-6
+    # not of every token: what the norm gives may round to what it was
+    assert vocabulary.differing > 0.9 * vocabulary.tokens and vocabulary.kl.max() > 1e-6
     assert layers.first is not None and layers.first.module == "model.norm"
