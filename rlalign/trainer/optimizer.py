@@ -78,8 +78,10 @@ class MasterAdamW:
 
     @torch.no_grad()
     def apply(self) -> dict[str, float]:
-        """One update from what was accumulated, which is then forgotten. Returns ``grad_norm`` (unclipped) and ``lr``.
+        """One update from what was accumulated, which is then forgotten.
 
+        Returns ``grad_norm`` (unclipped), ``lr``, and ``weights_changed_frac``: the share of the module parameters'
+        elements that have another value now, for a float32 step may be too small for their dtype.
         Raises RuntimeError when nothing was accumulated, FloatingPointError when the norm is not finite; masters,
         moments and parameters are untouched then.
         """
@@ -90,9 +92,9 @@ class MasterAdamW:
         scale = self.config.grad_clip / norm if norm > self.config.grad_clip else None
         for name in self.masters:
             self._update(name, lr, scale)
-        self.copy_to_parameters()
+        changed = self.copy_to_parameters()
         self.discard()
-        return {"grad_norm": norm, "lr": lr}
+        return {"grad_norm": norm, "lr": lr, "weights_changed_frac": changed}
 
     def learning_rate(self) -> float:
         """Learning rate of the next update."""
@@ -119,10 +121,15 @@ class MasterAdamW:
         master.addcdiv_(exp_avg, denominator, value=-lr / (1.0 - config.beta1**self.num_updates))
 
     @torch.no_grad()
-    def copy_to_parameters(self) -> None:
-        """Round the masters into the module parameters, in place."""
+    def copy_to_parameters(self) -> float:
+        """Round the masters into the module parameters, in place. Returns the share of elements that changed."""
+        counts = []
         for name, parameter in self._parameters.items():
-            parameter.copy_(self.masters[name])
+            rounded = self.masters[name].to(parameter.dtype)
+            counts.append(torch.count_nonzero(rounded != parameter))
+            parameter.copy_(rounded)
+        # one wait for a GPU, not one per parameter
+        return int(torch.stack(counts).sum()) / sum(parameter.numel() for parameter in self._parameters.values())
 
     def masters_sha256(self) -> str:
         """SHA-256 over name, dtype, shape and bytes of every master in order of name."""

@@ -31,8 +31,8 @@ class SftTrainer:
     def step(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, float]:
         """One update on (prompt ids, answer ids) pairs, packed in the order given.
 
-        Returns ``loss`` (before the update), ``tokens``, ``grad_norm``, ``lr``. Raises ValueError for a batch without
-        an answer token, FloatingPointError when the gradient is not finite.
+        Returns ``loss`` (before the update), ``tokens``, and what ``MasterAdamW.apply`` does. Raises ValueError for a
+        batch without an answer token, FloatingPointError when the gradient is not finite.
         """
         tokens = sum(len(answer) for _, answer in pairs)
         if tokens == 0:

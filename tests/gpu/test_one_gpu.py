@@ -28,6 +28,7 @@ def test_both_actors_share_a_gpu(numerics, transport, shared_ray, tmp_path, monk
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in row]
     assert len(rows) == 3
     assert all(row["grad_norm"] > 0 and row["reward/std"] > 0 and row["align/weights_equal"] == 1 for row in rows)
+    assert all(row["weights_changed_frac"] > 0 for row in rows)
     assert found["tokens"] > 1000
     assert found["weight_transport"] == transport
     replayed = sum(row["perf/engine/graph_steps"] for row in rows)

@@ -38,7 +38,7 @@ def test_its_steps_learn_and_agree(numerics, shared_ray, tmp_path, monkeypatch):
     assert found["status"] == "finished" and found["steps"] == 2
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in row]
     assert len(rows) == 2
-    assert all(row["grad_norm"] > 0 and row["reward/std"] > 0 for row in rows)
+    assert all(row["grad_norm"] > 0 and row["reward/std"] > 0 and row["weights_changed_frac"] > 0 for row in rows)
     if numerics == "invariant":
         assert found["mismatch_count"] == 0
 

@@ -42,7 +42,7 @@ def test_a_run_agrees_bit_for_bit_and_says_so(plain_run):
     assert all(row["align/policy_age/max"] == 0 and row["align/adv_skew"] == 0 for row in rows)
     assert all(row["align/ratio_frac_modified"] == 0 for row in rows)
     # without this, equal weights at the end of two runs would prove nothing
-    assert all(row["grad_norm"] > 0 and row["lr"] > 0 for row in rows)
+    assert all(row["grad_norm"] > 0 and row["lr"] > 0 and row["weights_changed_frac"] > 0 for row in rows)
     initial, last = (load_policy(plain_run / "checkpoints" / name).weights_hash() for name in ("initial", "last"))
     assert initial != last
     # every logit and every layer's output too, where that was due: in the first step

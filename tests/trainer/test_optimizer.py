@@ -76,6 +76,31 @@ def test_parameters_are_masters_rounded_to_the_compute_dtype() -> None:
     assert not torch.equal(optimizer.masters["norm.weight"], before["norm.weight"].float())
 
 
+def test_an_update_says_what_share_of_the_weights_it_changed() -> None:
+    model = Tiny(torch.bfloat16)
+    optimizer = make(model, lr=1e-5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.loss(0).backward()
+    optimizer.accumulate()
+    found = optimizer.apply()["weights_changed_frac"]
+    changed = {name: int((p != before[name]).sum()) for name, p in model.named_parameters()}
+    assert changed["norm.weight"] == 0 < changed["embed.weight"] < 88, "too small for some of them"
+    assert found == sum(changed.values()) / (88 + 8 + 8)
+    assert optimizer.copy_to_parameters() == 0.0
+
+
+def test_without_a_learning_rate_nothing_changes() -> None:
+    model = Tiny()
+    optimizer = make(model, lr=1e-3, schedule="cosine", min_lr_ratio=0.0)
+    shares = []
+    for step in range(12):  # the schedule ends after 10
+        model.loss(step).backward()
+        optimizer.accumulate()
+        shares.append(optimizer.apply())
+    assert [one["weights_changed_frac"] > 0 for one in shares] == [one["lr"] > 0 for one in shares]
+    assert shares[-1]["lr"] == 0 and shares[-1]["grad_norm"] > 0
+
+
 def test_gradients_add_up_in_float32_and_are_freed() -> None:
     parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     optimizer = MasterAdamW({"w": parameter}, TrainerConfig(grad_clip=1e9), total_steps=1)
