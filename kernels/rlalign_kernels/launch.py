@@ -8,8 +8,7 @@ on the compiled kernel's, without what that prepares for a profiler's hooks whil
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache, reduce
-from operator import or_
+from functools import cache
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -45,11 +44,13 @@ class Launch:
 
     The kernel's parameters are, in this order: tensors, ``numbers``, constants. ``constants`` name the latter, and
     launch options such as num_warps. ``boxes``: parameters that are descriptors, by index, and what makes one of the
-    tensor given there. Fits tensors of the shapes, strides and dtypes that it was made for: whoever makes one keeps it
-    by those.
+    tensor given there, which must lie where the copy engine can read it. Fits tensors of the shapes, strides and dtypes
+    that it was made for: whoever makes one keeps it by those.
     """
 
-    __slots__ = ("_boxes", "_constants", "_descriptors", "_grid", "_kernel", "_lock", "_numbers", "_rest", "_runs")
+    __slots__ = (
+        "_boxes", "_constants", "_descriptors", "_grid", "_kernel", "_lock", "_numbers", "_plain", "_rest", "_runs",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -66,8 +67,11 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._boxes = dict(boxes or {})
-        # those of the last tensors that needed checks; only their base is exchanged
-        self._descriptors: dict[int, Any] = {}
+        num_tensors = len(kernel.arg_names) - len(self._rest)
+        # where pointers are passed: of a descriptor's tensor nobody needs one, and its alignment has been looked at
+        self._plain = tuple(index for index in range(num_tensors) if index not in self._boxes)
+        # by index, those of the last tensors that needed checks; only their base is exchanged
+        self._descriptors: tuple[tuple[int, Any], ...] = ()
         self._lock = Lock()
         self._runs: dict[Hashable, Callable[[int, Sequence[Any], Sequence[Any]], None]] = {}
 
@@ -76,10 +80,16 @@ class Launch:
         if device >= 0 and _several_devices() and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(*tensors)
-        pointers: list[Any] = [0 if x is None else x.data_ptr() for x in tensors]
+        pointers: list[Any] = list(tensors)
+        bits = 0
+        for index in self._plain:
+            x = tensors[index]
+            pointers[index] = address = 0 if x is None else x.data_ptr()
+            bits |= address or 1
         key: Hashable = device
-        if reduce(or_, pointers) % _ALIGNMENT or 0 in pointers:
-            key = (device, *(None if x is None else x.data_ptr() % _ALIGNMENT == 0 for x in tensors))
+        if bits % _ALIGNMENT:
+            given = [tensors[index] for index in self._plain]
+            key = (device, *(None if x is None else x.data_ptr() % _ALIGNMENT == 0 for x in given))
         run = self._runs.get(key)
         if run is None:
             return self._launch_first(tensors, key)
@@ -87,11 +97,11 @@ class Launch:
             run(device, pointers, self._rest)
             return
         with self._lock:  # a launch has read its descriptors when it returns
-            for index, descriptor in self._descriptors.items():
+            for index, descriptor in self._descriptors:
                 descriptor.base = tensors[index]
                 pointers[index] = descriptor
             run(device, pointers, self._rest)
-            for descriptor in self._descriptors.values():
+            for _, descriptor in self._descriptors:
                 descriptor.base = None
 
     def compile(self, *tensors: torch.Tensor | None) -> None:
@@ -112,8 +122,8 @@ class Launch:
         if compiled is None:  # Triton's interpreter ran it
             return
         with self._lock:
-            self._descriptors = {index: arguments[index] for index in self._boxes}
-            for descriptor in self._descriptors.values():
+            self._descriptors = tuple((index, arguments[index]) for index in self._boxes)
+            for _, descriptor in self._descriptors:
                 descriptor.base = None
         from rlalign_kernels.triton_runner import runner  # triton may be missing where nobody asks for it
 

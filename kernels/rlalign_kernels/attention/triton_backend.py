@@ -67,19 +67,17 @@ def find(
         max_seqlen_q = schedules.MANY_QUERIES
     num_splits = None if max_seqlen_k is None else -(-max_seqlen_k // TilePlan.split)
     if block_tables is None:
-        where = cu_seqlens_k.shape, cu_seqlens_k.stride(), cu_seqlens_k.dtype, cu_seqlens_k.device
+        lens, where = cu_seqlens_k, None
         num_splits = num_splits if num_splits is None or num_splits < 2 else 2
     else:
-        where = (
-            block_tables.shape, block_tables.stride(), block_tables.dtype, block_tables.device,
-            kv_lens.shape, kv_lens.stride(), kv_lens.dtype, kv_lens.device,
-        )  # fmt: skip
-    # written out, for a function's call costs as much as what it would look up
+        lens, where = kv_lens, (block_tables.shape, block_tables.stride(), block_tables.dtype, block_tables.device)
+    # written out, for a function's call costs as much as what it would look up; strides cost more than to ask for none
     key = (
-        q.shape, q.stride(), q.dtype, q.device, q.data_ptr() % BOX_ALIGNMENT == 0,
-        k.shape, k.stride(), k.dtype, k.device, k.data_ptr() % BOX_ALIGNMENT == 0,
-        v.shape, v.stride(), v.dtype, v.device, v.data_ptr() % BOX_ALIGNMENT == 0,
-        cu_seqlens_q.shape, cu_seqlens_q.stride(), cu_seqlens_q.dtype, cu_seqlens_q.device, where,
+        q.shape, q.is_contiguous() or q.stride(), q.dtype, q.device, q.data_ptr() % BOX_ALIGNMENT == 0,
+        k.shape, k.is_contiguous() or k.stride(), k.dtype, k.device, k.data_ptr() % BOX_ALIGNMENT == 0,
+        v.shape, v.is_contiguous() or v.stride(), v.dtype, v.device, v.data_ptr() % BOX_ALIGNMENT == 0,
+        cu_seqlens_q.dim(), cu_seqlens_q.numel(), cu_seqlens_q.is_contiguous(), cu_seqlens_q.dtype, cu_seqlens_q.device,
+        lens.dim(), lens.numel(), lens.is_contiguous(), lens.dtype, lens.device, where,
         sinks if sinks is None else (sinks.shape, sinks.dtype, sinks.device), masking, num_splits, max_seqlen_q,
         return_lse, tiles,
     )  # fmt: skip
