@@ -72,12 +72,12 @@ HOPPER_TILES = (
     HopperTile(2, 256, chunk=128),
     HopperTile(2, 128, swap=False),
     HopperTile(2, 128),
-    HopperTile(3, 128),
+    HopperTile(3, 128, turns=2),
     HopperTile(2, 128, more=64),
     HopperTile(3, 128, more=64),
     HopperTile(3, 128, more=32),
     HopperTile(3, 64, more=16),
-    HopperTile(2, 64, more=32, swap=False),
+    HopperTile(2, 64, more=32, swap=False, turns=2),
     HopperTile(2, 64, more=32),
     HopperTile(1, 128, swap=False),
     HopperTile(1, 128),
@@ -145,6 +145,9 @@ def _few_rows_hopper_tiles(layer: Layer, num_rows: int) -> list[HopperTile]:
     """Where 64 weight rows per program leave processors idle, its deeper ring makes up for them; and all leaves."""
     if layer.leaves == 1 and layer.width > 2048:
         return []
+    if num_rows > 32 and layer.width <= 2048:
+        # 64 rows are a tile's: 16 weight rows beside them give every processor one
+        return [HopperTile(1, 16, swap=False, block_k=128, chunk=16), HopperTile(1, 16, swap=False, chunk=16)]
     cols = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
     return [HopperTile(1, cols, swap=cols < 64, block_k=128, chunk=16), HopperTile(1, cols, chunk=16)]
 
