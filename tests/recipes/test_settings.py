@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,9 +16,11 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from rlalign.config import Config, ModelConfig, config_from_dict, config_to_dict
+from rlalign.cli import launch
+from rlalign.config import Config, ModelConfig, TaskConfig, config_from_dict, config_to_dict
 from rlalign.modeling import make_inner_attention, make_tiny_model
 from rlalign.run import resumed_config
+from rlalign.tasks import make_task
 from rlalign.tasks.sort import make_sort_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,34 +223,22 @@ def test_a_reward_is_looked_at_before_a_supervised_run_has_a_folder(recipe, tmp_
     assert not list(tmp_path.iterdir())
 
 
-# instead of the recipe's own part, once hydra has set up what it sets up: read a file with a prompt that is too long
-_ONLY_THE_TASK = """
-import runpy, sys
-from rlalign.cli import launch
-from rlalign.config import TaskConfig
-from rlalign.tasks import make_task
-from rlalign.tasks.sort import make_sort_tokenizer
-
-file, recipe = sys.argv.pop(), sys.argv[1]
-task = TaskConfig(name="gsm8k", path=file, max_prompt_tokens=8)
-launch.finish = lambda job: make_task(task, make_sort_tokenizer(max_value=9), seed=0)
-sys.argv = [recipe]
-runpy.run_path(recipe, run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("name", ["grpo", "sft"])  # ppo.yaml is grpo.yaml but for the algorithm
-def test_hydra_does_not_silence_our_warnings(name, tmp_path):
+def test_hydra_does_not_silence_our_warnings(name, recipe, tmp_path, monkeypatch):
+    """Instead of the recipe's own part, once hydra has set up what it sets up, a prompt that is too long is read."""
     file = tmp_path / "train.jsonl"
     rows = [{"prompt": f"sort {'7 ' * n}->", "reward_model": {"ground_truth": n}} for n in (2, 3, 30)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _ONLY_THE_TASK, str(RECIPES / f"{name}.py"), str(file)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"{file}: left out 1 of 3 prompts" in done.stderr
+    task = TaskConfig(name="gsm8k", path=file, max_prompt_tokens=8)
+
+    def only_the_task(job):
+        make_task(task, make_sort_tokenizer(max_value=9), seed=0)
+        sys.exit(0)
+
+    monkeypatch.setattr(launch, "finish", only_the_task)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # without pytest's own, as in a process of its own
+    code, _, err = recipe(name)
+    assert code == 0 and f"{file}: left out 1 of 3 prompts" in err
 
 
 def _keys(values: dict, prefix: str = "") -> set[str]:
