@@ -28,7 +28,9 @@ _CONNECT_SECONDS = 5.0
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_enable_worker_prestart": "0",  # idle workers would each import torch beside the actors that start
+    # no idle workers, as many as there are CPUs, that start beside the actors
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 
