@@ -19,20 +19,29 @@ from collections.abc import Iterator  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers.utils import logging as transformers_logging  # noqa: E402
 
 if TYPE_CHECKING:
     from support.actors import ActorPool
 
-torch.set_num_threads(THREADS)
-if not torch.cuda.is_available():
-    # Triton's kernels run on CPU tensors then; read when they are imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-transformers_logging.disable_progress_bar()
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        return  # runs no test itself: the processes that it is about to start import the same, which takes seconds
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(THREADS)
+    if not torch.cuda.is_available():
+        # Triton's kernels run on CPU tensors then; read when they are imported
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    transformers_logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    # long ones first; and so that one of several processes has them all, or each would start a Ray
+    items.sort(key=lambda item: "shared_ray" not in item.fixturenames)
     if torch.cuda.is_available():
         return
     for item in items:
