@@ -95,9 +95,10 @@ def _attention(shapes: Shapes, setting: Setting) -> dict[str, Any]:
 
 def _norm(shapes: Shapes, setting: Setting) -> dict[str, Any]:
     from rlalign_kernels.elementwise.row_plan import backward_tile, forward_tile
+    from rlalign_kernels.gpu import architecture
 
-    size = setting.dtype.itemsize
+    size, machine = setting.dtype.itemsize, architecture(setting.device)
     return {
-        f"norm {n}": {"forward": str(forward_tile(n, size)), "backward": str(backward_tile(n, size))}
+        f"norm {n}": {"forward": str(forward_tile(n, size)), "backward": str(backward_tile(n, size, machine))}
         for n in shapes.norm
     }

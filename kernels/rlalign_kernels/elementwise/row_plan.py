@@ -18,6 +18,8 @@ MOST_LANES = 1024
 _SHARED = 4096
 # Programs that weight gradients are added up by, before their sums are.
 _MOST_PARTS = 512
+# Architectures with 164 KB of shared memory a program or more.
+_ROOMY = ((8, 0), (9, 0), (10, 0))
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,18 @@ def forward_tile(size: int, itemsize: int) -> RowTile:
 
 
 @cache
-def backward_tile(size: int, itemsize: int) -> RowTile:
-    """A program holds the weight gradient of its rows besides the row itself, and of short rows the weight too."""
+def backward_tile(size: int, itemsize: int, architecture: tuple[int, int]) -> RowTile:
+    """A program holds the weight gradient of its rows besides the row itself, and of short rows the weight too.
+
+    Rows are read ahead as far as shared memory has room for them, on the smallest GPU that ``architecture`` names.
+    """
     if size <= 512:
         return RowTile(_SHARED // 2 // lanes(size), 4)
-    if size * itemsize <= 4096:
-        return RowTile(1, 2 if size <= 1024 else 4, 3)
-    return RowTile(1, 2 if size <= 1024 else 4 if size <= 4096 else 8 if size * itemsize <= 32768 else 16)
+    if size * itemsize <= 2048:
+        return RowTile(2, 2, 3)
+    num_warps = 2 if size <= 1024 else 4 if size <= 4096 else 8 if size * itemsize <= 32768 else 16
+    most = 16384 if architecture in _ROOMY else 8192
+    return RowTile(1, num_warps, 3 if size * itemsize <= most else 1)
 
 
 @cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.elementwise.layout import as_rows, made_contiguous, stride_of
 from rlalign_kernels.elementwise.row_plan import (
@@ -18,6 +19,7 @@ from rlalign_kernels.elementwise.row_plan import (
 )
 from rlalign_kernels.elementwise.triton_norm import norm_backward_kernel, norm_forward_kernel, norm_parts_kernel
 from rlalign_kernels.elementwise.triton_rows import check_device
+from rlalign_kernels.gpu import architecture
 from rlalign_kernels.launch import Launch
 
 _PART_LANES, _PART_COLUMNS = 64, 16
@@ -136,6 +138,7 @@ class _Norm(torch.autograd.Function):
         return out, total
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx, grad: torch.Tensor | None, grad_total: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]:
@@ -171,7 +174,7 @@ def backward(
     size = h.shape[-1]
     launch, num_parts, copy = _backward_launch(
         h.shape, grad.stride(), h.stride(), stride_of(grad_total), stride_of(weight), h.dtype, settings,
-        need_h, need_weight, need_bias, tile,
+        need_h, need_weight, need_bias, architecture(h.device), tile,
     )  # fmt: skip
     if copy:
         grad, h, grad_total = made_contiguous(grad, h, grad_total)
@@ -195,6 +198,7 @@ def _backward_launch(
     need_h: bool,
     need_weight: bool,
     need_bias: bool,
+    machine: tuple[int, int],
     tile: RowTile | None,
 ) -> tuple[Launch | None, int, bool]:
     """None where there is nothing to do, number of programs, and whether the inputs must be made contiguous."""
@@ -202,7 +206,7 @@ def _backward_launch(
     if 0 in shape:
         return None, 0, False
     size = rows.num_columns
-    tile = tile or backward_tile(size, dtype.itemsize)
+    tile = tile or backward_tile(size, dtype.itemsize, machine)
     per_part = rows_per_part(rows.num_rows, tile.rows) if need_weight or need_bias else tile.rows
     num_parts = -(-rows.num_rows // per_part)
     grad, h, grad_total = (*rows.strides, _NONE)[:3]
