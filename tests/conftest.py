@@ -16,6 +16,7 @@ os.environ |= {
 }
 
 from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
@@ -63,3 +64,14 @@ def shared_ray() -> Iterator[ActorPool]:
         patch.setattr(controller, "start_actor", pool.start)
         patch.setattr(controller, "stop_actor", pool.stop)
         yield pool
+
+
+@pytest.fixture(scope="session")
+def plain_run(shared_ray: ActorPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the run that others are compared with: uninterrupted, with one rollout actor."""
+    import grpo
+    from support.runs import tiny_run
+
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    grpo.train(tiny_run(folder, tracking={"mode": "offline", "media_every": 1}))
+    return folder
