@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from support.runs import summary, tiny_run
+from support.runs import summary
 
 from rlalign.actors.cluster import cluster
 from rlalign.config import ClusterConfig
