@@ -8,11 +8,14 @@ on the compiled kernel's, without what that prepares for a profiler's hooks whil
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache
-from threading import Lock
-from typing import Any, Generic, TypeVar
+from functools import cache, reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from rlalign_kernels.triton_runner import Run
 
 T = TypeVar("T")
 
@@ -48,9 +51,7 @@ class Launch:
     that it was made for: whoever makes one keeps it by those.
     """
 
-    __slots__ = (
-        "_boxes", "_constants", "_descriptors", "_grid", "_kernel", "_lock", "_numbers", "_plain", "_rest", "_runs",
-    )  # fmt: skip
+    __slots__ = ("_boxes", "_constants", "_grid", "_kernel", "_numbers", "_rest", "_runs")
 
     def __init__(
         self,
@@ -67,42 +68,22 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._boxes = dict(boxes or {})
-        num_tensors = len(kernel.arg_names) - len(self._rest)
-        # where pointers are passed: of a descriptor's tensor nobody needs one, and its alignment has been looked at
-        self._plain = tuple(index for index in range(num_tensors) if index not in self._boxes)
-        # by index, those of the last tensors that needed checks; only their base is exchanged
-        self._descriptors: tuple[tuple[int, Any], ...] = ()
-        self._lock = Lock()
-        self._runs: dict[Hashable, Callable[[int, Sequence[Any], Sequence[Any]], None]] = {}
+        self._runs: dict[Hashable, Run] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         device = tensors[0].get_device()
         if device >= 0 and _several_devices() and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(*tensors)
-        pointers: list[Any] = list(tensors)
-        bits = 0
-        for index in self._plain:
-            x = tensors[index]
-            pointers[index] = address = 0 if x is None else x.data_ptr()
-            bits |= address or 1
+        pointers: list[Any] = [0 if x is None else x.data_ptr() for x in tensors]
         key: Hashable = device
-        if bits % _ALIGNMENT:
-            given = [tensors[index] for index in self._plain]
-            key = (device, *(None if x is None else x.data_ptr() % _ALIGNMENT == 0 for x in given))
+        if reduce(or_, pointers) % _ALIGNMENT or 0 in pointers:
+            key = (device, *(None if x is None else x.data_ptr() % _ALIGNMENT == 0 for x in tensors))
         run = self._runs.get(key)
         if run is None:
-            return self._launch_first(tensors, key)
-        if not self._descriptors:
-            run(device, pointers, self._rest)
-            return
-        with self._lock:  # a launch has read its descriptors when it returns
-            for index, descriptor in self._descriptors:
-                descriptor.base = tensors[index]
-                pointers[index] = descriptor
-            run(device, pointers, self._rest)
-            for _, descriptor in self._descriptors:
-                descriptor.base = None
+            self._launch_first(tensors, key)
+        else:
+            run(device, tensors, pointers)
 
     def compile(self, *tensors: torch.Tensor | None) -> None:
         """For tensors like these, without a launch, so that none waits for a compiler later. Not in the interpreter."""
@@ -121,13 +102,9 @@ class Launch:
         compiled = self._kernel[self._grid](*arguments, *self._numbers, **self._constants)
         if compiled is None:  # Triton's interpreter ran it
             return
-        with self._lock:
-            self._descriptors = tuple((index, arguments[index]) for index in self._boxes)
-            for _, descriptor in self._descriptors:
-                descriptor.base = None
         from rlalign_kernels.triton_runner import runner  # triton may be missing where nobody asks for it
 
-        self._runs[key] = runner(compiled, self._grid)
+        self._runs[key] = runner(compiled, self._grid, arguments, self._boxes, self._rest)
 
 
 @cache

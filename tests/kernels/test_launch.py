@@ -118,6 +118,55 @@ def test_a_profilers_hooks_are_called(monkeypatch):
     assert len(kernel.compiled.direct) == 1
 
 
+class KnownLauncher:
+    """Stands for the launcher of Triton 3.6: what it would hand to C is what ``direct`` must hand to it."""
+
+    launch_cooperative_grid, launch_pdl, global_scratch_size, profile_scratch_size = False, True, 0, 0
+
+    def __init__(self, described: int) -> None:
+        self.called: list[tuple] = []
+        launcher = lambda *arguments: self.called.append(arguments)  # noqa: E731  named as the closure's is
+        kind = {"swizzle": 3, "elem_size": 4, "elem_type": 7, "block_size": [2, 4], "fp4_padded": False}
+        tensordesc_meta = [kind] * described
+
+        def inner(*arguments):
+            return launcher(*arguments, tensordesc_meta)
+
+        self.launch = inner if described else launcher
+
+
+KnownLauncher.__module__ = triton_runner._KNOWN_LAUNCHER
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "9.0.0"])
+def test_a_known_launcher_is_called_below_its_loop_and_an_unknown_one_as_it_is(version, monkeypatch):
+    monkeypatch.setattr(triton_runner.triton, "__version__", version)
+    utils = SimpleNamespace(fill_tma_descriptor=lambda address, *rest: (address, *rest))
+    monkeypatch.setattr(triton_runner.driver.active, "utils", utils, raising=False)
+    kernel = Kernel()
+    kernel.compiled.run = KnownLauncher(described=1)
+    if version != "3.6.0":
+        with pytest.raises(TypeError, match="not callable"):  # as it is: this one can't be called
+            _twice(kernel)
+        return
+    x, y = _twice(kernel)
+    shape, strides = [2, 4], [4, 1]
+    encoded = (y.data_ptr(), 3, 4, 7, [2, 4], shape, strides, 0)
+    first = (3, 2, 1, STREAM, "function", False, True, None, None, "metadata", None, None, None)
+    assert kernel.compiled.run.called == [(*first, x.data_ptr(), encoded, *shape, *strides, 7, 16, True)]
+
+
+def _twice(kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
+    def describe(x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(base=x, shape=list(x.shape), strides=list(x.stride()), padding="zero")
+
+    launch = Launch(kernel, (3, 2), (7,), boxes={1: describe}, FLAG=True, num_warps=4, BLOCK=16)
+    launch(torch.zeros(8), torch.zeros(2, 4))
+    x, y = torch.ones(8), torch.ones(2, 4)
+    launch(x, y)
+    return x, y
+
+
 def test_no_tensor_is_kept():
     launch = Launch(Kernel(), (1,), (7,), boxes={1: describe}, BLOCK=16, FLAG=False)
     x, y = torch.zeros(8), torch.zeros(2, 4)
