@@ -1,6 +1,11 @@
-"""Run by test_plan.py under another instruction set or thread count: every product-based operator, bit by bit."""
+"""Run by test_plan.py under another instruction set: every product-based operator, bit by bit.
+
+Arguments: thread counts, one after the other.
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from rlalign_kernels import attention_packed, linear, linear_logprob
@@ -46,7 +51,9 @@ def check_vocab() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    with torch.no_grad():
-        for name, check in (("linear", check_linear), ("attention", check_attention), ("vocab", check_vocab)):
-            check()
-            print(name)
+    for threads in map(int, sys.argv[1:]):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            for name, check in (("linear", check_linear), ("attention", check_attention), ("vocab", check_vocab)):
+                check()
+                print(name)
