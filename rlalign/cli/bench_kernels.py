@@ -103,10 +103,11 @@ def measure_memory(call: Callable[[], object]) -> float:
 
 
 def _graph(call: Callable[[], object]) -> Callable[[], None]:
-    call()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # where its forward ran is where a backward runs
+        call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay
 
