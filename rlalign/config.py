@@ -17,6 +17,8 @@ Numerics = Literal["invariant", "native"]
 Dtype = Literal["float32", "bfloat16"]
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
+# the operators' own bound: rlalign_kernels.rows
+LEAST_TEMPERATURE = 1e-5
 # of an engine's cache, where nobody says how many
 _CACHE_TOKENS = 32_768
 
@@ -26,7 +28,8 @@ class SamplingParams:
     """How one request is sampled. Order of transforms: temperature, top-k, top-p (crossing token kept), min-p.
 
     ``temperature=0`` is greedy: the lowest id among the maximal logits; its log-prob is the untruncated one at
-    temperature 1. ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch a filter off. ``seed`` None means 0.
+    temperature 1. Anything else is at least 1e-5. ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch a filter off.
+    ``seed`` None means 0.
     """
 
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)
@@ -42,6 +45,13 @@ class SamplingParams:
     ignore_eos: bool = False
     raw_logprobs: bool = False
     """Also report log-probs under the untruncated temperature-1 distribution."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_is_greedy_or_divides(cls, temperature: float) -> float:
+        if 0.0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"too small to divide logits by: use 0 (greedy) or at least {LEAST_TEMPERATURE}")
+        return temperature
 
     @property
     def greedy(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.checks import check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
@@ -42,6 +43,7 @@ class _Silu(torch.autograd.Function):
         return _silu_forward(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad, x)
@@ -54,6 +56,7 @@ class _SwiGlu(torch.autograd.Function):
         return _silu_values(gate.float()).to(gate.dtype).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
@@ -76,6 +79,7 @@ class _Gelu(torch.autograd.Function):
         return _gelu_forward(x, approximate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
         return torch.ops.aten.gelu_backward(grad, x, approximate=ctx.approximate), None
@@ -89,6 +93,7 @@ class _GeGlu(torch.autograd.Function):
         return _gelu_forward(gate, approximate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
         how = {"approximate": ctx.approximate}

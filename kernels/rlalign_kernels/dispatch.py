@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
 
 Backend = Literal["reference", "native", "triton"]
 BACKENDS: tuple[str, ...] = ("reference", "native", "triton")
@@ -47,18 +50,33 @@ class Implementations:
 
 
 def operator(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark a public operator: while it runs, ``running_operator()`` names it."""
+    """Mark a public operator: while it runs, ``running_operator()`` names it.
+
+    Autocast is off meanwhile, but with backend="native": it would round the products of which a plan is made.
+    """
     name = function.__name__
+    any_autocast = torch._C._is_any_autocast_enabled  # the public question names a device, and takes twice as long
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         running.append(name)
         try:
+            if any_autocast() and kwargs.get("backend") != "native":
+                with _without_autocast():
+                    return function(*args, **kwargs)
             return function(*args, **kwargs)
         finally:
             running.pop()
 
     return wrapper
+
+
+def _without_autocast() -> ExitStack:
+    stack = ExitStack()
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def running_operator() -> str | None:

@@ -8,9 +8,10 @@ Promised: forward, a row's bits depend on that row, weight and bias only. Backwa
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.dispatch import Backend, Implementations, operator
-from rlalign_kernels.norm import after_adding, check_rows, row_means, row_roots
+from rlalign_kernels.norm import after_adding, as_matrix, check_rows, row_means, row_roots
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -34,6 +35,7 @@ class _LayerNorm(torch.autograd.Function):
         return _forward(x, weight, bias, eps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
         grad = grad.float()
@@ -44,7 +46,7 @@ class _LayerNorm(torch.autograd.Function):
         along = normed * (scaled * normed).mean(-1, keepdim=True)
         grad_x = (scaled - scaled.mean(-1, keepdim=True) - along).mul_(inverse).to(x.dtype)
         columns = (
-            value.reshape(-1, x.shape[-1]).sum(0).to(x.dtype) if needed else None
+            as_matrix(value).sum(0).to(x.dtype) if needed else None
             for value, needed in zip((grad * normed, grad), ctx.needs_input_grad[1:3], strict=True)
         )
         return grad_x, *columns, None

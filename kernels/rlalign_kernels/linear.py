@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
@@ -50,14 +51,16 @@ class _Linear(torch.autograd.Function):
         return _forward(x, weight, bias, leaves)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1]).float()
+        num_rows = grad.shape[:-1].numel()  # -1 can't be inferred where there are no elements
+        rows = grad.reshape(num_rows, grad.shape[-1]).float()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = (rows @ weight.float()).to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+            grad_weight = (rows.t() @ x.reshape(num_rows, x.shape[-1]).float()).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
@@ -67,7 +70,7 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     check_dtype("linear", x=x)
     if leaves != 1:
         chain_plan("linear", leaves, x.shape[-1])
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias, leaves)
     return _forward(x, weight, bias, leaves)
 

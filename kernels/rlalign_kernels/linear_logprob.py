@@ -11,6 +11,7 @@ holds the support constant, and is deterministic run to run.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -93,14 +94,15 @@ def check_head(
     if backend != "triton" or hidden.dtype != torch.float16:
         check_dtype(operator, hidden=hidden)
     check_same(operator, hidden, weight=weight, bias=bias)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.numel() == 0:
         raise ValueError(
-            f"{operator}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; expected [T, H], [V, H]"
+            f"{operator}: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}; expected [T, H], [V, H], V and "
+            "H > 0"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{operator}: bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{operator}: softcap={softcap} is not supported; use None or a value > 0")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{operator}: softcap={softcap} is not supported; use None or a finite value > 0")
 
 
 def _check_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor:

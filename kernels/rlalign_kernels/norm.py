@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.checks import check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
@@ -45,11 +46,15 @@ def probe_norm(size: int) -> None:
         gemm_schedule(*weight.shape)
 
 
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """[rows, H] of [..., H], of which -1 can't be inferred where there are no elements."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def row_means(x: torch.Tensor) -> torch.Tensor:
     """Means over the last axis, float32 [rows, 1] of float32 [..., H], which is not kept."""
-    size = x.shape[-1]
-    rows = x.reshape(-1, size)
-    weights = _mean_weights(size, x.device)
+    rows = as_matrix(x)
+    weights = _mean_weights(rows.shape[1], x.device)
     means = fill_tile(rows, weights[0])
     for weight in weights:
         means = product_nt(means, weight)
@@ -81,6 +86,7 @@ class _RmsNorm(torch.autograd.Function):
         return _forward(x, weight, eps, offset, cast)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wide, grad = x.float(), grad.float()
@@ -91,7 +97,7 @@ class _RmsNorm(torch.autograd.Function):
         grad_x = (scaled - normed * mean).mul_(inverse).to(x.dtype)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+            grad_weight = as_matrix(grad * normed).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None, None, None
 
 

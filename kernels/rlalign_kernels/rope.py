@@ -10,6 +10,7 @@ Promised: forward, bits depend on position and element only. Backward is the tra
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.checks import check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
@@ -62,6 +63,7 @@ class _Rotary(torch.autograd.Function):
         return _rotate(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _rotate_back(grad, *ctx.saved_tensors), None, None
 

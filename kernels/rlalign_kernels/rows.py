@@ -9,13 +9,17 @@ from functools import cached_property
 import numpy as np
 import torch
 
+# Logits up to 14,000 may be divided by it: beyond 2^31, float32 is coarser than the range of its exponential.
+LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class SamplingRows:
     """Sampling settings of each row, on the rows' device.
 
-    temperature float32 [T] (0: greedy), top_k int64 [T] (0: off), top_p float32 [T] (1: off), min_p float32 [T] (0:
-    off). Make new rows rather than changing these tensors: what follows from them is remembered.
+    temperature float32 [T] (0: greedy, otherwise at least LEAST_TEMPERATURE), top_k int64 [T] (0: off), top_p float32
+    [T] (1: off), min_p float32 [T] (0: off). Make new rows rather than changing these tensors: what follows
+    from them is remembered.
     ``truncates``: whether any row has a filter, where who made the rows knows. Without it a GPU is asked, and waited
     for; with False the triton backend reads nothing on the host, and gives NaN to a row that has a filter after all.
     """
@@ -81,7 +85,7 @@ class SamplingRows:
 
 
 _BOUNDS: dict[str, tuple[torch.dtype, Callable[[np.ndarray], np.ndarray]]] = {
-    "temperature": (torch.float32, lambda x: (x >= 0) & np.isfinite(x)),
+    "temperature": (torch.float32, lambda x: (x == 0) | (x >= np.float32(LEAST_TEMPERATURE)) & np.isfinite(x)),
     "top_k": (torch.int64, lambda x: x >= 0),
     "top_p": (torch.float32, lambda x: (x > 0) & (x <= 1)),
     "min_p": (torch.float32, lambda x: (x >= 0) & (x < 1)),

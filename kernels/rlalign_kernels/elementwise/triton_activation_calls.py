@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.elementwise.layout import Rows, as_rows, made_contiguous, stride_of
 from rlalign_kernels.elementwise.triton_activation import activation_backward_kernel, activation_forward_kernel
@@ -70,6 +71,7 @@ class _Activation(torch.autograd.Function):
         return forward(x, up, kind)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         need_x, need_up, _ = ctx.needs_input_grad
         return *backward(grad, *ctx.saved_tensors, ctx.kind, need_x=need_x, need_up=need_up), None

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.elementwise.triton_rows import check_device
 from rlalign_kernels.launch import Launch
@@ -142,6 +143,7 @@ class _Rotary(torch.autograd.Function):
         return rotate(x, cos, sin, back=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return rotate(grad, *ctx.saved_tensors, back=True), None, None
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd.function import once_differentiable
 from triton import knobs
 
 from rlalign_kernels.gemm.chain_plan import chain_plan
@@ -52,6 +53,7 @@ class _Linear(torch.autograd.Function):
         return _forward(x, weight, bias, leaves)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])

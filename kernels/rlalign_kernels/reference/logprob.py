@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.reference.elementwise import elementwise
 from rlalign_kernels.reference.support import kept_support
@@ -91,6 +92,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprob, entropy, logsumexp
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, entropy, logsumexp = ctx.saved_tensors
         head, problem = Head(weight, bias, ctx.problem.softcap), ctx.problem
@@ -140,10 +142,12 @@ def _logit_gradient(
     if support is not None:
         hit = hit * support.gather(1, local.clamp(0, grad.shape[1] - 1))
     grad.scatter_add_(1, local.clamp(0, grad.shape[1] - 1), hit)
-    grad.masked_fill_(~problem.kept[rows].unsqueeze(1), 0.0)
     if temperature is not None:
         grad.div_(temperature)
-    return grad if cap_slope is None else grad.mul_(cap_slope)
+    if cap_slope is not None:
+        grad.mul_(cap_slope)
+    # last: what a row that does not count holds may be anything
+    return grad.masked_fill_(~problem.kept[rows].unsqueeze(1), 0.0)
 
 
 def linear_logprob(
@@ -165,7 +169,7 @@ def linear_logprob(
         if support is None:
             support = find_support(hidden, head, rows, temperature, banned, return_support)
     problem = _Problem(softcap, targets, kept, temperature, support)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         values = _LinearLogprob.apply(hidden, weight, bias, problem)
     else:
         values = _forward(hidden, head, problem)

@@ -6,6 +6,7 @@ Nothing is read on the host unless rows are truncated, or may be: then their log
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 from triton import knobs
 
 from rlalign_kernels.rows import LogprobOutput, SampleOutput, SamplingRows
@@ -70,6 +71,7 @@ class _LinearLogprob(torch.autograd.Function):
         return stats[0], stats[1], stats[2]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, stats, mask, targets, kept, *settings = ctx.saved_tensors
         if all(grad is None for grad in upstream):

@@ -2,7 +2,8 @@
 
 Per group, with m' = max(m, max of its blocks' m) and a = exp2(blocks' m - m'): s = fma(s, exp2(m - m'), tree(s a)), and
 w likewise of w + (m - m') s. Then log-sum-exp = m log 2 + log s, log-prob = d log 2 - log s with the target's d,
-entropy = log s - (w / s) log 2. A row whose target or settings can't be gives NaN: the host reads nothing.
+entropy = log s - (w / s) log 2. A row whose target or settings can't be, or whose sums overflow, gives NaN: the host
+reads nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rlalign_kernels.rows import LEAST_TEMPERATURE as _LEAST
 from rlalign_kernels.vocab.triton_tiles import (
     FLOOR,
     LN2,
@@ -23,6 +25,8 @@ from rlalign_kernels.vocab.triton_tiles import (
     spread,
     tree_dot,
 )
+
+LEAST_TEMPERATURE = tl.constexpr(_LEAST)
 
 
 @triton.jit
@@ -63,13 +67,19 @@ def _settings_hold(
         top_k = tl.load(top_k_ptr + offs_m, mask=inside, other=0)
         top_p = tl.load(top_p_ptr + offs_m, mask=inside, other=1.0)
         min_p = tl.load(min_p_ptr + offs_m, mask=inside, other=0.0)
-        hold = (temperature >= 0.0) & (temperature < float("inf"))
+        hold = (temperature == 0.0) | (temperature >= LEAST_TEMPERATURE) & (temperature < float("inf"))
         hold = hold & (top_k >= 0) & (top_p > 0.0) & (top_p <= 1.0) & (min_p >= 0.0) & (min_p < 1.0)
         if UNTRUNCATED:
             hold = hold & ((temperature == 0.0) | ((top_k == 0) & (top_p == 1.0) & (min_p == 0.0)))
         return hold
     else:
         return offs_m >= 0
+
+
+@triton.jit
+def _sums_hold(m, s):
+    """bool [M]: not of logits so large, over their temperature, that rounding m leaves exp2 nothing, or infinity."""
+    return (s < float("inf")) & ((s > 0.0) | (m <= FLOOR))
 
 
 @triton.jit
@@ -137,7 +147,7 @@ def score_kernel(
     log_sum = log(s)
     entropy = tl.fma(tl.div_rn(w, s), -LN2, log_sum)
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    valid = known & hold
+    valid = known & hold & _sums_hold(m, s)
     nan = float("nan")
     ptrs = out_ptr + offs_m
     tl.store(ptrs, tl.where(kept, tl.where(valid, _logprob(x, c, m, log_sum), nan), 0.0), mask=inside)
@@ -180,7 +190,7 @@ def draw_kernel(
         temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, offs_m, num_rows, True, UNTRUNCATED
     )  # fmt: skip
     # nothing was greater than -inf: every id is out, or the row is NaN
-    hold = hold & (best > float("-inf"))
+    hold = hold & (best > float("-inf")) & _sums_hold(m, s)
     nan = float("nan")
     tl.store(token_ptr + offs_m, tl.where(token < num_ids, token, 0).to(tl.int64), mask=inside)
     logprob = tl.where(hold, _logprob(logit, c, m, log(s)), nan)
@@ -190,5 +200,5 @@ def draw_kernel(
             parts_ptr + 5 * field, parts_ptr + 6 * field, parts_ptr, offs_m, num_rows, num_blocks, M, GROUP, False
         )  # fmt: skip
         one = tl.full([M], LOG2E, tl.float32)
-        raw = tl.where(hold, _logprob(logit, one, m, log(s)), nan)
+        raw = tl.where(hold & _sums_hold(m, s), _logprob(logit, one, m, log(s)), nan)
         tl.store(out_ptr + stride_out + offs_m, raw, mask=inside)
