@@ -20,6 +20,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from rlalign.modeling.hf_mask import (
     Rule,
+    check_totals,
     is_packed,
     mask_offsets,
     position_starts,
@@ -95,6 +96,7 @@ def _attention(
         if attention_mask is None or not is_packed(attention_mask):
             rule = _rule(module, None, is_causal)
             attention_mask = _offsets(attention_mask, batch, q_length, kv_length, rule, query.device)
+        check_totals(attention_mask, batch * q_length, batch * kv_length)
         rule = _rule(module, attention_mask, is_causal)
         packed = None
         if q_length == kv_length > 1 and not rule.packed:

@@ -74,7 +74,7 @@ def mask_offsets(
     if packed is not None:
         row, at = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)[None]
         cu = starts_to_offsets(~packed(row, 0, at[:, 1:], at[:, :-1]))
-        return pack(cu, cu, Rule(causal, window, packed=True))
+        return pack(cu, cu, Rule(causal, window, packed=True), (batch_size * q_length,) * 2)
     if attention_mask is None and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length:
         return whole_rows(batch_size, q_length, kv_length, Rule(causal, window), device)
     if isinstance(q_offset, int) and causal and q_offset + q_length > kv_offset + kv_length:
@@ -94,13 +94,14 @@ def mask_offsets(
     else:  # every query sees all keys, whether or not it is padding itself
         queries = torch.zeros_like(first), torch.full_like(first, q_length)
     rule = Rule(causal, window, padded=padded)
-    return pack(*_with_gaps(queries, keys, q_length, kv_length), rule)
+    totals = batch_size * q_length, batch_size * kv_length
+    return pack(*_with_gaps(queries, keys, q_length, kv_length), rule, totals)
 
 
 def whole_rows(batch_size: int, q_length: int, kv_length: int, rule: Rule, device: torch.device | str) -> Tensor:
     """Offsets of rows without padding, queries being the last positions of each."""
     rows = torch.arange(batch_size + 1, device=device)
-    return pack(rows * q_length, rows * kv_length, rule)
+    return pack(rows * q_length, rows * kv_length, rule, (batch_size * q_length, batch_size * kv_length))
 
 
 def starts_to_offsets(inner_starts: Tensor) -> Tensor:
@@ -114,17 +115,17 @@ def position_starts(position_ids: Tensor) -> Tensor:
     return position_ids.diff(dim=-1) != 1
 
 
-def pack(cu_q: Tensor, cu_k: Tensor, rule: Rule) -> Tensor:
-    """Int32 [2, n + 2, 1, 1]: offsets [n + 1] of queries and keys, then the rule.
+def pack(cu_q: Tensor, cu_k: Tensor, rule: Rule, totals: tuple[int, int]) -> Tensor:
+    """Int32 [2, n + 2, 1, 1]: offsets [n + 1] of queries and keys, which end at ``totals``, then the rule.
 
-    A mask of four dimensions is handed through by transformers as it is. The rule is an attribute as well, so that no
-    layer reads it from the device; a copy (layers on several devices) has lost it.
+    A mask of four dimensions is handed through by transformers as it is. The rule and the totals are attributes as
+    well, so that no layer reads them from the device; a copy (layers on several devices) has lost them.
     """
     flags = _CAUSAL * rule.causal + _PADDED * rule.padded + _PACKED * rule.packed
     ends = (cu_q.new_full((1,), flags), cu_k.new_full((1,), rule.window or 0))
     columns = [torch.cat([cu, end]) for cu, end in zip((cu_q, cu_k), ends, strict=True)]
     packed = torch.stack(columns).to(torch.int32)[:, :, None, None]
-    packed.rlalign_rule = rule
+    packed.rlalign_rule, packed.rlalign_totals = rule, totals
     return packed
 
 
@@ -134,13 +135,23 @@ def is_packed(mask: Tensor) -> bool:
 
 
 def unpack(mask: Tensor) -> tuple[Tensor, Tensor, Rule]:
-    """What ``pack`` was given."""
+    """Offsets and rule that ``pack`` was given."""
     rule = getattr(mask, "rlalign_rule", None)
     if rule is None:
-        flags, window = mask[:, -1, 0, 0].tolist()
+        (queries, flags), (keys, window) = mask[:, -2:, 0, 0].tolist()
         rule = Rule(bool(flags & _CAUSAL), window or None, bool(flags & _PADDED), bool(flags & _PACKED))
-        mask.rlalign_rule = rule
+        mask.rlalign_rule, mask.rlalign_totals = rule, (queries, keys)
     return mask[0, :-1, 0, 0], mask[1, :-1, 0, 0], rule
+
+
+def check_totals(mask: Tensor, queries: int, keys: int) -> None:
+    """Raises ValueError unless the offsets of ``pack`` end at ``queries`` and ``keys``: kernels don't look at them."""
+    unpack(mask)
+    if mask.rlalign_totals != (queries, keys):
+        raise ValueError(
+            f"attn_implementation='rlalign': the model's mask is of {mask.rlalign_totals[0]} queries and "
+            f"{mask.rlalign_totals[1]} keys in all its rows, but a layer has {queries} and {keys}"
+        )
 
 
 def _seen(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.hf_attention import CLOSE, attention, padding, pair, qkv, tokens
+from support.hf_attention import CLOSE, attention, masked, padding, pair, qkv, tokens
 from transformers import AttentionMaskInterface, AutoModelForCausalLM, Llama4TextConfig
 from transformers.masking_utils import create_causal_mask
 
@@ -40,6 +40,16 @@ def test_position_ids_that_disagree_with_a_padded_row_are_refused(side: str) -> 
     restarts[1, 4:] = torch.arange(4)
     with pytest.raises(ValueError, match="do not ascend by one"):
         ours(ids, attention_mask=mask, position_ids=restarts)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("length", [4, 8])
+def test_a_mask_of_other_lengths_than_the_layers_is_refused(length: int, copied: bool) -> None:
+    """As of a sliding cache that keeps more keys than transformers says: a kernel would read another row's."""
+    _, model = pair("llama")
+    mask = masked(model, padding("right", tokens(3, 12))[:2, :length])
+    with pytest.raises(ValueError, match=rf"mask is of {2 * length} queries.* a layer has 12 and 12"):
+        attention(**qkv(2, 6), attention_mask=mask.clone() if copied else mask)
 
 
 @pytest.mark.parametrize(
