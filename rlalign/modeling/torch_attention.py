@@ -70,6 +70,13 @@ class Flex(GatheredPages):
             raise ValueError(f"{unknown[0]!r} is unknown; supported: {sorted(known)}")
         return options
 
+    @field_validator("block_size")
+    @classmethod
+    def _positive(cls, size: int) -> int:
+        if size < 1:
+            raise ValueError(f"block_size={size} is not supported; use an integer from 1 on")
+        return size
+
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         """torch says itself what it can't do: on a CPU, the backward."""
 

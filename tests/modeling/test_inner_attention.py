@@ -256,6 +256,7 @@ def test_yaml_mirrors_the_dataclass(name):
     [
         (settings_of("flex", block=1), "block"),
         (settings_of("flex", kernel_options={"BLOCK": 1}), "'BLOCK' is unknown"),
+        (settings_of("flex", block_size=0), "block_size=0 is not supported"),
         (settings_of("flex", block_size="wide"), "block_size"),
         (settings_of("reference", dropout=0.1), "dropout"),
         ({"_target_": "rlalign.modeling.inner_attention.Fast"}, "Fast"),
