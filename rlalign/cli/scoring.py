@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _KEPT = 2
 _MAX_KEPT_BYTES = 2**30
-_HEAD_ONLY = ("processed", "ignore", "temperature", "filters_first", "logits")
+_HEAD_ONLY = ("processed", "ignore", "temperature", "filters_first", "slack", "logits")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,18 @@ arithmetic alone ``MIN_NUMERIC_SHARE``, since two roundings of the same size alw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from rlalign.config import Dtype
 from rlalign.verifier import causes as catalogue
-from rlalign.verifier.attribution import Attribution, Effect, Rounding, Step
+from rlalign.verifier.attribution import Attribution, Effect, Rounding, Step, within_rounding
 from rlalign.verifier.causes import Cause, Way
 from rlalign.verifier.compare import compare
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.metrics import align_metrics
-from rlalign.verifier.residue import broken, describe_rest
+from rlalign.verifier.residue import at_the_edge, broken, describe_rest
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
 from rlalign.verifier.scores import Gap, Scores, fitted_temperature, swaps
 
@@ -33,6 +34,8 @@ _MAX_STEPS = 5
 # one sequence by itself can be lucky: it needs some tokens, and to have been far off
 _MIN_TOKENS = 4
 _FAR_OFF = 3.0
+# how many times the mean |Δ| of another order of summation a probability may be off at the edge of a support
+_EDGE = 8.0
 # what the verdict on a rest compares with, beside another order of summation
 _FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
 
@@ -63,10 +66,12 @@ def attribute(
     ways = [Way(one) for one in bases]
     progress("as the dump says")
     now = scores.of(ways) if len(sequences) else np.zeros(0, np.float32)
-    whole = scores.gap(now)
-    damaged = broken(sequences, now, scores.place)
     comparison = compare(scores.pairs(now))
     metrics, num_tokens = align_metrics(comparison), comparison.num_tokens
+    other = catalogue.other_operators(native)
+    edge = _leave_out_edge(scores, ways, now, other)
+    whole = scores.gap(now)
+    damaged = (*broken(sequences, now, scores.place), *at_the_edge(edge, scores.place))
     if whole.tokens == 0 or whole.mismatches == 0:
         return Attribution(len(sequences), whole, (), (), whole, None, damaged, (), metrics, num_tokens)
     found = [
@@ -82,12 +87,11 @@ def attribute(
     found += fitted_temperature(scores, ways, now, whole)
     effects = _alone(scores, ways, now, found, progress)
     usable = [effect.cause for effect in effects if effect.skipped is None]
-    other = catalogue.other_operators(native)
-    floor = next((e.moves for e in effects if e.cause.name == other.name and e.skipped is None), 0.0)
-    steps, ways, now = _greedily(scores, ways, now, usable, floor, progress)
+    steps, ways, now = _greedily(scores, ways, now, usable, other, progress)
     rest = scores.gap(now)
     rounding = None if rest.mismatches == 0 else _rounding(scores, ways, now, dtype, other, progress)
-    findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts)
+    explained = rounding is not None and within_rounding(rest, rounding)
+    findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts, explained=explained)
     return Attribution(
         len(sequences), whole, tuple(effects), tuple(steps), rest, rounding, damaged, findings, metrics, num_tokens
     )
@@ -112,13 +116,12 @@ def _alone(
             continue
         twin = seen.setdefault(other.tobytes(), cause.name)
         both = np.isfinite(scores.distance(now)) & np.isfinite(scores.distance(other))
-        moves = scores.distance(other, now)[both]
         effects.append(
             Effect(
                 cause,
                 scores.gap(now, both),
                 scores.gap(other, both),
-                float(moves.mean()) if len(moves) else 0.0,
+                scores.apart(other, now) or 0.0,
                 "changes no log-prob here" if twin == "" else None,
                 twin if twin not in ("", cause.name) else None,
             )
@@ -155,10 +158,12 @@ def _greedily(
     ways: list[Way],
     now: np.ndarray,
     usable: Sequence[Cause],
-    floor: float,
+    other_operators: Cause,
     progress: Callable[[str], None],
 ) -> tuple[list[Step], list[Way], np.ndarray]:
     steps: list[Step] = []
+    order = _scored(scores, ways, other_operators)
+    floor = 0.0 if order is None else scores.apart(order, now) or 0.0
     while len(steps) < _MAX_STEPS and scores.gap(now).mismatches:
         best: tuple[float, Cause, list[Way], np.ndarray, tuple[int, ...] | None] | None = None
         for cause in usable:
@@ -171,9 +176,10 @@ def _greedily(
                     best = (gain, cause, changed, other, chosen)
         if best is None:
             break
-        _, cause, ways, other, chosen = best
-        steps.append(Step(cause, scores.gap(now), scores.gap(other), chosen))
-        now = other
+        before = scores.gap(now)
+        _, cause, ways, now, chosen = best
+        _leave_out_edge(scores, ways, now, other_operators)
+        steps.append(Step(cause, before, scores.gap(now), chosen))
     return steps, ways, now
 
 
@@ -233,24 +239,43 @@ def _rounding(
     progress: Callable[[str], None],
 ) -> Rounding:
     progress("what rounding alone gives")
-
-    def mean(values: np.ndarray) -> float | None:
-        return float(np.nanmean(values)) if np.isfinite(values).any() else None
-
-    def scored(cause: Cause) -> np.ndarray | None:
-        try:
-            return scores.of([cause.change(way, place) for place, way in enumerate(ways)])
-        except (ValueError, NotImplementedError):
-            return None
-
-    order, single = scored(other), scored(_FLOAT32) if dtype != "float32" else None
+    order, single = _scored(scores, ways, other), _scored(scores, ways, _FLOAT32) if dtype != "float32" else None
     return Rounding(
         dtype=dtype,
-        other_order=None if order is None else mean(scores.distance(order, now)),
+        other_order=None if order is None else scores.apart(order, now),
         other_mismatches=0 if order is None else _differing(scores, order, now),
-        engine_error=None if single is None else mean(scores.distance(single)),
-        own_error=None if single is None else mean(scores.distance(single, now)),
+        engine_error=None if single is None else scores.apart(single, scores.reported),
+        own_error=None if single is None else scores.apart(single, now),
+        outside=int((scores.counts & np.isneginf(now)).sum()),
     )
+
+
+def _scored(scores: Scores, ways: Sequence[Way], cause: Cause) -> np.ndarray | None:
+    """Log-probs float32 [N] with a cause on top; None where the scorer can't imitate it."""
+    try:
+        return scores.of([cause.change(way, place) for place, way in enumerate(ways)])
+    except (ValueError, NotImplementedError):
+        return None
+
+
+def _leave_out_edge(scores: Scores, ways: Sequence[Way], now: np.ndarray, other: Cause) -> np.ndarray:
+    """Leave out, and return as bool [N], tokens that fell out of the recomputed support by no more than rounding.
+
+    They are -inf by whichever side of the edge they fell on, and say nothing of any cause. other: another order of
+    summation, whose mean |Δ| without any filter is how far rounding moves a probability.
+    """
+    outside = scores.counts & np.isneginf(now)
+    edge = np.zeros_like(outside)
+    if not outside.any():
+        return edge
+    unfiltered = [catalogue.FILTERS.change(way, place) for place, way in enumerate(ways)]
+    order = _scored(scores, unfiltered, other)
+    floor = None if order is None else scores.apart(order, scores.of(unfiltered))
+    if floor:
+        loosened = scores.of([replace(way, settings=replace(way.settings, slack=_EDGE * floor)) for way in ways])
+        edge = outside & np.isfinite(loosened)
+        scores.leave_out(edge)
+    return edge
 
 
 def _differing(scores: Scores, a: np.ndarray, b: np.ndarray) -> int:

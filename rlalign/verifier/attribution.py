@@ -46,13 +46,14 @@ class Step:
 class Rounding:
     """What arithmetic alone gives, with all kept causes in place. engine_error, own_error: mean |Δ| of r and of t to
     float32 scoring; None where scoring is float32 itself. other_order: between t and another implementation's, whose
-    bits differ in other_mismatches tokens."""
+    bits differ in other_mismatches tokens. outside: tokens beyond the support by more than that, in no mean."""
 
     dtype: str
     other_order: float | None
     other_mismatches: int
     engine_error: float | None
     own_error: float | None
+    outside: int = 0
 
     @property
     def alone(self) -> float:
@@ -133,7 +134,7 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
 
 def within_rounding(rest: Gap, rounding: Rounding) -> bool:
     """Whether two implementations of the same arithmetic may be this far apart, and in as many tokens."""
-    if rest.mismatches < _FEW * rounding.other_mismatches:
+    if rounding.outside or rest.mismatches < _FEW * rounding.other_mismatches:
         return False  # rounding spares no token; this spared nearly all
     if rounding.engine_error is not None and rounding.own_error is not None:
         # each is held against float32 by itself: a dump that rounds as we do is no further from it than we are

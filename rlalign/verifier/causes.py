@@ -58,6 +58,12 @@ _POSITIONS = "derive position_ids from the attention mask (cumsum - 1) on both s
 _OURS = "same numerics on both sides (rlalign: numerics=invariant)"
 
 
+FILTERS = setting_cause(
+    "filters", "sampling", "temperature is in the log-probs, top-k, top-p and min-p are not", _FILTER,
+    ignore=["top_k", "top_p", "min_p"],
+)  # fmt: skip
+
+
 def sampling_causes() -> list[Cause]:
     """Transforms between logits and log-prob."""
     c = setting_cause
@@ -66,10 +72,7 @@ def sampling_causes() -> list[Cause]:
         c("top_p", "sampling", "the log-probs are not renormalised over the top-p set", _FILTER, ignore=["top_p"]),
         c("top_k", "sampling", "the log-probs are not renormalised over the top-k set", _FILTER, ignore=["top_k"]),
         c("min_p", "sampling", "the log-probs are not renormalised over the min-p set", _FILTER, ignore=["min_p"]),
-        c(
-            "filters", "sampling", "temperature is in the log-probs, top-k, top-p and min-p are not", _FILTER,
-            ignore=["top_k", "top_p", "min_p"],
-        ),
+        FILTERS,
         c("raw", "sampling", "the log-probs are those of the raw logits, before any transform", _PROCESSED,
           processed=False),
         c("processed", "sampling", "the log-probs are those after all transforms, though the dump says raw",

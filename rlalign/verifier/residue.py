@@ -14,8 +14,8 @@ from rlalign.verifier.compare import ulp_distance
 from rlalign.verifier.dumps.record import DumpSequence, missing
 
 _SHOWN = 5
-# a token is far off if it lies beyond so many medians, where most tokens differ a little
-_MEDIANS = 20.0
+# a token is far off at so many times what is typical, where most tokens differ a little
+_FAR_OFF = 20.0
 _FEW = 0.02
 _ONE_SIDED = 0.95
 _MIN_TOKENS = 40
@@ -49,21 +49,41 @@ def broken(sequences: Sequence[DumpSequence], scored: np.ndarray, place: np.ndar
     )
 
 
+def at_the_edge(edge: np.ndarray, place: np.ndarray) -> tuple[Finding, ...]:
+    """bool [N] of sampled tokens that rounding put outside the support, as a finding if there are any."""
+    what = (
+        "tokens were sampled that top-k, top-p or min-p leave out here by no more than rounding: -inf on one side, and "
+        "in none of the means"
+    )
+    return (_finding("edge_of_support", what, edge, place, _positions(place)),) if edge.any() else ()
+
+
 def describe_rest(
-    sequences: Sequence[DumpSequence], size: np.ndarray, scored: np.ndarray, place: np.ndarray, counts: np.ndarray
+    sequences: Sequence[DumpSequence],
+    size: np.ndarray,
+    scored: np.ndarray,
+    place: np.ndarray,
+    counts: np.ndarray,
+    *,
+    explained: bool = False,
 ) -> tuple[Finding, ...]:
     """Patterns of what is left. size: |Δ| float64 [N], NaN where a token does not count. scored: float32 [N]. counts:
-    bool [N], tokens that do."""
+    bool [N], tokens that do. explained: by rounding, so that only tokens far beyond it are worth a word."""
     reported = np.concatenate([*(s.logprobs for s in sequences), np.zeros(0, np.float32)])
     valid = counts & np.isfinite(size)
     differs = valid & (reported.view(np.int32) != scored.view(np.int32))
     if not differs.any():
         return ()
-    exact = differs.sum() < 0.5 * valid.sum()
-    threshold = 0.0 if exact else _MEDIANS * float(np.median(size[valid]))
-    far = (differs if exact else valid & (size > threshold)) & valid
     position = _positions(place)
-    found = [_outside(scored, reported, valid, place, position)]
+    found = [_outside(scored, valid, place, position)]
+    valid, differs = valid & ~np.isneginf(scored), differs & ~np.isneginf(scored)
+    exact = not explained and differs.sum() < 0.5 * valid.sum()
+    if not exact and differs.any():
+        # what is off must not raise the bar for itself; rounding is all sizes, and its median may be next to nothing
+        typical = np.mean(size[differs]) if explained else np.median(size[differs])
+        far = differs & (size > _FAR_OFF * float(typical))
+    else:
+        far = differs
     if far.any() and far.sum() < 0.5 * valid.sum():
         found += _clusters(far, valid, place, position, reported, scored)
     elif not far.any():
@@ -71,9 +91,7 @@ def describe_rest(
     return tuple(each for each in found if each is not None)
 
 
-def _outside(
-    scored: np.ndarray, reported: np.ndarray, valid: np.ndarray, place: np.ndarray, position: np.ndarray
-) -> Finding | None:
+def _outside(scored: np.ndarray, valid: np.ndarray, place: np.ndarray, position: np.ndarray) -> Finding | None:
     outside = valid & np.isneginf(scored)
     what = "tokens that the sampling parameters leave out under these weights, yet were sampled"
     return _finding("outside_support", what, outside, place, position) if outside.any() else None

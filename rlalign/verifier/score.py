@@ -7,6 +7,7 @@ every transform that the dump names. Legend: L response tokens of a sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Literal, Protocol, get_args
@@ -68,6 +69,8 @@ class ScoreSettings:
     """In place of the dump's."""
     filters_first: bool = False
     """top-k, top-p and min-p at temperature 1, and the temperature after them."""
+    slack: float = Field(0.0, ge=0)
+    """Filters keep what they might keep if every probability were wrong by a factor of up to e**slack."""
     logits: Literal["float32", "bfloat16", "bfloat16_softmax"] = "float32"
     """What logits are rounded to; bfloat16_softmax: log-softmax and its result too."""
     target_shift: Literal[-1, 0, 1] = 0
@@ -130,7 +133,19 @@ def effective_sampling(sequence: DumpSequence, settings: ScoreSettings) -> Sampl
         params = replace(params, min_tokens=0)
     if not params.greedy:
         params = replace(params, **{name: _OFF[name] for name in off})
+    if settings.slack:
+        params = _loosened(params, math.exp(settings.slack))
     return params if settings.temperature is None else replace(params, temperature=settings.temperature)
+
+
+def _loosened(params: SamplingParams, factor: float) -> SamplingParams:
+    """What ``slack`` means: for a mass, its odds; for a rank, at least one more, since neighbours may change places."""
+    return replace(
+        params,
+        top_k=int(params.top_k * factor) + 1 if params.top_k else 0,
+        top_p=params.top_p * factor / (params.top_p * factor + (1 - params.top_p)),
+        min_p=params.min_p / factor,
+    )
 
 
 def _shown(value: object) -> str:

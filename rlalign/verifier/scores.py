@@ -86,6 +86,15 @@ class Scores:
         size = np.where(np.isnan(scored), np.nan, np.minimum(size, CAP))
         return np.where(self.counts, size, np.nan)
 
+    def apart(self, a: np.ndarray, b: np.ndarray) -> float | None:
+        """Mean |Δ| between two ways of scoring float32 [N], of tokens finite in both; None if there is none."""
+        both = self.counts & np.isfinite(a) & np.isfinite(b)
+        return float(np.abs(a[both].astype(np.float64) - b[both]).mean()) if both.any() else None
+
+    def leave_out(self, tokens: np.ndarray) -> None:
+        """bool [N]: these count no more, whatever the way of scoring."""
+        self.counts &= ~tokens
+
     def gap(self, scored: np.ndarray, among: np.ndarray | None = None) -> Gap:
         """among: bool [N], the tokens to look at; None for all that have a log-prob."""
         size = self.distance(scored)

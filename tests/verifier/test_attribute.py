@@ -50,7 +50,7 @@ class Numbers:
                 found = found + _noise(sequence.id, name, length) * (float(value) - getattr(SamplingParams(), name))
         for name in settings.__dataclass_fields__:
             value = getattr(settings, name)
-            if name in ("processed", "ignore", "temperature") or value == getattr(BASE, name):
+            if name in ("processed", "ignore", "temperature", "slack") or value == getattr(BASE, name):
                 continue
             shown = "+".join(sorted(value)) if isinstance(value, frozenset) else str(value)
             found = found + _noise(sequence.id, f"{name}={shown}", length) * _SIZE.get(name, 1.0)
@@ -258,6 +258,55 @@ def test_noise_as_large_as_rounding_is_explained_by_it():
     assert outcome.steps == ()
     assert outcome.explained
     assert "rounding explains it" in outcome.verdict
+
+
+class Filtered(Numbers):
+    """Its top-p leaves out two tokens of sequence 1, unless it is above ``needs``."""
+
+    def __init__(self, needs: float) -> None:
+        super().__init__()
+        self.needs = needs
+
+    def _one(self, sequence: DumpSequence, settings: ScoreSettings) -> np.ndarray:
+        found = super()._one(sequence, replace(settings, slack=0.0))
+        if sequence.id == "1" and effective_sampling(sequence, settings).top_p < self.needs:
+            found[[4, 9]] = -np.inf
+        return found
+
+
+def filtered(needs: float) -> Attribution:
+    dump = reported(sequences(), Filtered(0.0)(sequences(), BASE))
+    noise = np.random.default_rng(0)
+    dump = reported(dump, [s.logprobs + noise.normal(0, 5e-5, len(s.logprobs)) for s in dump])
+    return attribute(dump, Filtered(needs))
+
+
+def test_tokens_at_the_edge_of_the_support_are_named_and_hide_nothing():
+    outcome = filtered(0.90001)
+    assert outcome.steps == ()
+    assert [(f.name, f.tokens, f.where) for f in outcome.broken] == [("edge_of_support", 2, ((1, 4), (1, 9)))]
+    assert outcome.base.tokens == sum(LENGTHS) - 2
+    assert outcome.base.max_abs < 1e-3
+    assert outcome.explained
+    assert outcome.findings == ()
+    assert not outcome.equal
+
+
+def test_tokens_outside_the_support_by_more_are_not_rounding():
+    outcome = filtered(0.95)
+    assert outcome.broken == ()
+    assert [(f.name, f.where) for f in outcome.findings] == [("outside_support", ((1, 4), (1, 9)))]
+    assert not outcome.explained
+    assert "more than rounding: unexplained" in outcome.verdict
+
+
+def test_slack_loosens_every_filter_and_nothing_else():
+    params = effective_sampling(sequences()[0], ScoreSettings(slack=0.1))
+    assert (params.temperature, params.top_k) == (0.7, 23)
+    assert params.top_p == pytest.approx(0.9087, abs=1e-4)
+    assert params.min_p == pytest.approx(0.0905, abs=1e-4)
+    for slack in np.linspace(0.01, 1.0, 50).tolist():
+        assert effective_sampling(sequences(SamplingParams())[0], ScoreSettings(slack=slack)) == SamplingParams()
 
 
 def test_against_bfloat16_both_sides_are_held_against_float32():
