@@ -126,6 +126,12 @@ def test_openai_echo(tmp_path: Path) -> None:
     assert (ids(sequence), sequence.logprobs.tolist()) == (([4], [5, 6]), [-1.0, -2.0])
     echoed = only(write(tmp_path, {"id": "c", "choices": [{**choice, "prompt_token_ids": [4, 5]}]}))
     assert ids(echoed) == ([4, 5], [6])
+    # vLLM's token_ids are the response's alone, whatever is echoed
+    returned = {**choice, "prompt_token_ids": [4, 5], "token_ids": [6]}
+    echoed = only(write(tmp_path, {"id": "c", "choices": [returned]}))
+    assert (ids(echoed), echoed.logprobs.tolist()) == (([4, 5], [6]), [-2.0])
+    scored = only(write(tmp_path, {"id": "c", "choices": [{**choice, "prompt_token_ids": [4, 5, 6]}]}))
+    assert (ids(scored), scored.logprobs.tolist()) == (([4], [5, 6]), [-1.0, -2.0])
 
 
 def test_openai_prompt_logprobs(tmp_path: Path) -> None:
@@ -236,6 +242,8 @@ def test_trl(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="field 'prompt_mask' is missing"):
         list(read_dump(write(tmp_path, bare)))
     assert ids(next(read_dump(write(tmp_path, bare), options=ReadOptions(pad_token_id=0)))) == ([3, 4], [8, 9])
+    ragged = {name: [value[0][:2], value[1]] for name, value in bare.items()}
+    assert [ids(s) for s in read_dump(write(tmp_path, ragged))] == [([0, 3], [8, 9]), ([5, 6, 7], [10, 11, 12])]
     flat = {name: value[1] for name, value in bare.items()}
     assert ids(only(write(tmp_path, flat))) == ([5, 6, 7], [10, 11, 12])
 
@@ -324,6 +332,13 @@ def test_the_first_telling_row_decides(tmp_path: Path) -> None:
     (b'"x"\n', "line 1: a row must be an object"),
     (b'{"text": "\xff"}\n', "line 1: not UTF-8 text"),
     (b'{"text": "x"}\n', "line 1: no dump format has the fields text"),
+    (json.dumps({**own(), "logprobs": None}).encode(), "logprobs; of these logprobs is missing or null"),
+    (json.dumps(own()).encode() + b'\n{"id": "1", "tok', "line 2: not valid JSON: Unterminated string starting at "
+     "(column 13); the file ends there, cut off"),
+    (b"[" * 100_000 + b"\n", "line 1: lists or objects inside each other, too deep"),
+    (b'{"text": 1' + b"0" * 5000 + b"}\n", "line 1: not readable as JSON: Exceeds the limit"),
+    (b'{"prompt_token_ids": [1], "outputs": [{"token_ids": [2], "logprobs": null}]}\n',
+     "line 1: field 'outputs[0].logprobs' is missing: ask vLLM for it"),
     (b"\x80\x05pickle", "this is a pickle"),
     (b"PK\x03\x04", "this is a zip archive"),
     (b"PAR1 torn", "not a readable parquet file"),
@@ -342,6 +357,7 @@ def test_a_wrong_file(tmp_path: Path, content: bytes, message: str) -> None:
     ({"logprobs": [-1.0, "x"]}, "field 'logprobs[1]' must be a log-prob, is 'x'"),
     ({"logprobs": [-1.0, True]}, "field 'logprobs[1]' must be a log-prob, is True"),
     ({"logprobs": None}, "field 'logprobs' is missing"),
+    ({"logprobs": [-1.0, -(10**400)]}, "field 'logprobs[1]' must be a log-prob, is -1000"),
     ({"token_ids": [2, -3]}, "field 'token_ids[1]' must be a token id, is -3"),
     ({"token_ids": [2, 2.5]}, "field 'token_ids[1]' must be a token id, is 2.5"),
     ({"token_ids": [2, True]}, "field 'token_ids[1]' must be a token id, is True"),
@@ -349,6 +365,7 @@ def test_a_wrong_file(tmp_path: Path, content: bytes, message: str) -> None:
     ({"prompt_token_ids": "abc"}, "field 'prompt_token_ids' must be a list"),
     ({"mask": [1]}, "field 'mask' has 1 values for 2"),
     ({"mask": [1, 2]}, "field 'mask' must hold booleans"),
+    ({"mask": [[1], [1, 1]]}, "field 'mask' must hold booleans"),
     ({"sampling": {"temperature": -1}}, "field 'sampling.temperature': Input should be greater than or equal to 0"),
     ({"sampling": 1}, "field 'sampling' must be an object"),
     ({"processed": "yes"}, "field 'processed' must be true or false"),

@@ -119,9 +119,11 @@ def choose_format(path: Path, rows: Iterator[Row], name: str | None) -> tuple[Fo
     first = looked_at[0]
     if native.matches(first.values):
         return FORMATS["rlalign"], chain(looked_at, rows)
+    absent = [name for name in ("prompt_token_ids", "token_ids", "logprobs") if first.values.get(name) is None]
+    why = f"; of these {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing or null" if absent else ""
     raise first.error(
         f"no dump format has the fields {', '.join(first.values) or '(none)'}; a row of ours has id, prompt_token_ids, "
-        f"token_ids, logprobs. Formats: {', '.join(FORMATS)}"
+        f"token_ids, logprobs{why}. Formats: {', '.join(FORMATS)}"
     )
 
 

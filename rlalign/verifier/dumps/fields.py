@@ -7,6 +7,7 @@ in which every engine computes them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -55,7 +56,7 @@ def logprobs(row: Row, name: str, value: Any) -> np.ndarray:
         return value
     items = _listed(row, name, value)
     if set(map(type, items)) <= {float, int}:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"), suppress(OverflowError):  # below, the number that is too large is named
             return np.array(items, np.float64).astype(np.float32)
     return np.array([number(row, f"{name}[{i}]", item) for i, item in enumerate(items)], np.float32)
 
@@ -68,8 +69,11 @@ def number(row: Row, name: str, value: Any) -> np.float32:
         return np.float32(_WORDS[value])
     if type(value) not in (float, int, np.float32, np.float64, np.int64):
         raise row.error(f"field '{name}' must be a log-prob, is {_short(value)}")
-    with np.errstate(over="ignore"):
-        return np.float32(value)
+    try:
+        with np.errstate(over="ignore"):
+            return np.float32(value)
+    except OverflowError as error:
+        raise row.error(f"field '{name}' must be a log-prob, is {_short(value)}") from error
 
 
 def mask(row: Row, name: str, value: Any) -> np.ndarray:
@@ -77,7 +81,10 @@ def mask(row: Row, name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray) and value.dtype == np.bool_:
         return value
     items = _listed(row, name, value)
-    array = np.array(items) if len(items) else np.zeros(0, np.bool_)
+    try:
+        array = np.array(items) if len(items) else np.zeros(0, np.bool_)
+    except ValueError:  # lists of several lengths
+        array = np.zeros((0, 0))
     if array.ndim != 1 or array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
         raise row.error(f"field '{name}' must hold booleans or zeros and ones, is {_short(value)}")
     return array.astype(np.bool_)

@@ -48,9 +48,8 @@ class _Choice:
         if options.prompt or (in_prompt is not None and self.choice.get("logprobs") is None):
             return self._of_prompt(name, in_prompt)
         tokens, logprobs = self._reported()
-        token_ids = self._token_ids(tokens)
+        prompt, token_ids, logprobs = self._prompt(self._token_ids(tokens), logprobs)
         fields.same_length(self.row, f"{self.prefix}logprobs", logprobs, "token_ids", len(token_ids))
-        prompt, token_ids, logprobs = self._prompt(token_ids, logprobs)
         message = self.choice.get("message")
         text = message.get("content") if isinstance(message, dict) else self.choice.get("text")
         return DumpSequence(
@@ -97,17 +96,21 @@ class _Choice:
 
     def _prompt(self, token_ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(prompt ids, token ids, log-probs), an echoed prompt split off."""
-        if (found := self._prompt_ids()) is not None:
-            begin = len(found) if len(token_ids) > len(found) and self._echoed(logprobs) else 0
-            if begin and not np.array_equal(token_ids[:begin], found):
-                raise self.row.error(f"field '{self.prefix}token_ids' echoes another prompt than 'prompt_token_ids'")
-            return found, token_ids[begin:], logprobs[begin:]
-        if self._echoed(logprobs):
+        found, echoed = self._prompt_ids(), self._echoed(logprobs)
+        if found is None and not echoed:
+            raise self.row.error(
+                "field 'prompt_token_ids' is missing: it belongs into the response or beside it (vLLM: "
+                "return_token_ids=true), or ask for echo=true"
+            )
+        if found is None or (echoed and np.array_equal(token_ids, found)):  # nobody says where a response begins
             return token_ids[:1], token_ids[1:], logprobs[1:]
-        raise self.row.error(
-            "field 'prompt_token_ids' is missing: it belongs into the response or beside it (vLLM: "
-            "return_token_ids=true), or ask for echo=true"
-        )
+        if not echoed:
+            return found, token_ids, logprobs
+        if len(token_ids) == len(logprobs):  # not so where vLLM echoes: token_ids are then the response's alone
+            if not np.array_equal(token_ids[: len(found)], found):
+                raise self.row.error(f"field '{self.prefix}token_ids' echoes another prompt than 'prompt_token_ids'")
+            token_ids = token_ids[len(found) :]
+        return found, token_ids, logprobs[len(found) :]
 
     def _echoed(self, logprobs: np.ndarray) -> bool:
         reported = self.choice["logprobs"].get("token_logprobs")

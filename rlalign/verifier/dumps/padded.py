@@ -49,7 +49,7 @@ def read_trl(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
     batch = _Batch(row, ("prompt_ids", "completion_ids", name), ("prompt_mask", "completion_mask", "tool_mask"))
     pad = _pad_id(row, options)
     for ids, mask in (("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")):
-        if batch.nested and pad is None and not batch.has(mask):
+        if batch.nested and pad is None and not batch.has(mask) and batch.rectangular(ids):
             raise row.error(
                 f"field '{mask}' is missing: without it, or a padding id, the padding of '{ids}' is unknown"
             )
@@ -102,6 +102,10 @@ class _Batch:
 
     def has(self, name: str) -> bool:
         return name in self._found
+
+    def rectangular(self, name: str) -> bool:
+        """Whether all rows are of one length, as padded ones are."""
+        return len({len(value) for value in self._found[name]}) == 1
 
     def member(self, index: int) -> _Member:
         if not self.nested:

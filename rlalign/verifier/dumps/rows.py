@@ -22,7 +22,7 @@ from rlalign.verifier.dumps.record import MISSING
 _BATCH_ROWS = 256
 # pages are read as they are needed: a file may be one row group
 _BUFFER_BYTES = 1 << 20
-_NOT_TEXT = {b"\x80": "a pickle", b"PK": "a zip archive, such as torch.save writes", b"\x1f\x8b": "gzip"}
+_NOT_TEXT = {b"\x80": "a pickle", b"PK": "a zip archive, as torch.save and numpy.savez write", b"\x1f\x8b": "gzip"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +67,24 @@ def parse_line(path: Path, line: int, content: bytes) -> Iterator[Row]:
     """The objects of one line of a JSONL file: one, several if the line is a list, none if it is blank."""
     if not content.strip():
         return
+    yield from _objects(path, line, _decoded(path, content, line))
+
+
+def _decoded(path: Path, content: bytes, line: int | None) -> Any:
+    """A line's value; ``line`` None for a document of several."""
+    where = f"{path}" if line is None else f"{path}, line {line}"
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
-        raise ValueError(f"{path}, line {line}: not valid JSON: {reason}") from error
+        where = f"{path}, line {error.lineno if line is None else line}"
+        cut = "" if content.endswith(b"\n") else "; the file ends there, cut off or still being written (dump --watch)"
+        raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){cut}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {line}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    yield from _objects(path, line, value)
+        raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: lists or objects inside each other, too deep to be read") from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise ValueError(f"{where}: not readable as JSON: {error}") from error
 
 
 def _objects(path: Path, line: int, value: Any) -> Iterator[Row]:
@@ -110,13 +120,7 @@ def _goes_on(cause: BaseException | None, content: bytes) -> bool:
 
 
 def _document(path: Path) -> Iterator[Row]:
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    yield from _objects(path, 1, value)
+    yield from _objects(path, 1, _decoded(path, path.read_bytes(), None))
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -19,10 +19,12 @@ from rlalign.verifier.dumps.rows import Row
 
 
 def matches(values: Mapping[str, Any]) -> bool:
-    """True for a row with ids of a prompt, and a completion whose log-probs are objects."""
+    """True for a row with ids of a prompt, and nested completions, or one whose log-probs are objects."""
     if "prompt_token_ids" not in values:
         return False
     outputs = values.get("outputs")
+    if isinstance(outputs, list) and any(isinstance(one, dict) and "token_ids" in one for one in outputs):
+        return True
     completions = outputs if isinstance(outputs, list) else [values]
     listed = [completion.get("logprobs") for completion in completions if isinstance(completion, dict)]
     listed.append(values.get("prompt_logprobs"))
@@ -52,11 +54,13 @@ def _has_logprobs(row: Row, outputs: Any) -> bool:
 
 def _of_completion(row: Row, completion: Mapping[str, Any], prefix: str, name: str, prompt: np.ndarray) -> DumpSequence:
     token_ids = fields.ids(row, f"{prefix}token_ids", fields.need(row, "token_ids", completion, prefix))
+    if completion.get("logprobs") is None:
+        raise row.error(f"field '{prefix}logprobs' is missing: ask vLLM for it, SamplingParams(logprobs=0)")
     return DumpSequence(
         id=name,
         prompt_token_ids=prompt,
         token_ids=token_ids,
-        logprobs=of_tokens(row, f"{prefix}logprobs", fields.need(row, "logprobs", completion, prefix), token_ids),
+        logprobs=of_tokens(row, f"{prefix}logprobs", completion["logprobs"], token_ids),
         sampling=fields.sampling(row),
         processed=fields.processed(row),
         weights_version=fields.whole(row, "weights_version", row.values.get("weights_version")),
