@@ -1,7 +1,8 @@
 """``align(model)``: a Hugging Face causal LM onto our operators, in place.
 
-Modules are recognised by what they compute, not by their name alone: each replacement is compared with the module it
-replaces on random input before it is kept. What is not recognised stays as it was, and ``audit`` refuses it.
+Norms and rotary embeddings are recognised by what they compute, not by their name alone: each replacement is compared
+with the module it replaces on random input before it is kept. A linear is one whose forward is ``nn.Linear``'s, an
+activation one of PyTorch's or transformers'. What is not recognised stays as it was, and ``audit`` refuses it.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ def align(
     with only the attention function replaced, so that packed and paged rows work. None takes the invariant one of the
     model's device: move the model there first.
     attention: another inner attention than the backend's own (modeling/inner_attention.py).
-    Returns the same model. Raises ValueError naming the module where something can't be made invariant, or the
-    attention that can't run there, or isn't invariant beside operators that are.
+    Returns the same model. Raises TypeError for anything else, ValueError naming the module where something can't be
+    made invariant, or the attention that can't run there, or isn't invariant beside operators that are. Nothing has
+    been changed then.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model={model!r:.80}, a {type(model).__name__}: need a Hugging Face causal LM")
     if isinstance(getattr(model, "rlalign_backend", None), str):
         raise ValueError(f"model is already aligned (backend={model.rlalign_backend!r}): load it anew")
     backend = backend_for("invariant", model.device) if backend is None else backend
@@ -55,6 +59,8 @@ def align(
     refuse_contradiction(attention, "native" if backend == "native" else "invariant")
     attention.check(model.device, model.dtype)
     _refuse_dropout(model)
+    if backend != "native":
+        _refuse_batch_dependent_rope(model)
     model.set_attn_implementation(ATTENTION_NAME)
     for name, module in model.named_modules():
         if hasattr(module, "layer_idx"):
@@ -69,12 +75,13 @@ def align(
 
 def _align_module(name: str, module: nn.Module, backend: str) -> None:
     kind = type(module).__name__
-    if isinstance(module, nn.Linear):
+    # a subclass with a forward of its own (an adapter's, a quantised weight's) computes something else
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         layers.become(module, layers.AlignedLinear, backend)
     elif kind.endswith("RMSNorm") and hasattr(module, "weight"):
-        _align_norm(name, module, backend)
+        _align_norm(module, backend)
     elif kind.endswith("RotaryEmbedding") and hasattr(module, "inv_freq"):
-        _align_rotary(name, module, backend)
+        _align_rotary(module, backend)
     elif kind in ("SiLU", "SiLUActivation"):
         layers.become(module, layers.AlignedSiLU, backend)
     elif kind in _GELU_APPROXIMATION:
@@ -101,11 +108,21 @@ def _refuse_dropout(model: PreTrainedModel) -> None:
             raise ValueError(f"config.{field}={getattr(model.config, field)}: dropout is not supported, set it to 0")
 
 
-def _align_norm(name: str, module: nn.Module, backend: str) -> None:
+def _refuse_batch_dependent_rope(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        rope_type = getattr(module, "rope_type", None)
+        if hasattr(module, "inv_freq") and isinstance(rope_type, str) and rope_type in _BATCH_DEPENDENT_ROPE:
+            raise ValueError(
+                f"{name}: rope_type={rope_type!r} makes a token's frequencies depend on the longest sequence beside "
+                "it, so it cannot be invariant; supported: default, linear, llama3, yarn"
+            )
+
+
+def _align_norm(module: nn.Module, backend: str) -> None:
     """Find the form of RMSNorm (weight or 1 + weight; rounded before or after it) that this module computes."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if eps is None:
-        raise ValueError(f"{name} ({type(module).__name__}) has no eps that align() knows")
+        return  # not one that we know: audit names what it computes
     probe = _with_random_weight(module)
     x = _random_like_weight(module, rows=8)
     expected = probe(x)
@@ -141,15 +158,9 @@ def _agree(ours: Tensor, theirs: Tensor) -> bool:
     return (ours == theirs).float().mean().item() > 0.9
 
 
-def _align_rotary(name: str, module: nn.Module, backend: str) -> None:
-    rope_type = getattr(module, "rope_type", "default")
-    if not isinstance(rope_type, str):
+def _align_rotary(module: nn.Module, backend: str) -> None:
+    if not isinstance(getattr(module, "rope_type", "default"), str):
         return  # several frequency sets in one module (Gemma-3): not ours yet, audit names it
-    if rope_type in _BATCH_DEPENDENT_ROPE:
-        raise ValueError(
-            f"{name}: rope_type={rope_type!r} makes a token's frequencies depend on the longest sequence beside it, "
-            "so it cannot be invariant; supported: default, linear, llama3, yarn"
-        )
     x = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=module.inv_freq.device)
     positions = torch.arange(0, 64, 7, device=module.inv_freq.device).unsqueeze(0)
     expected, _ = module(x, positions)

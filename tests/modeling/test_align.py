@@ -158,14 +158,36 @@ def test_refuses_what_cannot_be_invariant() -> None:
         max_position_embeddings=128,
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
     )
+    model = AutoModelForCausalLM.from_config(dynamic)
+    kinds = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="rope_type='dynamic'"):
-        align(AutoModelForCausalLM.from_config(dynamic), backend="reference")
+        align(model, backend="reference")
+    # nothing of it was touched, or what is done with it now would be half one thing and half another
+    assert [type(module) for module in model.modules()] == kinds
+    assert align(model, backend="native").rlalign_backend == "native"
+    with pytest.raises(TypeError, match="a Linear: need a Hugging Face causal LM"):
+        align(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="already aligned"):
         align(align(tiny_model("llama"), backend="reference"), backend="reference")
     dropping = tiny_model("llama")
     dropping.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attention_dropout"):
         align(dropping, backend="reference")
+
+
+class Doubled(torch.nn.Linear):
+    """As adapters and quantised layers do it: a linear by name, with a forward of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_linear_that_computes_something_else_is_left_to_the_audit() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.__class__ = Doubled
+    align(model, backend="reference")
+    with pytest.raises(AuditError, match=r"aten\.\w+ in model\.layers\.1\.mlp\.up_proj"):
+        audit(model)
 
 
 def test_refuses_calls_it_would_have_to_guess_at() -> None:
