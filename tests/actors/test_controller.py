@@ -10,6 +10,7 @@ import time
 import pytest
 import ray
 from rlalign_kernels import Fingerprint
+from support.actors import kill
 from support.runs import tiny_run
 
 from rlalign.actors import Controller, cluster, controller
@@ -64,41 +65,36 @@ def test_another_step_draws_other_samples(setting):
     assert outcome(actors.generate(prompts[:4], step=1)) != outcome(actors.generate(prompts[:4], step=2))
 
 
-def test_a_dead_actor_is_replaced_in_the_middle_of_a_rollout(setting):
+def test_a_dead_actor_is_replaced_in_the_middle_of_a_rollout_and_its_planted_fault_again(setting):
     actors, _, prompts = setting
-    before = outcome(actors.generate(prompts[:6], **STEP))
+    clean = outcome(actors.generate(prompts[:6], **STEP))
+    planted = outcome(actors.generate(prompts[:6], **STEP, plant_fault=True))
     restarts = actors.num_restarts
-    ray.kill(actors._rollouts[1])
-    assert outcome(actors.generate(prompts[:6], **STEP)) == before
+    kill(actors._rollouts[0])
+    assert outcome(actors.generate(prompts[:6], **STEP, plant_fault=True)) == planted != clean
     assert actors.num_restarts == restarts + 1
+    assert outcome(actors.generate(prompts[:6], **STEP)) == clean
 
 
 def test_a_dead_actor_is_replaced_when_weights_arrive(setting):
     actors, _, prompts = setting
     before = outcome(actors.generate(prompts[:3], **STEP))
-    ray.kill(actors._rollouts[0])
+    kill(actors._rollouts[0])
     actors.sync_weights()
     assert actors.weights_equal and outcome(actors.generate(prompts[:3], **STEP)) == before
-
-
-def test_a_planted_fault_survives_its_actor(setting):
-    actors, _, prompts = setting
-    clean = outcome(actors.generate(prompts[:3], **STEP))
-    planted = outcome(actors.generate(prompts[:3], **STEP, plant_fault=True))
-    ray.kill(actors._rollouts[0])
-    assert outcome(actors.generate(prompts[:3], **STEP, plant_fault=True)) == planted != clean
 
 
 def odd_actor(config, start_seconds=0.0, load_seconds=0.0, plan=None):
     """Stands in for a rollout actor that is slow to start, or to load."""
 
-    class Odd:  # made here, so that its process gets it by value and imports nothing of ours
+    class Odd:  # made here, so that its process gets it by value and imports nothing of ours, unless it has a plan
         def __init__(self):
             time.sleep(start_seconds)
+            self.plan = plan
 
         def load(self, config, checkpoint):
             time.sleep(load_seconds)
-            return plan and Fingerprint(plan)
+            return self.plan
 
         def generate(self, requests, *, plant_fault):
             raise NotImplementedError
@@ -143,7 +139,7 @@ def test_a_replacement_that_never_starts_is_named(setting, with_second, monkeypa
 
 def test_loading_may_take_longer_than_starting(setting, with_second):
     actors, *_ = setting
-    with_second(load_seconds=1.5, plan=dict(actors.plan.fields))
+    with_second(load_seconds=1.5, plan=actors.plan)
     actors.load(actors._checkpoint)
 
 
@@ -223,6 +219,6 @@ def test_an_address_where_nobody_answers():
 
 def test_a_dead_trainer_ends_the_run_with_its_name(setting):
     actors, *_ = setting  # the last test of this file: nothing works after it
-    ray.kill(actors._trainer_handle)
+    kill(actors._trainer_handle)
     with pytest.raises(RuntimeError, match="the trainer actor died"):
         actors.trainer.version()

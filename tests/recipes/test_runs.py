@@ -9,9 +9,9 @@ import grpo
 import numpy as np
 import ppo
 import pytest
-import ray
 import sft
 import yaml
+from support.actors import kill
 from support.runs import summary, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,7 +122,7 @@ def test_a_rollout_actor_that_dies_is_replaced_and_reaches_nothing(plain_run, tm
 
     def kill_then_generate(self, *args, **kwargs):
         if kwargs["step"] == 2:
-            ray.kill(self._rollouts[0])
+            kill(self._rollouts[0])
         return generate(self, *args, **kwargs)
 
     monkeypatch.setattr(Controller, "generate", kill_then_generate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -29,3 +30,11 @@ class ActorPool:
         except RayActorError:
             return
         self._idle[self._class_of[handle]].append(handle)
+
+
+def kill(handle: Any) -> None:
+    """Returns when the actor is gone; ``ray.kill`` does before, and the next call may still be answered."""
+    ray.kill(handle)
+    with suppress(RayActorError):
+        while True:
+            ray.get(handle.__ray_ready__.remote())
