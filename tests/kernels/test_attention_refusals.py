@@ -12,6 +12,9 @@ BACKENDS = ["reference", "native", pytest.param("triton", marks=interpreted)]
 SETTINGS = [
     ({"scale": [1]}, r"scale=\[1\]"),
     ({"window": True}, "window=True"),
+    ({"causal": None}, "causal=None"),
+    ({"causal": "no"}, "causal='no'"),
+    ({"causal": [1]}, r"causal=\[1\]"),
     ({"window": [3]}, r"window=\[3\]"),
     ({"softcap": [3.0]}, r"softcap=\[3\.0\]"),
     ({"cu_seqlens_q": [0, 4]}, r"cu_seqlens_q=\[0, 4\]"),
@@ -64,6 +67,35 @@ def test_packed(changed, message, backend):
 def test_paged(changed, message, backend):
     with pytest.raises(ValueError, match=f"attention.*{message}"):
         attention_paged(**paged_arguments() | changed, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_that_hold_nothing(backend):
+    cache = torch.zeros(2, 0, 1, 16)
+    given = {"k_cache": cache, "v_cache": cache, "kv_lens": torch.tensor([0])}
+    with pytest.raises(ValueError, match="pages of 0 tokens"):
+        attention_paged(**paged_arguments() | given, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_sequence_is_nothing_to_do(backend):
+    none = {"q": torch.zeros(0, 2, 16), "cu_seqlens_q": torch.zeros(1, dtype=torch.int32)}
+    tables = {"block_tables": torch.zeros(0, 3, dtype=torch.int32), "kv_lens": torch.zeros(0, dtype=torch.int32)}
+    assert attention_paged(**paged_arguments() | none | tables, backend=backend).shape == (0, 2, 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", ["q", "k", "v"])
+def test_a_gradient_where_no_query_has_a_key_is_zero(wanted, backend):
+    arguments = packed_arguments() | {
+        "cu_seqlens_q": torch.tensor([0, 4, 4], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 0, 4], dtype=torch.int32),
+    }
+    arguments["q"] = torch.full_like(arguments["q"], torch.nan)
+    arguments[wanted] = arguments[wanted].clone().requires_grad_()
+    out = attention_packed(**arguments, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), arguments[wanted])
+    assert not out.any() and not grad.any()
 
 
 @interpreted

@@ -6,8 +6,9 @@ Arguments and their order are FlashAttention 2's; version 3's names are keyword-
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 
@@ -50,17 +51,16 @@ def flash_attn_varlen_func(
     (out, lse). lse is natural, float32 [Hq, T], -inf for a row that sees no key, and carries no gradient.
     Raises ValueError or NotImplementedError naming the argument that is not supported.
     """
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"flash_attn_varlen_func: dropout_p={dropout_p} is not supported; use 0")
+    if not isinstance(dropout_p, Real) or dropout_p != 0.0:
+        raise NotImplementedError(f"flash_attn_varlen_func: dropout_p={dropout_p!r} is not supported; use 0")
     if alibi_slopes is not None:
         raise NotImplementedError("flash_attn_varlen_func: alibi_slopes are not supported; use None")
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     causal, window = _window(causal, window_size)
     settings = {
-        "scale": scale,
+        "scale": _scale(q, softmax_scale),
         "causal": causal,
         "window": window,
-        "softcap": softcap or None,
+        "softcap": None if isinstance(softcap, Real) and softcap == 0 else softcap,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
         "return_lse": return_attn_probs or return_softmax_lse,
@@ -86,10 +86,23 @@ def flash_attn_varlen_func(
     return (out, lse.t(), None) if return_attn_probs else (out, lse.t())
 
 
+def _scale(q: torch.Tensor, softmax_scale: float | None) -> float:
+    if softmax_scale is None:
+        refuse_what_is_no_tensor("flash_attn_varlen_func", q=q)
+        return max(1, q.shape[-1]) ** -0.5  # a head_dim of 0 is refused further down
+    if not isinstance(softmax_scale, Real) or not 0 < softmax_scale < math.inf:
+        raise ValueError(
+            f"flash_attn_varlen_func: softmax_scale={softmax_scale!r} is not supported; use None or a finite number > 0"
+        )
+    return softmax_scale
+
+
 def _window(causal: bool, window_size: tuple[int | None, int | None] | None) -> tuple[bool, int | None]:
     """(causal, window) as our operators count: a window holds the key at the query's own position too."""
+    if causal is not True and causal is not False:
+        raise ValueError(f"flash_attn_varlen_func: causal={causal!r} is not supported; use True or False")
     try:
-        return _sides(bool(causal), *((-1, -1) if window_size is None else window_size))
+        return _sides(causal, *((-1, -1) if window_size is None else window_size))
     except TypeError:  # not a pair, or not of numbers
         raise ValueError(f"flash_attn_varlen_func: window_size={window_size!r} is not a pair (left, right)") from None
 

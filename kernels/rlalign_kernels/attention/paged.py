@@ -89,7 +89,8 @@ def _native(
 
     def padded() -> native.Batch:
         kv_len = host.kv_len
-        slots = (host.tables[:, :, None] * page_size + np.arange(page_size)).reshape(len(kv_len), -1)
+        slots = host.tables[:, :, None] * page_size + np.arange(page_size)
+        slots = slots.reshape(len(kv_len), host.tables.shape[1] * page_size)
         return native.Batch(host.cu_q, [slots[b, : kv_len[b]] for b in range(len(kv_len))], q.device)
 
     found = cached(("native paged", q.device, *host.key), padded)

@@ -33,6 +33,8 @@ def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         raise ValueError(f"{operator}: keys have shape {tuple(k.shape)}; expected {_KEY_SHAPES[operator]}")
     if q.dim() != 3 or k.shape[:-1] != v.shape[:-1] or k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{operator}: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    if k.dim() == 4 and k.shape[1] == 0:
+        raise ValueError(f"{operator}: k_cache {tuple(k.shape)} has pages of 0 tokens")
     if k.shape[-2] == 0 or q.shape[1] % k.shape[-2]:
         raise ValueError(f"{operator}: {q.shape[1]} query heads are not a multiple of {k.shape[-2]} key heads")
     for name, size in (("head_dim", q.shape[-1]), ("value_dim", v.shape[-1])):
@@ -64,8 +66,10 @@ def bound(name: str, value: int | None) -> int | None:
     return length
 
 
-def check_settings(operator: str, scale: float, window: int | None, softcap: float | None) -> None:
+def check_settings(operator: str, scale: float, causal: bool, window: int | None, softcap: float | None) -> None:
     """Raises ValueError naming the setting that is out of bounds."""
+    if causal is not True and causal is not False:
+        raise ValueError(f"{operator}: causal={causal!r} is not supported; use True or False")
     if not isinstance(scale, Real) or not math.isfinite(scale):
         raise ValueError(f"{operator}: scale={scale!r} is not supported; it must be a finite number")
     if window is not None and (not isinstance(window, Integral) or isinstance(window, bool) or window < 1):
@@ -100,7 +104,7 @@ def check_problem(
     bound("max_seqlen_q", bounds[0])
     bound("max_seqlen_k", bounds[1])
     check_heads(operator, q, k, v, backend)
-    check_settings(operator, settings.scale, settings.window, settings.softcap)
+    check_settings(operator, settings.scale, settings.causal, settings.window, settings.softcap)
     check_sinks(operator, settings.sinks, q, backend)
     mask = settings.key_mask
     if mask is not None and (mask.dtype != torch.bool or mask.shape != k.shape[:1]):

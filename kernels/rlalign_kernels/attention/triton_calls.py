@@ -32,7 +32,7 @@ def packed(
     try:
         masking = _masking("attention_packed", scale, causal, window, softcap, 0 if window is None else num_keys)
     except TypeError:  # not hashable, so not a number
-        check_settings("attention_packed", scale, window, softcap)
+        check_settings("attention_packed", scale, causal, window, softcap)
         raise
     max_seqlen_q, max_seqlen_k = bound("max_seqlen_q", max_seqlen_q), bound("max_seqlen_k", max_seqlen_k)
     if sinks is not None:
@@ -57,7 +57,7 @@ def paged(
     try:
         masking = _masking("attention_paged", scale, causal, window, softcap, most)
     except TypeError:  # not hashable, so not a number
-        check_settings("attention_paged", scale, window, softcap)
+        check_settings("attention_paged", scale, causal, window, softcap)
         raise
     max_seqlen_q, max_seqlen_k = bound("max_seqlen_q", max_seqlen_q), bound("max_seqlen_k", max_seqlen_k)
     if sinks is not None:
@@ -72,7 +72,7 @@ def _masking(
     name: str, scale: float, causal: bool, window: int | None, softcap: float | None, most_keys: int
 ) -> Masking:
     """most_keys: no sequence has more; a window that holds them all is none, and its ends would pass 32 bits."""
-    check_settings(name, scale, window, softcap)
+    check_settings(name, scale, causal, window, softcap)
     if scale <= 0:
         raise NotImplementedError(f"{name}: scale={scale} is not there with backend='triton'; use one > 0")
     left = None if window is None or window >= most_keys else int(window) - 1

@@ -66,7 +66,8 @@ def attend(
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device) if return_lse else None
     if not batch.parts:
-        return out + 0 * q.sum() if q.requires_grad else out, lse
+        # part of the graph, and of no value
+        return out + sum(x[:0].sum() for x in (q, k, v)), lse
     for index, part in enumerate(batch.parts):
         values, sums = _padded(q, k, v, part, batch.mask(index, settings), settings, return_lse)
         out = out.index_copy(0, part.q_rows, values)
