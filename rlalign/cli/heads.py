@@ -34,7 +34,7 @@ def head_logprobs(
     [N, V], ids that could not be drawn.
     """
     step = max(1, _MAX_BYTES // (4 * policy.vocab_size))
-    if settings.logits == "float32" and not settings.filters_first and banned is None:
+    if settings.logits == "float32" and not settings.filters_first and not settings.slack and banned is None:
         step = max(step, len(targets))  # the operator holds no logits
     parts = []
     for start in range(0, len(targets), step):
@@ -59,6 +59,12 @@ def _block(
         ones = torch.ones_like(rows.temperature)
         greedy = rows.temperature == 0
         support = _support(policy, hidden, targets, _with(rows, torch.where(greedy, 0.0, ones)), banned)
+    if settings.slack and rows is not None and rows.any_truncated:
+        kept = support if support is not None else _support(policy, hidden, targets, rows, banned)
+        logits = _logits(policy, hidden, settings, rows)
+        # neighbours in rank may have changed places, however large the mass between them
+        least = logits.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
+        support = kept | (logits >= least - settings.slack)
     if settings.logits == "float32":
         taken = {"banned": banned} if support is None else {"support": support}
         return policy.logprobs(hidden, targets, rows, **taken).logprob
@@ -85,16 +91,22 @@ def _rounded(
     support: Tensor | None,
 ) -> Tensor:
     """The log-softmax of logits that were rounded to bfloat16, in full."""
+    logits = _logits(policy, hidden, settings, rows)
+    if support is not None:
+        logits = logits.masked_fill(~support, -torch.inf)
+    return torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1).float()
+
+
+def _logits(policy: Policy, hidden: Tensor, settings: ScoreSettings, rows: SamplingRows | None) -> Tensor:
+    """[N, V] after the temperature, rounded to bfloat16."""
     logits = linear(hidden, policy.head.weight, policy.head.bias, backend=policy.backend).bfloat16()
-    if settings.logits == "bfloat16":
+    if settings.logits != "bfloat16_softmax":
         logits = logits.float()
     if policy.softcap is not None:
         logits = torch.tanh(logits / policy.softcap) * policy.softcap
     if rows is not None:
         logits = logits / torch.where(rows.temperature == 0, 1.0, rows.temperature).unsqueeze(1).to(logits.dtype)
-    if support is not None:
-        logits = logits.masked_fill(~support, -torch.inf)
-    return torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1).float()
+    return logits
 
 
 def _with(rows: SamplingRows, temperature: Tensor) -> SamplingRows:

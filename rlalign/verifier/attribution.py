@@ -96,7 +96,7 @@ class Attribution:
         if self.equal:
             return f"bit for bit equal on {self.base.tokens:,} tokens: nothing to attribute"
         parts = [f"mean |Δ| {self.base.mean_abs:.3g} on {_tokens(self.base.tokens)}, {self.base.mismatches:,} differ"]
-        parts += [f"{finding.name}: {finding.what}" for finding in self.broken]
+        parts += [f"{finding.name} ({_tokens(finding.tokens)}): {finding.what}" for finding in self.broken]
         parts += [
             f"{step.cause.name}: {step.cause.what}{_on(step.sequences)}, |Δ| {step.before.mean_abs:.3g} → "
             f"{step.after.mean_abs:.3g}"

@@ -70,7 +70,8 @@ class ScoreSettings:
     filters_first: bool = False
     """top-k, top-p and min-p at temperature 1, and the temperature after them."""
     slack: float = Field(0.0, ge=0)
-    """Filters keep what they might keep if every probability were wrong by a factor of up to e**slack."""
+    """Filters keep what they might keep if every probability were wrong by a factor of up to e**slack: their bounds are
+    loosened, and what is within ``slack`` of the least likely kept token is kept too."""
     logits: Literal["float32", "bfloat16", "bfloat16_softmax"] = "float32"
     """What logits are rounded to; bfloat16_softmax: log-softmax and its result too."""
     target_shift: Literal[-1, 0, 1] = 0

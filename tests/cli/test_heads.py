@@ -1,0 +1,30 @@
+"""Log-probs from hidden states in the ways of ``ScoreSettings`` that no other test of the command line looks at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from support.models import tiny_model
+
+from rlalign.cli.heads import head_logprobs
+from rlalign.config import SamplingParams
+from rlalign.modeling import load_policy
+from rlalign.verifier.score import ScoreSettings
+
+
+def test_slack_keeps_what_is_nearly_as_likely_as_the_least_kept_token(tmp_path: Path) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    (first, second), (best, next_best) = (hidden @ policy.head.weight.T)[0].topk(2)
+    gap = (first - second).item()
+    assert gap > 0.05
+    params = [SamplingParams(top_k=1)]
+
+    def score(target: torch.Tensor, slack: float) -> float:
+        return head_logprobs(policy, hidden, target[None], ScoreSettings(slack=slack), params).item()
+
+    assert score(best, 0.0) == 0.0
+    assert score(next_best, 0.0) == score(next_best, 0.5 * gap) == -float("inf")
+    assert -10 < score(next_best, 2 * gap) < score(best, 2 * gap) < 0.0
