@@ -34,12 +34,21 @@ def thresholds(args: argparse.Namespace) -> Thresholds:
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raises FileNotFoundError or ValueError if a result could not be written, before any work is done."""
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
+    for option in ("json", "png"):
+        if (path := getattr(args, option, None)) is not None:
+            check_file(path, f"--{option}")
     if args.html is not None:
         from rlalign.cli.html import check_html
 
         check_html(args.html)
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raises FileNotFoundError or ValueError naming ``option`` if no file can be written there."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{option}: no such folder: {path.absolute().parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder, not a file")
 
 
 def positive(text: str) -> int:

@@ -70,9 +70,9 @@ class Verdict:
         """The verdict in one line."""
         outcome, size = self.outcome, f"{self.outcome.num_tokens:,} tokens of {self.outcome.num_sequences:,} sequences"
         if outcome.num_tokens == 0:
-            return "nothing was compared: " + (
-                "no sequence is on both sides" if self.num_unmatched else "no sequence has a response token"
-            )
+            nothing = "no sequence is on both sides" if self.num_unmatched else "no sequence has a response token"
+            failed = f"{self.num_failed:,} sequences could not be, and no other has a response token"
+            return f"nothing was compared: {failed if self.num_failed else nothing}"
         if self.exceeded:
             return f"the sides differ on {size}: {'; '.join(self.exceeded)}{_worst_place(outcome)}"
         left = f"; {self.num_failed:,} sequences could not be compared" if self.num_failed else ""

@@ -14,6 +14,7 @@ A traceback is printed only with ``--traceback`` or ``RLALIGN_TRACEBACK=1``.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -44,6 +45,9 @@ def run_main(fn: Callable[[], int | None], *, traceback: bool | None = None) -> 
     ``traceback`` None asks ``RLALIGN_TRACEBACK`` and the command line. A ``MismatchHalt`` also prints its table of
     worst tokens, so whoever raises it need not. ``SystemExit`` (argparse) passes through.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no Δ must not change an exit code
+            stream.reconfigure(errors="backslashreplace")
     try:
         return fn() or EXIT_EQUAL
     except KeyboardInterrupt:

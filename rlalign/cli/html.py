@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlalign.cli.dump_options import check_file
 from rlalign.dashboards.blocks import layer_chart, picture_blocks
 from rlalign.dashboards.page import QUESTIONS, Chart, Page, Table, render, require_plotly
 from rlalign.dashboards.panels import Section, panel_of
@@ -41,10 +42,7 @@ class HtmlOutcome:
 
 def check_html(path: Path, *, option: str = "--html") -> None:
     """Raises FileNotFoundError or ValueError in one line if no report can be written there, before any work is done."""
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{option}: no such folder: {path.absolute().parent}")
-    if path.is_dir():
-        raise ValueError(f"{option}: {path} is a folder, not a file")
+    check_file(path, option)
     require_plotly()
 
 

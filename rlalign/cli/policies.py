@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from rlalign.config import Dtype
@@ -79,6 +80,12 @@ class Policies:
                 )
             except AuditError as error:
                 raise UnsupportedSetting(f"{error}") from error
+            except Exception as error:  # transformers says in many ways that weights and config don't fit each other
+                if not config:
+                    raise
+                changes = ", ".join(f"config.{name}={value}" for name, value in config)
+                reason = " ".join(str(error).split())
+                raise UnsupportedSetting(f"{changes}: the model can't be loaded with it: {reason}") from error
 
 
 @contextmanager
@@ -88,13 +95,17 @@ def _with_config(folder: Path, changes: Mapping[str, Any]) -> Iterator[Path]:
         yield folder
         return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # with the defaults of fields that the file leaves out
+    known = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
     for name, value in changes.items():
         *parents, last = name.split(".")
-        target = config
+        target, defaults = config, known
         for parent in parents:
-            target = target.get(parent)
+            target, defaults = target.get(parent), defaults.get(parent)
             if not isinstance(target, dict):
                 raise UnsupportedSetting(f"config.{name}: {folder / 'config.json'} has no object {parent!r}")
+        if last not in target and last not in (defaults or {}):
+            raise UnsupportedSetting(f"config.{name}: {folder / 'config.json'} has no such field")
         target[last] = value
     with tempfile.TemporaryDirectory(prefix="rlalign-") as scratch:
         for file in folder.iterdir():

@@ -71,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
     a, b = parse_setting("--a", args.a), parse_setting("--b", args.b)
     bounds = thresholds(args)
     check_outputs(args)
-    if args.png is not None and not args.png.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--png: no such folder: {args.png.absolute().parent}")
     sequences = _sequences(args)
     outcome, skipped, logprobs = bisect_settings(args.model, sequences, a, b, args)
     metrics = align_metrics(compare([logprobs]))
@@ -107,6 +105,8 @@ def bisect_settings(
     from rlalign.cli.recording import Side, recorded_pairs, survey, tokens_of
     from rlalign.verifier.bisect import bisect
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     dtype = args.dtype or checkpoint_dtype(model)

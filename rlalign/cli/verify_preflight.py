@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlalign.cli.dump_options import check_outputs
+
 if TYPE_CHECKING:
     from rlalign.verifier.preflight import Finding, Side
 
@@ -40,13 +42,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL
-    from rlalign.cli.html import check_html, write_html
+    from rlalign.cli.html import write_html
     from rlalign.verifier.preflight import check
 
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
-    if args.html is not None:
-        check_html(args.html)
+    check_outputs(args)
     rollout, train, unused = _sides(args)
     findings = check(rollout, train)
     code = EXIT_DIFFERENT if findings else EXIT_EQUAL

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlalign.cli.dump_options import check_outputs, positive
+
 if TYPE_CHECKING:
     from rlalign.cli.replay import Replay
 
@@ -25,7 +27,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, metavar="FILE", help="replay.json, or its folder, of a run's mismatches/")
     parser.add_argument("--model", type=Path, metavar="DIR", help="weights to use in place of the kept ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the run's own setting")
-    parser.add_argument("--worst", type=int, default=10, metavar="K", help="tokens in the table of the worst")
+    parser.add_argument("--worst", type=positive, default=10, metavar="K", help="tokens in the table of the worst")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
     return parser
@@ -35,16 +37,11 @@ def run(args: argparse.Namespace) -> int:
     """The whole subcommand; returns the exit code. Raises ValueError for a file that can't be used."""
     from rich.console import Console
 
-    from rlalign.cli.html import check_html, write_html
+    from rlalign.cli.html import write_html
     from rlalign.cli.replay import read_step, replay
     from rlalign.dashboards.jsonl import to_json
 
-    if args.worst < 1:
-        raise ValueError(f"--worst={args.worst} is less than 1")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
-    if args.html is not None:
-        check_html(args.html)
+    check_outputs(args)
     result = replay(read_step(args.file), model=args.model, device=args.device, worst=args.worst)
     _show(result, Console())
     if args.json is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
-from rlalign.cli.dump_options import add_thresholds, thresholds
+from rlalign.cli.dump_options import add_thresholds, check_outputs, thresholds
 from rlalign.config import Dtype, EngineConfig, Numerics, SamplingParams, TrainerConfig
 from rlalign.records import Completion, Prompt, Sample, derive_seed
 
@@ -89,7 +89,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """The whole subcommand; returns the exit code. Raises ValueError for input that can't be used."""
     # imported when needed: --help should not wait for torch and transformers
-    from rlalign.cli.html import check_html, write_html
+    from rlalign.cli.html import write_html
     from rlalign.cli.verify_output import show, to_html, write_json
     from rlalign.cli.verify_prompts import read_prompt_rows
     from rlalign.verifier.dumps.native import check_dump_path
@@ -99,10 +99,7 @@ def run(args: argparse.Namespace) -> int:
     trainer = TrainerConfig(micro_batch_tokens=args.micro_batch_tokens)
     bounds = thresholds(args)
     rows = read_prompt_rows(args.prompts, limit=args.limit)
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: no such folder: {args.json.absolute().parent}")
-    if args.html is not None:
-        check_html(args.html)
+    check_outputs(args)
     if args.dump is not None:
         check_dump_path(args.dump)
     outcome = replace(_verify(args, rows, params, engine, trainer.micro_batch_tokens), thresholds=bounds)

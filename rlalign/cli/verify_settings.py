@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlalign.cli.errors import one_line
 from rlalign.verifier.score import OPERATORS, ScoreSettings
 
 _NUMERICS = ("invariant", "native")
@@ -59,7 +60,10 @@ def parse_setting(option: str, text: str) -> NamedSetting:
             values[key] = value
         else:
             raise ValueError(f"{option} {text!r}: {part!r} is unknown; a setting is one of: {HELP}")
-    return NamedSetting(text, ScoreSettings(**values, config=tuple(config)), model)
+    try:
+        return NamedSetting(text, ScoreSettings(**values, config=tuple(config)), model)
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r}: {one_line(error)}") from error
 
 
 def _number(text: str) -> int | float | str:

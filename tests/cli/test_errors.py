@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from rlalign.cli.errors import run_main
@@ -39,6 +41,14 @@ def test_codes_and_single_line(error: BaseException, code: int, text: str, capsy
     said = capsys.readouterr().err
     assert said.startswith(text)
     assert said.count("\n") == 1
+
+
+def test_a_terminal_without_greek_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    assert run_main(lambda: print("max |Δ|") or 1) == 1
+    stream.flush()
+    assert stream.buffer.getvalue() == b"max |\\u0394|\n"
 
 
 def test_return_values_pass_through() -> None:

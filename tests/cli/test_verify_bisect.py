@@ -182,7 +182,11 @@ def test_a_wrong_kv_block_is_named(model):
     ("options", "message"),
     [
         (["--a", "nativ"], "--a 'nativ': 'nativ' is unknown; a setting is one of: native, invariant"),
-        (["--b", "batch=both"], "batch='both'"),
+        (["--b", "batch=both"], "--b 'batch=both': batch='both'"),
+        (["--b", "config.rms_norm_epsilon=1"], "config.json has no such field"),
+        (["--b", "config.intermediate_size=40"], "config.intermediate_size=40: the model can't be loaded with it"),
+        (["--json", "/"], "--json: / is a folder"),
+        (["--png", "/"], "--png: / is a folder"),
         (["--b", "colour=red"], "'colour=red' is unknown"),
         (["--json", "/nowhere/out.json"], "--json: no such folder"),
         (["--model", "/nowhere"], "model folder"),

@@ -203,6 +203,9 @@ def test_a_sequence_the_model_cannot_take_is_named_and_the_rest_compared(
     assert (result["exit_code"], result["num_tokens"], result["num_failed"]) == (2, 18, 1)
     assert result["failed"][0]["id"] == "r1"
     assert "dump.jsonl:2: response token id 9999 is outside the vocabulary" in result["failed"][0]["error"]
+    result = dump(model, [alien], tmp_path)
+    assert (result["exit_code"], result["num_tokens"]) == (2, 0)
+    assert result["verdict"].startswith("nothing was compared: 1 sequences could not be")
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -215,6 +218,7 @@ def test_a_sequence_the_model_cannot_take_is_named_and_the_rest_compared(
     (("FILE", "--format", "vllm", "--logprobs", "x"), "vllm dumps have one field of log-probs"),
     (("none.jsonl",), "no such file"),
     (("FILE", "--json", "no/such/out.json"), "--json: no such folder"),
+    (("FILE", "--json", "/"), "--json: / is a folder"),
     (("--watch", "nowhere"), "--watch: no such folder: nowhere"),
 ])  # fmt: skip
 def test_unusable_arguments_exit_2_in_one_line(

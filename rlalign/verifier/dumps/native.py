@@ -91,6 +91,8 @@ def check_dump_path(path: Path) -> None:
         raise ValueError(f"{path}: a dump is written as {' or '.join(_WRITERS)}, not {path.suffix!r}")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"no such folder: {path.absolute().parent}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file")
 
 
 class _Jsonl:
