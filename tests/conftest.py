@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # before anything loads torch, wandb or a hub client; two test processes beside each other have a core each
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"))
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
     from support.actors import ActorPool
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("numprocesses", None):
-        return  # runs no test itself: the processes that it is about to start import the same, which takes seconds
+def prepare() -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -36,6 +35,17 @@ def pytest_configure(config: pytest.Config) -> None:
         # Triton's kernels run on CPU tensors then; read when they are imported
         os.environ.setdefault("TRITON_INTERPRET", "1")
     transformers_logging.disable_progress_bar()
+
+
+# here, for a folder's conftest may be loaded before any hook is called, and import Triton; but not where this process
+# runs no test itself: those that it is about to start import the same, which takes seconds
+if "PYTEST_XDIST_WORKER" in os.environ or not any(a.startswith(("-n", "--numprocesses")) for a in sys.argv[1:]):
+    prepare()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("numprocesses", None):
+        prepare()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
