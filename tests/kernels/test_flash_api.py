@@ -90,7 +90,7 @@ def test_pages_under_either_name():
         ({"softcap": []}, r"softcap=\[\]"),
         ({"causal": None}, "causal=None"),
         ({"q": None}, "q=None"),
-        ({"q": torch.zeros(20, 4, 0), "k": torch.zeros(20, 2, 0)}, "head_dim=0"),
+        ({"q": torch.zeros(29, 4, 0), "k": torch.zeros(29, 1, 0)}, "head_dim=0"),
         ({"alibi_slopes": torch.ones(2)}, "alibi_slopes"),
         ({"window_size": (3, 2)}, r"window_size=\(3, 2\)"),
         ({"window_size": (-3, 0)}, r"window_size=\(-3, 0\)"),
