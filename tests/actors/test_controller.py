@@ -85,7 +85,7 @@ def test_a_dead_actor_is_replaced_when_weights_arrive(setting):
 
 
 def odd_actor(config, start_seconds=0.0, load_seconds=0.0, plan=None):
-    """Stands in for a rollout actor that is slow to start, or to load."""
+    """Stands in for an actor; it may be slow to start, or to load."""
 
     class Odd:  # made here, so that its process gets it by value and imports nothing of ours, unless it has a plan
         def __init__(self):
@@ -97,6 +97,9 @@ def odd_actor(config, start_seconds=0.0, load_seconds=0.0, plan=None):
             return self.plan
 
         def generate(self, requests, *, plant_fault):
+            raise NotImplementedError
+
+        def version(self):
             raise NotImplementedError
 
     return start_actor(Odd, config.cluster)
@@ -217,8 +220,10 @@ def test_an_address_where_nobody_answers():
         _check_address("127.0.0.1:1")
 
 
-def test_a_dead_trainer_ends_the_run_with_its_name(setting):
-    actors, *_ = setting  # the last test of this file: nothing works after it
-    kill(actors._trainer_handle)
+def test_a_dead_trainer_ends_the_run_with_its_name(setting, monkeypatch):
+    actors, config, _ = setting
+    stand_in = odd_actor(config)
+    monkeypatch.setattr(actors.trainer, "_handle", stand_in)
+    kill(stand_in)
     with pytest.raises(RuntimeError, match="the trainer actor died"):
         actors.trainer.version()
