@@ -14,6 +14,7 @@ os.environ |= {
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # a test waits for its actors: they need not give way to other tests
 }
 
 from collections.abc import Iterator  # noqa: E402
