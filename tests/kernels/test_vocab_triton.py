@@ -272,6 +272,18 @@ def test_what_the_host_does_not_read_gives_nan():
     assert drawn.logprob.isnan().nonzero().squeeze(1).tolist() == [3, 4, 5, 6]
 
 
+def test_boxes_have_their_rows_apart():
+    from rlalign_kernels.vocab.triton_launches import Head, _product  # imports triton
+
+    hidden, weight, targets = problem(50)
+    one = hidden[:1].expand(3, H)[:1]  # contiguous, says torch, with rows 0 apart
+    assert one.stride(0) == 0 and one.is_contiguous()
+    head = Head.of(weight, None, None)
+    assert _product(hidden, head).boxes and not _product(one, head).boxes
+    out = linear_logprob(one, weight, targets[:1], backend="triton")
+    assert torch.equal(out.logprob, linear_logprob(hidden[:1], weight, targets[:1], backend="triton").logprob)
+
+
 def test_refusals_name_the_argument():
     hidden, weight, targets = problem(50)
     with pytest.raises(ValueError, match=r"targets\[7\]=50"):

@@ -12,6 +12,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlalign_kernels import tuned
+from rlalign_kernels.gemm.triton_backend import in_boxes
 from rlalign_kernels.gpu import BOX_ALIGNMENT, architecture, num_processors, rows
 from rlalign_kernels.launch import Launch
 from rlalign_kernels.vocab.plan import HEAD_PLAN
@@ -87,8 +88,9 @@ class _Product(NamedTuple):
 
 def _product(hidden: torch.Tensor, head: Head) -> _Product:
     weight = head.weight
-    size = hidden.element_size()
-    boxes = all(x.stride(0) * size % BOX_ALIGNMENT == 0 and x.data_ptr() % BOX_ALIGNMENT == 0 for x in (hidden, weight))
+    boxes = (hidden.data_ptr() | weight.data_ptr()) % BOX_ALIGNMENT == 0 and all(
+        in_boxes(x.stride(), x.shape[1], x.dtype) for x in (hidden, weight)
+    )
     return _Product(
         *hidden.shape[:1], *weight.shape, hidden.stride(0), weight.stride(0), hidden.dtype, hidden.device,
         head.bias is not None, head.softcap, boxes,
