@@ -52,26 +52,36 @@ class Implementations:
 def operator(function: Callable[P, R]) -> Callable[P, R]:
     """Mark a public operator: while it runs, ``running_operator()`` names it.
 
-    Autocast is off meanwhile, but with backend="native": it would round the products of which a plan is made.
+    Autocast is off meanwhile, but with backend="native".
     """
-    name = function.__name__
-    any_autocast = torch._C._is_any_autocast_enabled  # the public question names a device, and takes twice as long
+    name, plain = function.__name__, without_autocast(function)
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         running.append(name)
         try:
-            if any_autocast() and kwargs.get("backend") != "native":
-                with _without_autocast():
-                    return function(*args, **kwargs)
-            return function(*args, **kwargs)
+            return function(*args, **kwargs) if kwargs.get("backend") == "native" else plain(*args, **kwargs)
         finally:
             running.pop()
 
     return wrapper
 
 
-def _without_autocast() -> ExitStack:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` with autocast off, which would round the products of which a plan is made."""
+    any_autocast = torch._C._is_any_autocast_enabled  # the public question names a device, and takes twice as long
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        if any_autocast():
+            with _autocast_off():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _autocast_off() -> ExitStack:
     stack = ExitStack()
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):

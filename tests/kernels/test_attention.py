@@ -90,6 +90,20 @@ def test_any_chunking_and_any_cache_give_the_packed_bits(settings, heads, dims):
         assert same_bits(packed(q[keep], k, v, last, LENGTHS, **settings)[0], whole[keep])
 
 
+
+def test_autocast_rounds_nothing_of_the_reference():
+    q, k, cu = normal(33, 4, 32, seed=1), normal(33, 2, 32, seed=2), torch.tensor([0, 33])
+    known = {"cu_seqlens_q": cu, "scale": 0.2, "backend": "reference"}
+    pages = {"block_tables": torch.tensor([[0]]), "kv_lens": torch.tensor([33])}
+    for run in (
+        lambda: attention_packed(q, k, k, cu_seqlens_k=cu, **known),
+        lambda: attention_paged(q, k[None], k[None], **pages, **known),
+    ):
+        plain = run()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same_bits(run(), plain)
+
+
 def test_token_by_token_decode_gives_the_prefill_bits():
     q, k, v = make([150], seed=9)
     whole, _ = packed(q, k, v, [150], [150])

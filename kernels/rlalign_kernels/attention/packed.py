@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of, refuse_what_is_no_tensor
 from rlalign_kernels.content import cached, content
-from rlalign_kernels.dispatch import Backend, Implementations, running
+from rlalign_kernels.dispatch import Backend, Implementations, running, without_autocast
 from rlalign_kernels.native import attention as native
 from rlalign_kernels.reference import attention as reference
 from rlalign_kernels.reference.attention_backward import Saved, Settings, backward
@@ -90,6 +90,7 @@ class Offsets(NamedTuple):
         return cached(key, lambda: _host_offsets(self.cu_seqlens_q, self.cu_seqlens_k, self.num_queries, self.num_keys))
 
 
+@without_autocast
 def _reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: Offsets, settings: Settings, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

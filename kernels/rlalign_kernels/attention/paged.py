@@ -10,7 +10,7 @@ import torch
 from rlalign_kernels.attention.shared import check_problem, host_offsets, layout_of, refuse_what_is_no_tensor
 from rlalign_kernels.checks import check_integer
 from rlalign_kernels.content import cached, content
-from rlalign_kernels.dispatch import Backend, Implementations, running
+from rlalign_kernels.dispatch import Backend, Implementations, running, without_autocast
 from rlalign_kernels.native import attention as native
 from rlalign_kernels.reference import attention as reference
 from rlalign_kernels.reference.attention_backward import Settings
@@ -50,6 +50,7 @@ class Batch(NamedTuple):
         return cached(key, lambda: _Host(q.shape[0], k_cache, *integers, key))
 
 
+@without_autocast
 def _reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
