@@ -90,7 +90,6 @@ def test_any_chunking_and_any_cache_give_the_packed_bits(settings, heads, dims):
         assert same_bits(packed(q[keep], k, v, last, LENGTHS, **settings)[0], whole[keep])
 
 
-
 def test_autocast_rounds_nothing_of_the_reference():
     q, k, cu = normal(33, 4, 32, seed=1), normal(33, 2, 32, seed=2), torch.tensor([0, 33])
     known = {"cu_seqlens_q": cu, "scale": 0.2, "backend": "reference"}
