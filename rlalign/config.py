@@ -33,7 +33,7 @@ class SamplingParams:
     """
 
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**63)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     min_p: float = Field(0.0, ge=0.0, lt=1.0)
     max_tokens: int = Field(16, ge=1)

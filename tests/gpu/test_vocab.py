@@ -311,10 +311,22 @@ def test_what_the_host_does_not_read_gives_nan():
     hidden, weight, targets = problem(40, 50)
     targets[0], targets[1], targets[2] = 50, -1, -100
     rows = make_rows(40, truncates=False)
-    rows.temperature[3], rows.top_p[4], rows.top_k[5] = -1.0, 1.5, 3
+    rows.temperature[3], rows.top_p[4], rows.top_k[5], rows.temperature[6] = -1.0, 1.5, 3, 5e-6
+    hidden[7] = heavy((64,), torch.bfloat16, 3) * 1e12  # its sums overflow
     got = score(hidden, weight, targets, rows=rows)
-    assert got[:, [0, 1, 3, 4, 5]].isnan().all()
-    assert (got[:, 2] == 0).all() and got[:, 6:].isfinite().all()
+    assert got[:, [0, 1, 3, 4, 5, 6, 7]].isnan().all()
+    assert (got[:, 2] == 0).all() and got[:, 8:].isfinite().all()
+
+
+def test_the_smallest_temperature_still_divides():
+    hidden, weight, _ = problem(40, 300)
+    rows = make_rows(40, temperature=1e-5, truncates=False)
+    best = linear_sample(
+        hidden, weight, rows=make_rows(40, temperature=0.0), seeds=torch.arange(40, device=DEVICE),
+        positions=torch.arange(40, device=DEVICE), backend="triton",
+    ).token  # fmt: skip
+    got = score(hidden, weight, best, rows=rows)
+    assert got.isfinite().all() and (got[0] <= 0).all() and (got[0] > -1e-3).float().mean() > 0.9
 
 
 def test_strides_and_biases_of_all_sorts():

@@ -162,6 +162,8 @@ def test_cfg_job_prints_the_settings(recipe):
         (["lr=0.1"], "lr: no such setting; did you mean trainer.lr?"),
         (["modle=checkpoint"], "modle: no such setting; did you mean model?"),
         (["sampling.temperature=-1"], "sampling.temperature"),
+        (["sampling.temperature=1e-6"], "use 0 (greedy) or at least 1e-05"),
+        (["sampling.top_k=9223372036854775808"], "sampling.top_k"),
         (["algorithm.group_size=1"], "group_size=1"),
         (["algorithm.minibatches=257"], "minibatches=257"),
         (["+sampling.n=4"], "algorithm.group_size"),
