@@ -230,9 +230,7 @@ class Trainer:
         return AccumulateResult(train, merge(parts))
 
     def apply_update(self) -> dict[str, float]:
-        """One optimizer step: ``grad_norm``, ``lr``, ``weights_changed_frac`` of ``MasterAdamW.apply``.
-
-        With a critic ``critic/…`` of the same.
+        """One optimizer step. Returns what ``MasterAdamW.apply`` does, with a critic ``critic/…`` of the same.
 
         Raises FloatingPointError naming the update when a gradient is not finite; no weight changes then.
         """
