@@ -221,5 +221,5 @@ def _picture_record(token: TokenDifference, decode: Decode | None) -> dict[str, 
     record = {"kind": token.kind, "key": token.id, "position": token.position, "token_id": token.token_id}
     record["context"] = context(token, decode)
     record |= {name: getattr(token, name) for name in ("rollout", "train", "delta", "ulp", "sequence_length")}
-    version = -1 if token.weights_version is None else token.weights_version
-    return record | {"batch_size": -1, "weights_version": version, "finish_reason": token.finish_reason or ""}
+    # what no dump says of a token's batch, and what this one doesn't say, is blank
+    return record | {"batch_size": None, "weights_version": token.weights_version, "finish_reason": token.finish_reason}

@@ -67,9 +67,16 @@ def outcome_page(outcome: HtmlOutcome) -> Page:
     return Page(
         title=outcome.title,
         verdict=[(outcome.verdict, outcome.good)],
-        facts=Table("", ["", ""], [[name, value] for name, value in outcome.facts.items()]),
+        facts=Table("", ["", ""], [[name, _shown(value)] for name, value in outcome.facts.items()]),
         sections=sections,
     )
+
+
+def _shown(value: Any) -> Any:
+    """For people: of a mapping what is set, of a list its items."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items() if one is not None)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def _metric_rows(metrics: Mapping[str, float]) -> dict[Section, list[list[Any]]]:

@@ -330,6 +330,20 @@ def test_compare_names_what_does_not_match(
     assert (result["num_tokens"], result["num_missing"]) == (18, 8)
 
 
+def test_the_page_shows_facts_for_people(plain: list[DumpSequence], tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    worse = [replace(plain[0], logprobs=plain[0].logprobs - np.float32(0.5)), *plain[1:]]
+    write_dump(tmp_path / "a.jsonl", plain)
+    write_dump(tmp_path / "b.jsonl", worse)
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "p.html")]
+    assert main(["compare", *files[:2], "--html", files[2]]) == 1
+    page = (tmp_path / "p.html").read_text()
+    assert "<td>formats</td><td>rlalign, rlalign</td>" in page
+    assert "<td>seconds</td><td>compare " in page
+    # no dump says how large a batch was
+    assert '<td class="number">-1</td>' not in page
+
+
 def test_compare_two_columns_of_one_file(tmp_path: Path) -> None:
     row = {"token_ids": [1, 2, 3], "loss_mask": [False, True, True], "inference_logprobs": [0.0, -1.0, -2.0],
            "trainer_logprobs": [0.0, -1.0, -2.5], "step": 1}  # fmt: skip
