@@ -32,11 +32,16 @@ def thresholds(args: argparse.Namespace) -> Thresholds:
     return Thresholds(**{name: getattr(args, name) for name in _THRESHOLDS})
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Raises FileNotFoundError or ValueError if a result could not be written, before any work is done."""
-    for option in ("json", "png"):
-        if (path := getattr(args, option, None)) is not None:
-            check_file(path, f"--{option}")
+def check_outputs(args: argparse.Namespace, *more: str) -> None:
+    """Raises FileNotFoundError or ValueError if a result could not be written, or would replace another one or what it
+    is made from, before any work is done. more: options that name outputs of this subcommand alone."""
+    paths = {name: value.resolve() for name, value in vars(args).items() if isinstance(value, Path)}
+    for option in ("json", "png", "html", *more):
+        if option not in paths:
+            continue
+        check_file(getattr(args, option), f"--{option}")
+        if same := [name for name, path in paths.items() if name != option and path == paths[option]]:
+            raise ValueError(f"--{option}: {getattr(args, option)} is also what {same[0]!r} names")
     if args.html is not None:
         from rlalign.cli.html import check_html
 

@@ -40,8 +40,8 @@ class Outcome:
 
     @property
     def failed(self) -> tuple[Completion, ...]:
-        """Requests that the engine could not serve."""
-        return tuple(c for c in self.completions if c.finish_reason == "error")
+        """Requests that the engine could not serve, once each however many samples they asked for."""
+        return tuple({c.request_id: c for c in self.completions if c.finish_reason == "error"}.values())
 
     @property
     def exceeded(self) -> list[str]:
@@ -56,6 +56,17 @@ class Outcome:
             return EXIT_DIFFERENT
         return EXIT_UNUSABLE if self.failed or self.report.num_tokens == 0 else EXIT_EQUAL
 
+    @property
+    def line(self) -> str:
+        """The verdict in one line: what was found, and why that is too much or not."""
+        parts = [self.report.verdict]
+        if self.report.num_tokens and not self.report.equal and not self.thresholds.bitwise:
+            beyond = "; ".join(self.exceeded)
+            parts.append(f"beyond the thresholds: {beyond}" if beyond else "within the thresholds")
+        if self.failed:
+            parts.append(f"{len(self.failed):,} prompts could not be served")
+        return "; ".join(parts)
+
 
 def show(outcome: Outcome, console: Console) -> None:
     """Print table, worst tokens, failed requests and, last, the verdict; of nothing compared there is no table."""
@@ -66,7 +77,7 @@ def show(outcome: Outcome, console: Console) -> None:
         console.print(report.table())
     for completion in outcome.failed:
         console.print(f"line {completion.request_id}: not compared: {completion.error}", markup=False, soft_wrap=True)
-    console.print(report.verdict, markup=False, soft_wrap=True, style="green" if outcome.exit_code == 0 else "red")
+    console.print(outcome.line, markup=False, soft_wrap=True, style="green" if outcome.exit_code == 0 else "red")
 
 
 def write_json(outcome: Outcome, path: Path) -> None:
@@ -74,7 +85,7 @@ def write_json(outcome: Outcome, path: Path) -> None:
     content = {
         "exit_code": outcome.exit_code,
         "equal": outcome.report.equal,
-        "verdict": outcome.report.verdict,
+        "verdict": outcome.line,
         "exceeded": outcome.exceeded,
         "num_tokens": outcome.report.num_tokens,
         "num_samples": outcome.report.num_samples,
@@ -105,7 +116,7 @@ def to_html(outcome: Outcome) -> HtmlOutcome:
     failed = [[completion.request_id, completion.error] for completion in outcome.failed]
     return HtmlOutcome(
         title=f"{facts['model']}: rollout {facts['rollout']}, train {facts['train']}",
-        verdict=outcome.report.verdict,
+        verdict=outcome.line,
         good=outcome.exit_code == EXIT_EQUAL,
         facts=shown,
         metrics=outcome.metrics if outcome.report.num_tokens else {},

@@ -8,6 +8,7 @@ prompt a line. Text is encoded as it stands; messages and questions go through t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ def read_prompt_rows(path: Path, *, limit: int | None = None) -> list[Row]:
         if all(row.values.get(name) is None for name in _FIELDS):
             fields = ", ".join(_FIELDS)
             raise row.error(f"no prompt: a row has one of the fields {fields}; this one has {[*row.values]}")
-    return rows
+    # a parquet row has every column: those that it has no value for are null, and say nothing
+    return [replace(row, values={k: value for k, value in row.values.items() if value is not None}) for row in rows]
 
 
 def needs_tokenizer(rows: Sequence[Row]) -> bool:

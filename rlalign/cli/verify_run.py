@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
-from rlalign.cli.dump_options import add_thresholds, check_outputs, thresholds
+from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, thresholds
 from rlalign.config import Dtype, EngineConfig, Numerics, SamplingParams, TrainerConfig
 from rlalign.records import Completion, Prompt, Sample, derive_seed
 
@@ -41,11 +41,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSONL or parquet with prompt, prompt_token_ids or question; or text, one prompt a line",
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N prompts")
+    parser.add_argument("--limit", type=positive, metavar="N", help="take the first N prompts")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
     parser.add_argument("--dump", type=Path, metavar="OUT", help="also write the samples as .jsonl or .parquet")
-    parser.add_argument("--worst", type=_positive, default=10, metavar="K", help="tokens in the table of the worst")
+    parser.add_argument("--worst", type=positive, default=10, metavar="K", help="tokens in the table of the worst")
     add_thresholds(parser)
 
     group = parser.add_argument_group("arithmetic")
@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group.add_argument("--train", choices=numerics, help="the trainer's side only")
     group.add_argument("--dtype", choices=get_args(Dtype), default="float32")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    group.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's own)")
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own)")
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     trainer = TrainerConfig(micro_batch_tokens=args.micro_batch_tokens)
     bounds = thresholds(args)
     rows = read_prompt_rows(args.prompts, limit=args.limit)
-    check_outputs(args)
+    check_outputs(args, "dump")
     if args.dump is not None:
         check_dump_path(args.dump)
     outcome = replace(_verify(args, rows, params, engine, trainer.micro_batch_tokens), thresholds=bounds)
@@ -266,10 +266,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 3)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value

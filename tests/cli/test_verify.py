@@ -112,12 +112,16 @@ def test_one_flipped_bit_exits_1_and_names_the_token(
     assert f"prompt {worst[0]['key'].split('/')[1]} sample 0 position {worst[0]['position']}" in out
 
 
-def test_thresholds_accept_a_difference(model: Path, prompts: Path, tmp_path: Path, broken_train: list[str]) -> None:
+def test_thresholds_accept_a_difference_and_the_verdict_says_so(
+    model: Path, prompts: Path, tmp_path: Path, broken_train: list[str]
+) -> None:
     result = result_of(model, prompts, tmp_path, "--max-abs", "100")
     assert (result["exit_code"], result["equal"], result["exceeded"]) == (0, False, [])
+    assert result["verdict"].endswith("; within the thresholds")
     broken_train.clear()
     result = result_of(model, prompts, tmp_path, "--max-abs", "100", "--mean-abs", "0")
     assert (result["exit_code"], len(result["exceeded"])) == (1, 1)
+    assert result["verdict"].endswith(f"; beyond the thresholds: {result['exceeded'][0]}")
 
 
 def test_nonfinite_rescoring_exits_1(
@@ -232,7 +236,7 @@ def test_unusable_prompts_exit_2(
     (("--engine", "pagesize=3"), "pagesize: no such setting; there are page_size, num_pages, "),
     (("--engine", "page_size=0"), "page_size='0': Input should be greater than or equal to 1"),
     (("--limit", "0"), "argument --limit: 0 is less than 1"),
-    (("--limit", "x"), "argument --limit: invalid"),
+    (("--limit", "x"), "argument --limit: invalid positive value: 'x'"),
     (("--numerics", "exact"), "argument --numerics: invalid choice: 'exact'"),
     (("--nonsense",), "unrecognized arguments: --nonsense"),
     (("--json", "no/such/folder/out.json"), "--json: no such folder"),
@@ -264,6 +268,44 @@ def test_a_prompt_that_does_not_fit_is_named_and_the_rest_compared(
     assert (result["exit_code"], result["equal"], result["num_tokens"]) == (2, True, 16)
     assert [failure["line"] for failure in result["failed"]] == [2]
     assert "line 2: not compared: the prompt has 100 tokens" in capsys.readouterr().out
+
+
+def test_a_prompt_that_does_not_fit_is_named_once_for_all_its_samples(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("sort 1 2 ->\n" + "1 " * 100 + "\n")
+    result = result_of(model, path, tmp_path, "--n", "3")
+    assert [failure["line"] for failure in result["failed"]] == [2]
+    shown = capsys.readouterr().out
+    assert shown.count("line 2: not compared") == 1
+    assert "1 prompts could not be served" in shown
+
+
+def test_a_parquet_row_may_lack_what_another_has(model: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"prompt_token_ids": [3, 5, 6], "prompt": None, "question": None},
+        {"prompt_token_ids": None, "prompt": "sort 1 2 ->", "question": None},
+        {"prompt_token_ids": None, "prompt": None, "question": "sort 1 2 ->"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert result_of(model, tmp_path / "a.parquet", tmp_path)["num_samples"] == 3
+
+
+@pytest.mark.parametrize("names", [("--json", "--html"), ("--json", "--dump"), ("--dump", "--prompts")])
+def test_an_output_that_would_replace_another_file_of_the_command_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "sort 1 ->"}\n')
+    output = tmp_path / "other.jsonl" if "--prompts" not in names else path
+    more = [part for name in names if name != "--prompts" for part in (name, str(output))]
+    assert verify(model, path, *more) == 2
+    assert f"{names[0]}: {output} is also what {names[1][2:]!r} names" in one_error_line(capsys)
+    assert path.read_text() == '{"prompt": "sort 1 ->"}\n'
 
 
 def test_nothing_compared_exits_2(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
