@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL
+from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE, one_line
 from rlalign.config import Config, SamplingParams, config_from_dict
 from rlalign.dashboards.pictures import PictureData
 from rlalign.records import Completion, Prompt, Sample
@@ -27,14 +27,17 @@ if TYPE_CHECKING:
     from rlalign.modeling import Policy
 
 
+_WEIGHTS = ("path", "sha256", "synced_sha256")
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A kept step. train: float32 [L] per sample, in the samples' order."""
+    """A kept step. train: float32 [L] per sample, in the samples' order. weights: path, sha256 and synced_sha256."""
 
     path: Path
     then: str
     config: Config
-    weights: dict[str, Any] | None
+    weights: dict[str, str] | None
     plan: dict[str, str]
     samples: tuple[Sample, ...]
     train: tuple[np.ndarray, ...]
@@ -66,6 +69,8 @@ class Replay:
 
     @property
     def exit_code(self) -> int:
+        if self.now.num_tokens == 0:
+            return EXIT_UNUSABLE
         return EXIT_EQUAL if self.now.equal else EXIT_DIFFERENT
 
     @property
@@ -73,6 +78,8 @@ class Replay:
         """One line: is the mismatch there again, and which side gives what it gave."""
         same_rollout = self.rollout.equal and self.other_tokens == 0
         now = "they agree bit for bit now" if self.now.equal else f"{self.now.mismatch_count:,} tokens differ now"
+        if self.now.num_tokens == 0:
+            now = "now nothing was compared: no sample has the same tokens"
         if self.weights_differ:
             return f"the trainer's weights were not those that the engines were given; from the same weights, {now}"
         if same_rollout and self.train.equal:
@@ -109,19 +116,22 @@ def read_step(path: Path) -> Step:
     path = path / "replay.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    rollout, train = (list(read_dump(path.with_name(f"{side}.jsonl"))) for side in ("rollout", "train"))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"field 'format' is {content['format']!r}; this version reads {FORMAT}")
-        rollout, train = (list(read_dump(path.with_name(f"{side}.jsonl"))) for side in ("rollout", "train"))
         if not len(content["samples"]) == len(rollout) == len(train):
             raise ValueError(f"{len(content['samples'])} samples, but {len(rollout)} and {len(train)} sequences")
+        for a, b in zip(rollout, train, strict=True):
+            _check_same_tokens(a, b)
+        weights = content["weights"]
         return Step(
             path=path,
             then=content["verdict"],
             config=config_from_dict(content["config"]),
-            weights=content["weights"],
-            plan=content["plan"],
+            weights=None if weights is None else {name: str(weights[name]) for name in _WEIGHTS},
+            plan={str(name): str(value) for name, value in dict(content["plan"]).items()},
             samples=tuple(_sample(one, it) for one, it in zip(content["samples"], rollout, strict=True)),
             train=tuple(sequence.logprobs for sequence in train),
         )
@@ -129,7 +139,7 @@ def read_step(path: Path) -> Step:
         what = f"field {error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: not a step that a run kept: {what}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
 
 
 def replay(step: Step, *, model: Path | None, device: str | None, worst: int) -> Replay:
@@ -157,6 +167,8 @@ def replay(step: Step, *, model: Path | None, device: str | None, worst: int) ->
         )
     then = [sample.completion.logprobs for sample in step.samples]
     recorded = compare([_pair(a, b) for a, b in zip(then, step.train, strict=True)])
+    if recorded.equal:
+        remarks.append(f"all sampled tokens agreed then; what differed is beyond them and not replayed: {step.then}")
     report = build_report(recorded, step.samples, worst_tokens=worst, decode=tokenizer.decode)
     return Replay(
         path=step.path,
@@ -201,7 +213,10 @@ def _weights_folder(step: Step, model: Path | None) -> Path:
         return model
     if step.weights is None:
         raise ValueError(f"{step.path}: no weights were kept with this step; give those that sampled with --model DIR")
-    return step.path.with_name(step.weights["path"])
+    folder = step.path.with_name(step.weights["path"])
+    if not folder.is_dir():
+        raise ValueError(f"{step.path}: its weights, {folder}, are not there; give those that sampled with --model DIR")
+    return folder
 
 
 def _remarks(step: Step, config: Config, sha256: str, model: Path | None) -> list[str]:
@@ -220,6 +235,12 @@ def _remarks(step: Step, config: Config, sha256: str, model: Path | None) -> lis
     return lines
 
 
+def _check_same_tokens(a: DumpSequence, b: DumpSequence) -> None:
+    same = a.id == b.id and np.array_equal(a.prompt_token_ids, b.prompt_token_ids)
+    if not (same and np.array_equal(a.token_ids, b.token_ids)):
+        raise ValueError(f"{a.source} (id {a.id!r}) and {b.source} (id {b.id!r}) are not the same sequence")
+
+
 def _pair(rollout: np.ndarray, train: np.ndarray) -> LogprobPair:
     return LogprobPair(rollout=rollout, train=train, num_tokens=max(len(rollout), len(train)))
 
@@ -227,7 +248,12 @@ def _pair(rollout: np.ndarray, train: np.ndarray) -> LogprobPair:
 def _sample(request: dict[str, Any], sequence: DumpSequence) -> Sample:
     if request["id"] != sequence.id:
         raise ValueError(f"{sequence.source}: field 'id' is {sequence.id!r}, replay.json has {request['id']!r} there")
-    sampling = {name: tuple(v) if isinstance(v, list) else v for name, v in request["sampling"].items()}
+    key = "/".join(str(request[name]) for name in ("step", "prompt_id", "sample"))
+    sampling = SamplingParams(
+        **{name: tuple(v) if isinstance(v, list) else v for name, v in request["sampling"].items()}
+    )
+    if key != sequence.id or request["sample"] >= sampling.n:
+        raise ValueError(f"sample {sequence.id!r} is not sample {request['sample']} of {sampling.n} of {key!r}")
     prompt = Prompt(request["prompt_id"], sequence.prompt_token_ids, text="", ground_truth="")
     completion = Completion(
         request_id=sequence.id,
@@ -242,4 +268,4 @@ def _sample(request: dict[str, Any], sequence: DumpSequence) -> Sample:
         finish_reason=request["finish_reason"],
         text=sequence.text,
     )
-    return Sample(request["step"], prompt, completion, SamplingParams(**sampling))
+    return Sample(request["step"], prompt, completion, sampling)

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add this subcommand; returns its parser."""
     description = (
-        __doc__.partition(": ")[2] + " Exit codes: 1 the sides differ again, 0 they agree this time, 2 unusable input."
+        __doc__.partition(": ")[2]
+        + " Exit codes: 1 the sides differ again, 0 they agree this time, 2 unusable input or "
+        "nothing compared."
     )
     parser = subparsers.add_parser("replay", help="compute a step that differed once more", description=description)
     parser.set_defaults(run=run)

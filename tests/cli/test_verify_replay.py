@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,85 @@ def test_unusable_files_exit_2_in_one_line(
     assert main(["replay", str(path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {path}") and said.count("\n") == 1 and message in said
+
+
+def edit_line(side: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / f"{side}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
+
+    return edit
+
+
+def edit_json(*keys: Any, value: Any = None) -> Callable[[Path], None]:
+    """Another value, or none at all, in replay.json."""
+
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / "replay.json").read_text())
+        *parents, last = keys
+        target = content
+        for key in parents:
+            target = target[key]
+        if value is None:
+            del target[last]
+        else:
+            target[last] = value
+        (folder / "replay.json").write_text(json.dumps(content))
+
+    return edit
+
+
+def cut(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"token_ids": row["token_ids"][:-1], "logprobs": row["logprobs"][:-1]}
+
+
+@pytest.mark.parametrize(("edit", "message"), [
+    (edit_line("train", lambda rows: rows[::-1]), "train.jsonl:1 (id '4/2/1') are not the same sequence"),
+    (edit_line("train", lambda rows: [cut(rows[0]), *rows[1:]]), "are not the same sequence"),
+    (edit_line("rollout", lambda rows: [rows[0] | {"prompt_token_ids": [3]}, *rows[1:]]), "not the same sequence"),
+    (edit_json("weights", "synced_sha256"), "field 'synced_sha256' is missing"),
+    (edit_json("samples", 1, "sample", value=7), "sample '4/0/1' is not sample 7 of 2 of '4/0/7'"),
+    (edit_json("samples", 1, "prompt_id", value="x"), "sample '4/0/1' is not sample 1 of 2 of '4/x/1'"),
+    (edit_json("samples", 1, "sampling", "temperature", value=-1), "temperature=-1: Input should be greater"),
+    (edit_json("plan", value=[1]), "not a step that a run kept"),
+    (lambda folder: shutil.rmtree(folder / "weights"), "give those that sampled with --model DIR"),
+])  # fmt: skip
+def test_an_edited_step_exits_2_and_says_what_is_wrong(
+    model: Path, step: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], edit: Any, message: str
+) -> None:
+    path = keep(tmp_path / "step", model, *step)
+    edit(path.parent)
+    assert main(["replay", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path}: ") and said.count("\n") == 1 and message in said
+
+
+def test_a_moved_step_is_the_same(model: Path, step: Any, tmp_path: Path) -> None:
+    samples, train = step
+    folder = keep(tmp_path / "step", model, faulty_rollout(samples), train).parent
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    assert "the fault was the rollout's" in result_of(moved, tmp_path)["verdict"]
+
+
+def test_a_step_whose_sampled_tokens_agreed_says_that_the_rest_is_not_replayed(
+    model: Path, step: Any, tmp_path: Path
+) -> None:
+    result = result_of(keep(tmp_path / "step", model, *step), tmp_path)
+    assert result["exit_code"] == 0
+    assert "all sampled tokens agreed then; what differed is beyond them" in "".join(result["remarks"])
+
+
+def test_nothing_compared_exits_2(model: Path, step: Any, tmp_path: Path) -> None:
+    """Weights by which every sample gets other tokens: the sides now have nothing in common with then."""
+    samples, train = step
+    other = [(s.completion.token_ids + 1) % 10 for s in samples]
+    changed = [
+        replace(s, completion=replace(s.completion, token_ids=ids)) for s, ids in zip(samples, other, strict=True)
+    ]
+    result = result_of(keep(tmp_path / "step", model, changed, train), tmp_path)
+    assert result["exit_code"] == 2
+    assert result["verdict"].endswith("now nothing was compared: no sample has the same tokens")
 
 
 def test_a_missing_file_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
