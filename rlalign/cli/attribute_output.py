@@ -85,7 +85,9 @@ def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
         for e in _tried(outcome)
     ]  # fmt: skip
     left = [[f.name, f.what, f"{f.tokens:,}", _places(f, sequences)] for f in (*outcome.broken, *outcome.findings)]
+    failed = [[one["id"], one["error"]] for one in facts["failed"]]
     tables = [
+        PageTable("not compared", ["sequence", "why"], failed),
         PageTable("causes", ["cause", "what", "mean |Δ| before", "after", "differing after", "what removes it"], kept),
         PageTable("left", ["finding", "what", "tokens", "where"], left),
         PageTable("every cause alone", ["cause", "what", "removes", "mean |Δ|", "differing", "moves by"], tried),
@@ -94,7 +96,11 @@ def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
         title=f"Attribution of {facts['dump']}",
         verdict=outcome.verdict,
         good=facts["exit_code"] == 0,
-        facts={name: ", ".join(value) if isinstance(value, list) else value for name, value in facts.items() if value},
+        facts={
+            name: ", ".join(value) if isinstance(value, list) else value
+            for name, value in facts.items()
+            if value and name != "failed"
+        },
         tables=[("Where", table) for table in tables if table.rows],
     )
     write_html(page, path)
@@ -133,6 +139,8 @@ def _kept(outcome: Attribution) -> Table:
 
 
 def _lines(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence]) -> Iterator[str]:
+    for one in facts["failed"]:
+        yield f"sequence {one['id']} was not compared: {one['error']}"
     skipped = [effect for effect in outcome.effects if effect.skipped is not None]
     if skipped:
         reasons: dict[str, list[str]] = {}

@@ -14,6 +14,7 @@ from rlalign.verifier.dumps.distribution import Distribution
 
 if TYPE_CHECKING:
     from rlalign.modeling import Policy
+    from rlalign.trainer.packing import PackedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,25 @@ def score_plain(
     prompt.
     """
     from rlalign.cli.rescoring import score_batches
+
+    batches, count = _packed(policy, sequences, samplings, micro_batch_tokens)
+    scores = iter(score_batches(policy, batches, count))
+    return [next(scores) if len(sequence.token_ids) else np.zeros(0, np.float32) for sequence in sequences]
+
+
+def refusal(policy: Policy, sequence: DumpSequence) -> str:
+    """Why the model can't take a sequence, in the words of ``score_plain``; empty where it can."""
+    try:
+        _packed(policy, [sequence], [SamplingParams()], 1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _packed(
+    policy: Policy, sequences: list[DumpSequence], samplings: list[SamplingParams], micro_batch_tokens: int
+) -> tuple[list[PackedBatch], int]:
+    """Micro-batches of the sequences that have a response, and how many those are."""
     from rlalign.trainer.packing import TokenPair, pack
 
     pairs = [
@@ -81,5 +101,4 @@ def score_plain(
         max_positions=policy.max_positions,
         device=policy.device,
     )
-    scores = iter(score_batches(policy, batches, len(pairs)))
-    return [next(scores) if len(sequence.token_ids) else np.zeros(0, np.float32) for sequence in sequences]
+    return batches, len(pairs)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from rlalign.verifier.attribution import Attribution
 
+Failed = dict[str, str]
+"""A sequence that the model can't take: ``id``, and why as ``error``."""
+
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add this subcommand; returns its parser."""
@@ -78,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
     bounds = thresholds(args)
     check_outputs(args)
     base, sequences = _sequences(args)
-    outcome, facts = _attribute(args, base, sequences)
+    outcome, facts, sequences = _attribute(args, base, sequences)
     exceeded = bounds.exceeded(outcome.metrics, num_tokens=outcome.num_tokens) if outcome.num_tokens else []
-    facts |= {"exceeded": exceeded, "exit_code": exit_code(outcome, exceeded)}
+    facts |= {"exceeded": exceeded, "exit_code": exit_code(outcome, exceeded, facts["failed"])}
     show(outcome, facts, sequences, Console(), args.worst)
     if args.json is not None:
         write_json(outcome, facts, sequences, args.json)
@@ -89,16 +92,18 @@ def run(args: argparse.Namespace) -> int:
     return facts["exit_code"]
 
 
-def exit_code(outcome: Attribution, exceeded: Sequence[str]) -> int:
-    """0 equal or within the thresholds, 1 different, 2 nothing compared. exceeded: what the difference as a whole,
-    before any cause is taken away, is beyond."""
+def exit_code(outcome: Attribution, exceeded: Sequence[str], failed: Sequence[Failed] = ()) -> int:
+    """0 equal or within the thresholds, 1 different, 2 nothing compared, or all is equal but not all was compared.
+    exceeded: what the difference as a whole, before any cause is taken away, is beyond."""
     from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
 
     if outcome.broken:
         return EXIT_DIFFERENT
     if outcome.base.tokens == 0:
         return EXIT_UNUSABLE
-    return EXIT_DIFFERENT if exceeded else EXIT_EQUAL
+    if exceeded:
+        return EXIT_DIFFERENT
+    return EXIT_UNUSABLE if failed else EXIT_EQUAL
 
 
 def _sequences(args: argparse.Namespace) -> tuple[list[ScoreSettings], list[DumpSequence]]:
@@ -107,16 +112,21 @@ def _sequences(args: argparse.Namespace) -> tuple[list[ScoreSettings], list[Dump
     distribution = Distribution.of(vars(args), format)
     options = ReadOptions(args.logprobs, args.pad_token_id)
     read = islice(read_dump(args.dump, format=format.name, options=options), args.limit)
-    base = ScoreSettings(native=OPERATORS if args.numerics == "native" else ())
-    decided = [distribution.decided(sequence, base) for sequence in read]
+    decided = [distribution.decided(sequence, _plain(args)) for sequence in read]
     return [settings for _, settings in decided], [sequence for sequence, _ in decided]
+
+
+def _plain(args: argparse.Namespace) -> ScoreSettings:
+    return ScoreSettings(native=OPERATORS if args.numerics == "native" else ())
 
 
 def _attribute(
     args: argparse.Namespace, base: Sequence[ScoreSettings], sequences: Sequence[DumpSequence]
-) -> tuple[Attribution, dict[str, Any]]:
+) -> tuple[Attribution, dict[str, Any], list[DumpSequence]]:
+    """The outcome, what else is said of it, and the sequences that it is of: those that the model can take."""
     import torch
 
+    from rlalign.cli.dump_scoring import refusal
     from rlalign.cli.policies import Policies, checkpoint_dtype
     from rlalign.cli.scoring import PolicyScorer
     from rlalign.modeling import load_tokenizer
@@ -133,7 +143,13 @@ def _attribute(
         tokenizer = load_tokenizer(args.model)
     except FileNotFoundError:
         tokenizer = None
-    scorer = PolicyScorer(Policies(models, dtype, args.device), tokenizer)
+    policies = Policies(models, dtype, args.device)
+    with policies.using(_plain(args)) as policy:
+        refusals = [refusal(policy, sequence) for sequence in sequences]
+    failed = [{"id": s.id, "error": error} for s, error in zip(sequences, refusals, strict=True) if error]
+    base = [settings for settings, error in zip(base, refusals, strict=True) if not error]
+    sequences = [sequence for sequence, error in zip(sequences, refusals, strict=True) if not error]
+    scorer = PolicyScorer(policies, tokenizer)
     configs = [_config(folder) for folder in models]
     with Console(stderr=True).status("scoring") as status:
         outcome = attribute(
@@ -153,9 +169,10 @@ def _attribute(
         "numerics": args.numerics,
         "dtype": dtype,
         "sequences": len(sequences),
+        "failed": failed,
         "round_trips": None if tokenizer is None else _round_trips(sequences, tokenizer),
     }
-    return outcome, facts
+    return outcome, facts, sequences
 
 
 def _round_trips(sequences: Sequence[DumpSequence], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

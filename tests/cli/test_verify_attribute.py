@@ -247,6 +247,32 @@ def test_an_equal_dump_exits_0_and_an_unusable_one_2(folder, plain, dump_file, t
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_sequence_that_the_model_cannot_take_is_named_and_the_rest_compared(
+    folder, plain, dump_file, tmp_path, capsys
+):
+    """As ``dump`` does, with the same words and the same exit code."""
+    ids = np.where(np.arange(len(plain[1].token_ids)) == len(plain[1].token_ids) - 1, 9999, plain[1].token_ids)
+    aliens = [
+        replace(plain[1], id="alien", token_ids=ids),
+        replace(plain[1], id="bare", prompt_token_ids=np.zeros(0, np.int64)),
+        replace(plain[1], id="long", prompt_token_ids=np.full(5000, 3)),
+    ]
+    shifted = replace(plain[0], logprobs=plain[0].logprobs - np.float32(0.125))
+    for first, code in ((plain[0], 2), (shifted, 1)):
+        file = str(dump_file([first, *aliens, plain[2]]))
+        options = ["--model", str(folder / "model"), "--json", str(tmp_path / "out.json")]
+        assert main(["dump", file, *options]) == code
+        failed = json.loads((tmp_path / "out.json").read_text())["failed"]
+        capsys.readouterr()
+        assert main(["attribute", "--dump", file, *options, "--no-decode"]) == code
+        found, shown = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+        assert found["failed"] == failed and [one["id"] for one in failed] == ["alien", "bare", "long"]
+        assert (found["exit_code"], found["sequences"]) == (code, 2)
+        assert "sequence alien was not compared: " in shown and "outside the vocabulary" in shown
+    assert main(["attribute", "--dump", str(dump_file(aliens)), *options, "--no-decode"]) == 2
+    assert json.loads((tmp_path / "out.json").read_text())["verdict"].startswith("nothing was compared")
+
+
 def test_thresholds_decide_the_exit_code(folder, plain, dump_file, tmp_path):
     """All log-probs off by 1/8, which no cause explains: |Δ| is 1/8 everywhere, k3 = e^(1/8) - 9/8."""
     file = dump_file([replace(plain[0], logprobs=plain[0].logprobs - np.float32(0.125))])
