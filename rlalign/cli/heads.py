@@ -65,6 +65,8 @@ def _block(
         # neighbours in rank may have changed places, however large the mass between them
         least = logits.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
         support = kept | (logits >= least - settings.slack)
+        if banned is not None:
+            support &= ~banned  # no rounding allows these
     if settings.logits == "float32":
         taken = {"banned": banned} if support is None else {"support": support}
         return policy.logprobs(hidden, targets, rows, **taken).logprob

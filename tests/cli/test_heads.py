@@ -28,3 +28,16 @@ def test_slack_keeps_what_is_nearly_as_likely_as_the_least_kept_token(tmp_path: 
     assert score(best, 0.0) == 0.0
     assert score(next_best, 0.0) == score(next_best, 0.5 * gap) == -float("inf")
     assert -10 < score(next_best, 2 * gap) < score(best, 2 * gap) < 0.0
+
+
+def test_slack_keeps_no_banned_id(tmp_path: Path) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    best = (hidden @ policy.head.weight.T).argmax(1)
+    banned = torch.zeros(1, policy.vocab_size, dtype=torch.bool)
+    banned[0, best] = True
+    for params in (SamplingParams(top_k=5, min_tokens=1), SamplingParams(top_p=0.9, min_tokens=1)):
+        for slack in (0.0, 0.1):
+            scored = head_logprobs(policy, hidden, best, ScoreSettings(slack=slack), [params], banned)
+            assert scored.item() == -float("inf")
