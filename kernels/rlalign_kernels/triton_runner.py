@@ -34,8 +34,7 @@ def runner(
     hooks, stream_of = knobs.runtime, driver.active.get_current_stream
     descriptors = {index: arguments[index] for index in boxed}
     function, metadata = compiled.function, compiled.packed_metadata
-    with_hooks = _lending(compiled[grid], descriptors, rest)
-    launch = _lending(compiled.run, descriptors, rest)
+    with_hooks, launch, lend = compiled[grid], compiled.run, _lending(descriptors, rest)
     direct = _direct(compiled, grid, arguments, descriptors, rest)
     for descriptor in descriptors.values():
         descriptor.base = None
@@ -43,29 +42,34 @@ def runner(
     def run(device: int, tensors: Sequence[Any], pointers: list[Any]) -> None:
         stream = stream_of(device)
         if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            with_hooks(tensors, pointers, stream=stream)
+            lend(with_hooks, tensors, pointers, stream=stream)
         elif direct is not None:
             direct(stream, pointers)
         else:
-            launch(tensors, pointers, *grid, stream, function, metadata, None, None, None)
+            lend(launch, tensors, pointers, *grid, stream, function, metadata, None, None, None)
 
     return run
 
 
-def _lending(launch: Callable[..., None], descriptors: Mapping[int, Any], rest: Sequence[Any]) -> Callable[..., None]:
-    """``launch`` with descriptors in their places, which have a tensor for the call only."""
-    if not descriptors:
-        return lambda _tensors, pointers, *first, **named: launch(*first, *pointers, *rest, **named)
+def _lending(descriptors: Mapping[int, Any], rest: Sequence[Any]) -> Callable[..., None]:
+    """``call(launch, tensors, pointers, ...)``: with descriptors in their places, which have a tensor for it only."""
     lock = Lock()
 
-    def call(tensors: Sequence[Any], pointers: list[Any], *first: Any, **named: Any) -> None:
+    def call(
+        launch: Callable[..., None], tensors: Sequence[Any], pointers: list[Any], *first: Any, **named: Any
+    ) -> None:
+        if not descriptors:
+            launch(*first, *pointers, *rest, **named)
+            return
         with lock:  # a launch has read its descriptors when it returns
             for index, descriptor in descriptors.items():
                 descriptor.base = tensors[index]
                 pointers[index] = descriptor
-            launch(*first, *pointers, *rest, **named)
-            for descriptor in descriptors.values():
-                descriptor.base = None
+            try:
+                launch(*first, *pointers, *rest, **named)
+            finally:
+                for descriptor in descriptors.values():
+                    descriptor.base = None
 
     return call
 
