@@ -12,6 +12,7 @@ holds the support constant, and is deterministic run to run.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -101,8 +102,8 @@ def check_head(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{operator}: bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{operator}: softcap={softcap} is not supported; use None or a finite value > 0")
+    if softcap is not None and (not isinstance(softcap, Real) or not 0 < softcap < math.inf):
+        raise ValueError(f"{operator}: softcap={softcap!r} is not supported; use None or a finite value > 0")
 
 
 def _check_targets(targets: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor:

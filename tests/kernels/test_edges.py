@@ -158,7 +158,8 @@ def test_logits_too_large_for_their_temperature_are_no_number():
 
 @both
 @pytest.mark.parametrize(
-    ("depth", "softcap", "named"), [(H, float("inf"), "softcap=inf"), (0, None, r"hidden \(6, 0\)")]
+    ("depth", "softcap", "named"),
+    [(H, float("inf"), "softcap=inf"), (H, "x", "softcap='x'"), (0, None, r"hidden \(6, 0\)")],
 )
 def test_the_head_refuses(depth, softcap, named, backend):
     with pytest.raises(ValueError, match=named):
