@@ -1,12 +1,7 @@
-"""``dump`` and ``compare`` as a user runs them, in process, with faults planted into what an engine reported."""
+"""``dump`` as a user runs it, in process, with faults planted into what an engine reported."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
+from support.dumps import Change, error_line, one_ulp, run, with_logprob
 
 from rlalign import modeling
 from rlalign.cli.dump_scoring import score_plain
@@ -27,7 +23,6 @@ REAL = Path(__file__).resolve().parents[3] / "shared/data/vllm_dump"
 TINY = ModelConfig(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=32,
                    max_position_embeddings=64)  # fmt: skip
 WARM = SamplingParams(temperature=0.5, top_k=3)
-Change = Callable[[list[DumpSequence]], list[DumpSequence]]
 
 
 @pytest.fixture(scope="module")
@@ -74,25 +69,10 @@ def plain(policy: modeling.Policy) -> list[DumpSequence]:
     return scored(policy, None)
 
 
-def run(command: list[str], tmp_path: Path, *more: str) -> dict[str, Any]:
-    out = tmp_path / "out.json"
-    code = main([*command, "--json", str(out), *more])
-    result = json.loads(out.read_text())
-    assert result["exit_code"] == code
-    return result
-
-
 def dump(model: Path, sequences: list[DumpSequence], tmp_path: Path, *more: str) -> dict[str, Any]:
     path = tmp_path / "dump.jsonl"
     write_dump(path, sequences)
     return run(["dump", str(path), "--model", str(model)], tmp_path, *more)
-
-
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
 
 
 def test_an_exact_dump_is_equal(
@@ -102,19 +82,6 @@ def test_an_exact_dump_is_equal(
     assert (result["exit_code"], result["equal"], result["num_sequences"], result["num_tokens"]) == (0, True, 4, 24)
     assert (result["formats"], result["dtype"], result["numerics"]) == (["rlalign"], "float32", "invariant")
     assert "the sides agree bit for bit on 24 tokens of 4 sequences" in capsys.readouterr().out
-
-
-def with_logprob(value: float) -> Change:
-    def change(sequences: list[DumpSequence]) -> list[DumpSequence]:
-        logprobs = sequences[2].logprobs.copy()
-        logprobs[3] = value
-        return [*sequences[:2], replace(sequences[2], logprobs=logprobs), sequences[3]]
-
-    return change
-
-
-def one_ulp(sequences: list[DumpSequence]) -> list[DumpSequence]:
-    return with_logprob(np.nextafter(sequences[2].logprobs[3], np.float32(-np.inf)))(sequences)
 
 
 @pytest.mark.parametrize(("change", "kind"), [
@@ -280,120 +247,6 @@ def test_what_vllm_reported_on_a_gpu(tmp_path: Path) -> None:
     assert 0.02 < metrics["align/logp_abs_diff/mean"] < 0.05
     assert 0.1 < metrics["align/logp_abs_diff/max"] < 0.25
     assert metrics["align/nonfinite_count"] == 0
-
-
-def compare(tmp_path: Path, a: Path, b: Path, *more: str) -> dict[str, Any]:
-    return run(["compare", str(a), str(b)], tmp_path, *more)
-
-
-def test_compare_by_id_and_by_order(plain: list[DumpSequence], tmp_path: Path) -> None:
-    a, b = tmp_path / "a.jsonl", tmp_path / "b.parquet"
-    write_dump(a, plain)
-    write_dump(b, plain[::-1])
-    assert compare(tmp_path, a, b)["exit_code"] == 0
-    by_order = compare(tmp_path, a, b, "--by-order")
-    assert (by_order["exit_code"], by_order["num_unmatched"]) == (1, 4)
-    write_dump(b, [replace(s, id=f"other{s.id}") for s in plain])
-    nothing = compare(tmp_path, a, b)
-    assert (nothing["exit_code"], nothing["num_unmatched"]) == (2, 8)
-    assert nothing["verdict"] == "nothing was compared: no sequence is on both sides"
-    assert compare(tmp_path, a, b, "--by-order")["exit_code"] == 0
-
-
-@pytest.mark.parametrize(("change", "place"), [(one_ulp, ("r2", 3)), (with_logprob(MISSING), ("r2", 3))])
-def test_compare_names_the_token(
-    plain: list[DumpSequence], tmp_path: Path, change: Change, place: tuple[str, int]
-) -> None:
-    a, b = tmp_path / "a.parquet", tmp_path / "b.jsonl"
-    write_dump(a, plain)
-    write_dump(b, change(plain))
-    result = compare(tmp_path, a, b)
-    (token,) = result["worst_tokens"]
-    assert (result["exit_code"], token["id"], token["position"]) == (1, *place)
-
-
-def test_compare_names_what_does_not_match(
-    plain: list[DumpSequence], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    write_dump(a, plain)
-    short = replace(plain[1], token_ids=plain[1].token_ids[:4], logprobs=plain[1].logprobs[:4])
-    write_dump(b, [short, replace(plain[2], token_ids=plain[2].token_ids[::-1].copy()), plain[3]])
-    result = compare(tmp_path, a, b, "--max-abs", "100")
-    assert result["exit_code"] == 1
-    reasons = {one["id"]: one["reason"] for one in result["unmatched"]}
-    assert reasons.keys() == {"r0", "r1", "r2"}
-    assert reasons["r0"] == f"only in {a} ({a}:1)"
-    assert reasons["r1"] == "different lengths (6 and 4 tokens)"
-    assert reasons["r2"].startswith("different token ids from position 0 on")
-    assert "sequence r1 doesn't match: different lengths" in capsys.readouterr().out
-    assert (result["num_tokens"], result["num_missing"]) == (18, 8)
-
-
-def test_the_page_shows_facts_for_people(plain: list[DumpSequence], tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
-    worse = [replace(plain[0], logprobs=plain[0].logprobs - np.float32(0.5)), *plain[1:]]
-    write_dump(tmp_path / "a.jsonl", plain)
-    write_dump(tmp_path / "b.jsonl", worse)
-    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "p.html")]
-    assert main(["compare", *files[:2], "--html", files[2]]) == 1
-    page = (tmp_path / "p.html").read_text()
-    assert "<td>formats</td><td>rlalign, rlalign</td>" in page
-    assert "<td>seconds</td><td>compare " in page
-    # no dump says how large a batch was
-    assert '<td class="number">-1</td>' not in page
-
-
-def test_compare_two_columns_of_one_file(tmp_path: Path) -> None:
-    row = {"token_ids": [1, 2, 3], "loss_mask": [False, True, True], "inference_logprobs": [0.0, -1.0, -2.0],
-           "trainer_logprobs": [0.0, -1.0, -2.5], "step": 1}  # fmt: skip
-    path = tmp_path / "rank_0.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    result = compare(tmp_path, path, path, "--logprobs-b", "trainer_logprobs")
-    assert (result["exit_code"], result["metrics"]["align/logp_diff/mean"]) == (1, -0.25)
-    assert result["formats"] == ["prime-rl", "prime-rl"]
-
-
-def test_compare_errors_name_file_line_and_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
-    row = {"id": "a", "prompt_token_ids": [1], "token_ids": [2], "logprobs": [-1.0]}
-    good.write_text(json.dumps(row) + "\n")
-    bad.write_text(json.dumps(row) + "\n" + json.dumps({**row, "id": "b", "logprobs": ["x"]}) + "\n")
-    assert main(["compare", str(good), str(bad)]) == 2
-    assert f"{bad}, line 2: field 'logprobs[0]' must be a log-prob" in error_line(capsys)
-    bad.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    assert main(["compare", str(good), str(bad)]) == 2
-    assert f"{bad}:2: a second sequence of the id 'a'" in error_line(capsys)
-
-
-def test_large_text_is_read_by_another_process(
-    plain: list[DumpSequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from rlalign.verifier.dumps import ahead
-
-    monkeypatch.setattr(ahead, "_WORTH_BYTES", 1)
-    path = tmp_path / "a.jsonl"
-    write_dump(path, plain)
-    assert [s.id for s in ahead.read_ahead(path, format="rlalign")] == ["r0", "r1", "r2", "r3"]
-    path.write_text(path.read_text() + "{\n")
-    with pytest.raises(ValueError, match="line 5: not valid JSON"):
-        list(ahead.read_ahead(path, format="rlalign"))
-
-
-def test_compare_needs_no_torch(plain: list[DumpSequence], tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    write_dump(path, plain)
-    code = (
-        "import sys\nfrom rlalign.cli.verify import main\n"
-        f"code = main(['compare', {str(path)!r}, {str(path)!r}])\n"
-        "print(sorted({'torch', 'transformers', 'ray', 'wandb'} & set(sys.modules)))\nsys.exit(code)"
-    )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(root), str(root / "kernels")))}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, timeout=60
-    )
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done.stderr
 
 
 def test_parquet_of_an_exact_dump_keeps_float32(plain: list[DumpSequence], tmp_path: Path) -> None:
