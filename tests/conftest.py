@@ -18,6 +18,7 @@ os.environ |= {
 }
 
 from collections.abc import Iterator  # noqa: E402
+from functools import cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from support.actors import ActorPool
 
 
+@cache
 def prepare() -> None:
     import torch
     from transformers.utils import logging as transformers_logging
