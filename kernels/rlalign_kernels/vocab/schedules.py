@@ -42,7 +42,10 @@ class HeadTile:
 def head_tile(
     num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], sample: bool = False, masked: bool = False
 ) -> HeadTile:
-    """For log-probs, or for draws with ``sample``, of ``num_rows`` rows. ``masked``: with a support to read."""
+    """For ``num_rows`` rows of log-probs or of their gradient, or of draws with ``sample``.
+
+    masked: with a support to read, or with logits to write.
+    """
     if dtype == torch.float32:
         # such products run on ordinary units, unrolled: larger tiles spill
         return HeadTile(16 if num_rows <= 16 else 32, 128, HEAD_PLAN.float32_block, 4, 2)
@@ -52,22 +55,8 @@ def head_tile(
         return HeadTile(16, 128, 128, 4, 3, swap=True, tma=True, per_processor=2)
     if num_rows <= 32:
         return HeadTile(32, 128, 64, 4, 4, swap=True, tma=True, per_processor=2)
-    if num_rows <= 64:
+    if num_rows <= 64 or sample:
         return HeadTile(64, 128, 64, 4, 4, tma=True, per_processor=2)
-    if num_rows <= 128 or sample or masked:
-        return HeadTile(128, 128, 64, 8, 3, tma=True)
-    return HeadTile(128, 256, 64, 8, 3, tma=True)
-
-
-@lru_cache(1024)
-def logits_tile(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int]) -> HeadTile:
-    """For logits that are written out."""
-    return head_tile(num_rows, dtype, architecture, masked=True)
-
-
-@lru_cache(1024)
-def gradient_tile(num_rows: int, dtype: torch.dtype, architecture: tuple[int, int], masked: bool) -> HeadTile:
-    """For the gradient at the logits; ``masked``: with a support to read."""
-    if dtype == torch.float32 or architecture < (9, 0) or num_rows <= 128 or masked:
-        return head_tile(num_rows, dtype, architecture, masked=masked)
+    if masked:
+        return HeadTile(128, 128, 64, 8, 4, tma=True, flatten=True)
     return HeadTile(128, 256, 64, 8, 3, tma=True, flatten=True, row_tiles=16)

@@ -45,10 +45,10 @@ def _tiles(dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> I
         return
     for block_m, block_k, stages, programs in ((16, 128, 3, 2), (16, 64, 6, 2), (16, 128, 4, 1), (32, 64, 4, 2)):
         yield HeadTile(block_m, block, block_k, 4, stages, swap=True, tma=True, per_processor=programs)
-    for programs in (1, 2):
-        yield HeadTile(64, block, 64, 4, 4, tma=True, per_processor=programs)
-    yield HeadTile(128, block, 64, 8, 3, tma=True)
-    yield HeadTile(128, block, 64, 8, 3, tma=True, flatten=True)
+    for flatten in (False, True):
+        yield HeadTile(64, block, 64, 4, 4, tma=True, flatten=flatten, per_processor=2)
+    for stages, programs in ((3, 1), (4, 1), (3, 2)):
+        yield HeadTile(128, block, 64, 8, stages, tma=True, per_processor=programs)
     if not sample:
-        for row_tiles in (4, 8, 16):
-            yield HeadTile(128, 2 * block, 64, 8, 3, tma=True, row_tiles=row_tiles)
+        for flatten, row_tiles in ((False, 4), (False, 8), (False, 16), (True, 8), (True, 16)):
+            yield HeadTile(128, 2 * block, 64, 8, 3, tma=True, flatten=flatten, row_tiles=row_tiles)

@@ -16,7 +16,7 @@ from rlalign_kernels.gemm.triton_backend import in_boxes
 from rlalign_kernels.gpu import BOX_ALIGNMENT, architecture, num_processors, rows
 from rlalign_kernels.launch import Launch
 from rlalign_kernels.vocab.plan import HEAD_PLAN
-from rlalign_kernels.vocab.schedules import HeadTile, gradient_tile, head_tile, logits_tile
+from rlalign_kernels.vocab.schedules import HeadTile, head_tile
 from rlalign_kernels.vocab.triton_finish import draw_kernel, score_kernel
 from rlalign_kernels.vocab.triton_logits import gradient_kernel, logits_kernel
 from rlalign_kernels.vocab.triton_scan import scan_kernel
@@ -222,7 +222,7 @@ def _logits_launch(product: _Product, tile: HeadTile, stride_out: int) -> Launch
 def logits(hidden: torch.Tensor, head: Head, tile: HeadTile | None = None) -> torch.Tensor:
     """float32 [T, V], before temperature: the bits that ``scan`` works on."""
     product = _product(hidden, head)
-    tile = tile or logits_tile(product.num_rows, product.dtype, architecture(product.device))
+    tile = tile or head_tile(product.num_rows, product.dtype, architecture(product.device), masked=True)
     out = torch.empty(product.num_rows, product.num_ids, dtype=torch.float32, device=product.device)
     launch = _logits_launch(product, tile, out.stride(0))
     launch(*(hidden, head.weight) * 2, head.bias, out)
@@ -261,7 +261,8 @@ def logit_gradients(
     stats float32 [5, T] as scored; upstream float32 [3, T]: gradients of log-prob, entropy and log-sum-exp.
     """
     product = _product(hidden, head)
-    tile = tile or gradient_tile(product.num_rows, product.dtype, architecture(product.device), mask is not None)
+    masked = mask is not None
+    tile = tile or head_tile(product.num_rows, product.dtype, architecture(product.device), masked=masked)
     strides = (_stride(mask), stats.stride(0), upstream.stride(0), out.stride(0))
     launch = _gradient_launch(product, tile, settings is not None, has_entropy, first_id, strides)
     temperature = None if settings is None else settings.temperature
