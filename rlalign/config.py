@@ -242,9 +242,9 @@ class AlignConfig:
     """Tokens of which the KL over the vocabulary is taken, where digests differ."""
     bisect_every: int = Field(100, ge=0)
     """Steps between comparisons of every layer's output on them; 0: never."""
-    check_sequences: int = Field(2, ge=1)
+    check_sequences: int = Field(8, ge=1)
     """Sequences that these two look at."""
-    check_tokens: int = Field(32, ge=1)
+    check_tokens: int = Field(8, ge=1)
     """Most response tokens of each that are decoded once more."""
     alert: AlertConfig = AlertConfig()
     fault: FaultConfig = FaultConfig()

@@ -62,20 +62,20 @@ class Inspector:
         """Of every output that has a row per token."""
         feeds = _feeds(excerpts)
         num_rows = sum(feed.num_rows for feed in feeds)
-        found: dict[Key, Tensor] = {}
+        digests: dict[Key, np.ndarray] = {}
         for forward in self.forwards(self.policy, feeds):
-            at = torch.from_numpy(forward.rows).to(self.policy.device)
+            found: dict[Key, Tensor] = {}
 
-            def observe(key: Key, outputs: Sequence[object], at=at) -> None:
-                rows = per_token(outputs, len(at))
+            def observe(key: Key, outputs: Sequence[object], forward=forward, found=found) -> None:
+                rows = per_token(outputs, len(forward.rows))
                 if rows is not None:
-                    if key not in found:
-                        found[key] = torch.zeros(num_rows, dtype=torch.int64, device=at.device)
-                    found[key][at] = digest(rows)
+                    found[key] = digest(rows)
 
             observed_hidden(self.policy, forward, observe)
-        sites = tuple(Site.of(order, *key, layer_of(key[0])) for order, key in enumerate(found))
-        return SiteDigests(sites, torch.stack(list(found.values())).cpu().numpy())
+            for key, rows in zip(found, torch.stack(list(found.values())).cpu().numpy(), strict=True):
+                digests.setdefault(key, np.zeros(num_rows, np.int64))[forward.rows] = rows
+        sites = tuple(Site.of(order, *key, layer_of(key[0])) for order, key in enumerate(digests))
+        return SiteDigests(sites, np.stack(list(digests.values())))
 
     def site_values(self, excerpts: Sequence[Excerpt], orders: Sequence[int], rows: Sequence[int]) -> list[Recording]:
         """Recordings of ``orders`` (ascending), with a row for each of ``rows`` (ascending)."""
@@ -186,8 +186,10 @@ def digest(rows: Tensor) -> Tensor:
     """
     kind = {4: torch.int32, 2: torch.int16}[rows.element_size()]
     bits, factors = rows.contiguous().view(kind), _factors(rows.shape[1], str(rows.device))
-    blocks = bits.split(max(1, _BLOCK // max(1, rows.shape[1])))
-    return torch.cat([(block.long() * factors).sum(dim=1) for block in blocks])
+    if bits.numel() <= _BLOCK:
+        return (bits * factors).sum(dim=1)
+    blocks = bits.split(max(1, _BLOCK // rows.shape[1]))
+    return torch.cat([(block * factors).sum(dim=1) for block in blocks])
 
 
 @lru_cache(maxsize=16)

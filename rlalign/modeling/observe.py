@@ -100,6 +100,8 @@ def per_token(outputs: Sequence[object], num_rows: int) -> Tensor | None:
         elif output.dim() < 2 or output.shape[0] != num_rows:
             return None
         parts.append(output.reshape(num_rows, -1))
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat(parts, dim=1) if parts else None
 
 

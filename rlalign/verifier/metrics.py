@@ -180,6 +180,9 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _sum(values: np.ndarray) -> float:
+    # most statistics of a step without a difference are of equal numbers; + 0.0: fsum knows no -0
+    if len(values) and values[0] == values[-1] and values.min() == values.max():
+        return len(values) * float(values[0]) + 0.0
     try:
         return math.fsum(values.tolist())
     except OverflowError:  # finite terms whose partial sums leave float64's range

@@ -100,6 +100,15 @@ def test_agreement_is_exactly_the_neutral_value_everywhere() -> None:
         assert value == (1.0 if name.removeprefix("align/") in ones else 0.0), name
 
 
+@pytest.mark.parametrize("delta", [0.1, -0.3])
+def test_sums_of_equal_numbers_are_as_exact_as_any(delta: float) -> None:
+    rollout = np.full(7, -2.0, np.float32)
+    found = align_metrics(compare([LogprobPair(rollout, rollout + np.float32(delta), 7)]))
+    one = float((rollout + np.float32(delta) - rollout)[0])
+    assert found["align/logp_diff/mean"] == math.fsum([one] * 7) / 7
+    assert found["align/ratio_raw/mean"] == math.fsum([float(np.exp(one))] * 7) / 7
+
+
 def test_adv_skew_follows_the_sign_of_the_advantage() -> None:
     two = comparison([([0.25, 0.25], [0.5, 0.5]), ([0.5, 0.5], [0.25, 0.25])])
     up = align_metrics(two, advantages=[np.float32([3.0, 0.1]), np.float32([-1.0, -9.0])])
