@@ -17,22 +17,24 @@ from rlalign.cli.bench_kernels import Case
 
 _DEVICE, _DTYPE = "cuda", torch.bfloat16
 _SHAPES = ((6144, 2048), (2048, 6144), (12288, 4096), (4096, 4096))
-_ROWS = (1, 16, 64, 256, 512, 1024, 2048, 4096, 16384)
-_LEAVES_ROWS = (64, 512, 4096)
+# By table; between: row counts that no tile fits.
+_ROWS = {
+    "forward": (1, 16, 64, 256, 512, 1024, 2048, 4096, 16384),
+    "between": (96, 160, 300, 400, 600, 900, 1300, 1800, 2561, 3500),
+    "leaves": (64, 512, 4096),
+}
 _GRAPHED_ROWS = 1024
 
 
 def make_cases(only: str) -> Iterator[Callable[[], Case]]:
     """Cases whose name contains ``only``, each made when it is called."""
     for width, depth in _SHAPES:
-        for num_rows in _ROWS:
-            name = f"forward N {width}, K {depth}, M {num_rows}"
-            if only in name:
-                yield partial(_forward, name, num_rows, width, depth)
-        for num_rows in _LEAVES_ROWS:
-            name = f"leaves N {width}, K {depth}, M {num_rows}"
-            if only in name:
-                yield partial(_leaves, name, num_rows, width, depth)
+        for table, row_counts in _ROWS.items():
+            for num_rows in row_counts:
+                name = f"{table} N {width}, K {depth}, M {num_rows}"
+                if only in name:
+                    make = _leaves if table == "leaves" else partial(_forward, table)
+                    yield partial(make, name, num_rows, width, depth)
 
 
 def _operands(num_rows: int, width: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,13 +42,13 @@ def _operands(num_rows: int, width: int, depth: int) -> tuple[torch.Tensor, torc
     return x, (torch.randn(width, depth, device=_DEVICE) / depth**0.5).to(_DTYPE)
 
 
-def _forward(name: str, num_rows: int, width: int, depth: int) -> Case:
+def _forward(table: str, name: str, num_rows: int, width: int, depth: int) -> Case:
     x, weight = _operands(num_rows, width, depth)
     calls: dict[str, Callable[[], object]] = {
         "cublas": lambda: F.linear(x, weight),
         "rlalign": lambda: linear(x, weight, backend="triton"),
     }
-    return _case(name, "forward", "cublas", calls, num_rows, width, depth)
+    return _case(name, table, "cublas", calls, num_rows, width, depth)
 
 
 def _leaves(name: str, num_rows: int, width: int, depth: int) -> Case:

@@ -27,8 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_DEVICE", "cpu")
         monkeypatch.setattr(module, "_DTYPE", torch.float16)
     monkeypatch.setattr(bench_linear, "_SHAPES", ((32, 64),))
-    monkeypatch.setattr(bench_linear, "_ROWS", (1, 5))
-    monkeypatch.setattr(bench_linear, "_LEAVES_ROWS", (5,))
+    monkeypatch.setattr(bench_linear, "_ROWS", {"forward": (1, 5), "between": (7,), "leaves": (5,)})
     monkeypatch.setattr(bench_norm, "_ROWS", 3)
     for name, value in {"_HIDDEN": 16, "_VOCAB": 140, "_SCORED_ROWS": (3,), "_DRAWN_ROWS": (2,)}.items():
         monkeypatch.setattr(bench_logprob, name, value)
@@ -54,7 +53,7 @@ def close(a: object, b: object) -> None:
 @pytest.mark.usefixtures("small")
 def test_every_linear_is_the_same_product():
     cases = made(bench_linear)
-    assert {case.table for case in cases.values()} == {"forward", "leaves"}
+    assert {case.table for case in cases.values()} == {"forward", "between", "leaves"}
     for case in cases.values():
         first, *others = (call() for call in case.calls.values())
         for other in others:

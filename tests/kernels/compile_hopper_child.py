@@ -134,7 +134,7 @@ LOWERED: dict[str, Callable[[], None]] = {
     "stock forward": lambda: stock(128, 1024),
     "stock decode": lambda: stock(1, 4096),
     "linear, two warpgroups": lambda: linear(HopperTile(2, 128, more=64)),
-    "linear, three warpgroups": lambda: linear(HopperTile(3, 64, more=16)),
+    "linear, three warpgroups": lambda: linear(HopperTile(3, 128, swap=False, more=64)),
     "broken": broken,
 }
 

@@ -15,7 +15,7 @@ from support_kernels import interpreted, normal, same_bits
 
 HOPPER = (9, 0)
 LINEAR = LinearEntry(48, 32, torch.float32, True, 1, 16, Tile(16, 64, 16, 4, 3))
-FAST = LinearEntry(4096, 4096, torch.bfloat16, True, 65, 128, fitted(HOPPER_TILES[0], torch.bfloat16))
+FAST = LinearEntry(4096, 4096, torch.bfloat16, True, 65, 128, fitted(next(iter(HOPPER_TILES)), torch.bfloat16))
 HEAD = HeadEntry(140, 32, torch.float32, False, 1, 8, HeadTile(16, 128, 16, 2, 2))
 
 
