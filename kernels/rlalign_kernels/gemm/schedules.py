@@ -79,6 +79,7 @@ HOPPER_TILES = {
     HopperTile(2, 64, swap=False, more=32): 480,
     HopperTile(2, 64, more=32): 490,
     HopperTile(1, 128, swap=False): 340,
+    HopperTile(2, 64): 400,
     HopperTile(1, 64, more=16): 310,
     HopperTile(1, 64, block_k=128, swap=False, chunk=16): 260,
 }
