@@ -126,25 +126,22 @@ def _ratio(delta: np.ndarray) -> dict[str, float]:
 
 def _sequences(comparison: Comparison) -> dict[str, float]:
     """Per sample over its finite tokens, then the mean over the samples that have one."""
-    rows = [_sequence(comparison, s) for s in range(comparison.num_samples)]
-    columns = list(zip(*(row for row in rows if row is not None), strict=True)) or [()] * 5
-    names = ("ppl/train", "ppl/rollout", "ppl/ratio", "log_ppl_abs_diff", "chi2/seq")
-    return {name: _mean(np.array(column)) for name, column in zip(names, columns, strict=True)}
-
-
-def _sequence(comparison: Comparison, s: int) -> tuple[float, float, float, float, float] | None:
-    """(ppl train, ppl rollout, their ratio, |log ratio|, ρ² - 1 of the whole sequence) of sample ``s``."""
+    finite = ~comparison.nonfinite
     # pairs are flattened in order: a sample's tokens are one slice
-    begin, end = np.searchsorted(comparison.sample, (s, s + 1))
-    finite = ~comparison.nonfinite[begin:end]
-    train = -_mean(comparison.train[begin:end][finite].astype(np.float64))
-    rollout = -_mean(comparison.rollout[begin:end][finite].astype(np.float64))
-    if math.isnan(train):
-        return None
-    log_ratio = math.fsum(comparison.delta[begin:end][finite].tolist())
+    bounds = np.searchsorted(comparison.sample[finite], np.arange(comparison.num_samples + 1)).tolist()
+    spans = [slice(begin, end) for begin, end in pairwise(bounds) if end > begin]
+    lengths = np.array([span.stop - span.start for span in spans], np.float64)
+    sides = [side[finite].tolist() for side in (comparison.train, comparison.rollout, comparison.delta)]
+    train, rollout, log_ratio = (np.array([math.fsum(side[span]) for span in spans]) for side in sides)
+    train, rollout = -train / lengths, -rollout / lengths
     with np.errstate(over="ignore"):
-        ppl = np.exp([train, rollout, train - rollout])
-        return (*ppl.tolist(), abs(train - rollout), float(np.expm1(2.0 * log_ratio)))
+        return {
+            "ppl/train": _mean(np.exp(train)),
+            "ppl/rollout": _mean(np.exp(rollout)),
+            "ppl/ratio": _mean(np.exp(train - rollout)),
+            "log_ppl_abs_diff": _mean(np.abs(train - rollout)),
+            "chi2/seq": _mean(np.expm1(2.0 * log_ratio)),
+        }
 
 
 def _adv_skew(comparison: Comparison, advantages: Sequence[np.ndarray]) -> float:
