@@ -171,9 +171,16 @@ def _table(results: Sequence[Found]) -> Table:
         if previous not in (None, found.problem):
             table.add_section()
         name, previous = ("" if found.problem == previous else found.problem), found.problem
-        tile = "the default stays" if found.tile is None else escape(str(found.tile))
+        tile = "the default stays" if found.tile is None else escape(_changes(found.default, found.tile))
         table.add_row(name, f"{found.bucket.first}-{found.bucket.last}", f"{found.ratio:.2f}", tile)
     return table
+
+
+def _changes(default: object, tile: object) -> str:
+    """What ``tile`` has that the default has not."""
+    alike = type(default) is type(tile)
+    changed = {name: value for name, value in vars(tile).items() if not alike or getattr(default, name) != value}
+    return ("" if alike else f"{type(tile).__name__}: ") + ", ".join(f"{name} {value}" for name, value in changed.items())
 
 
 def default_path(gpu: str) -> Path:

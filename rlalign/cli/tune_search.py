@@ -22,12 +22,14 @@ _GRAPHED_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a bucket's search came to. tile: None where the default stays. ratio: time over the default's, the geometric
-    mean over ``bucket.measured``. refused: of candidates whose bits differ, what differs: never to be seen."""
+    """What a bucket's search came to. default: what runs at its last row count without a table. tile: None where that
+    stays. ratio: time over the default's, the geometric mean over ``bucket.measured``. refused: of candidates whose
+    bits differ, what differs: never to be seen."""
 
     problem: str
     bucket: Bucket
     num_candidates: int
+    default: Any
     tile: Any = None
     ratio: float = 1.0
     ms: dict[int, float] = field(default_factory=dict)
@@ -37,7 +39,8 @@ class Found:
 
 def search(problem: Problem, bucket: Bucket, measure: Measure, rounds: int) -> Found:
     """The fastest schedule of ``problem`` in ``bucket`` with the default's bits."""
-    tiles = {str(tile): tile for tile in problem.candidates(bucket.last) if tile != problem.default(bucket.last)}
+    default = problem.default(bucket.last)
+    tiles = {str(tile): tile for tile in problem.candidates(bucket.last) if tile != default}
     screened = _times(problem, tiles, bucket.last, measure, 1)
     finalists = sorted((name for name in screened if name != _DEFAULT), key=screened.__getitem__)[:_FINALISTS]
     chosen = {name: tiles[name] for name in finalists}
@@ -60,8 +63,8 @@ def search(problem: Problem, bucket: Bucket, measure: Measure, rounds: int) -> F
             refused.append(differing[0])
             continue
         ms = {num_rows: found[name] for num_rows, found in times.items()}
-        return Found(problem.name, bucket, len(tiles), tiles[name], ratio, ms, default_ms, tuple(refused))
-    return Found(problem.name, bucket, len(tiles), default_ms=default_ms, refused=tuple(refused))
+        return Found(problem.name, bucket, len(tiles), default, tiles[name], ratio, ms, default_ms, tuple(refused))
+    return Found(problem.name, bucket, len(tiles), default, default_ms=default_ms, refused=tuple(refused))
 
 
 def _times(problem: Problem, tiles: dict[str, Any], num_rows: int, measure: Measure, rounds: int) -> dict[str, float]:

@@ -59,7 +59,9 @@ def test_the_fastest_schedule_goes_into_a_table_that_can_be_read(
     assert content["measured"][3]["ratio"] == pytest.approx(0.5)
     assert set(content["measured"][3]["ms"]) == {"11", "20"}
     assert content["machine"] == {"gpu": "none"}
-    assert f"RLALIGN_TUNED={tmp_path / 't.json'}" in capsys.readouterr().out.replace("\n", "")
+    printed = capsys.readouterr().out
+    assert f"RLALIGN_TUNED={tmp_path / 't.json'}" in printed.replace("\n", "")
+    assert "num_warps 8" in printed and "the default stays" in printed
 
 
 @interpreted
