@@ -180,7 +180,8 @@ def _changes(default: object, tile: object) -> str:
     """What ``tile`` has that the default has not."""
     alike = type(default) is type(tile)
     changed = {name: value for name, value in vars(tile).items() if not alike or getattr(default, name) != value}
-    return ("" if alike else f"{type(tile).__name__}: ") + ", ".join(f"{name} {value}" for name, value in changed.items())
+    said = ", ".join(f"{name} {value}" for name, value in changed.items())
+    return said if alike else f"{type(tile).__name__}: {said}"
 
 
 def default_path(gpu: str) -> Path:
