@@ -19,15 +19,18 @@ _MOST_TOKENS = 2000
 
 def show(outcome: Bisection, facts: Facts, worst: int, console: Console) -> None:
     """Print the way up, the first sites that differ and, last, the verdict."""
-    console.print(_table(f"{facts['a']} against {facts['b']}: how the difference grows", outcome.depth))
+    if outcome.sites:
+        console.print(_table(f"{facts['a']} against {facts['b']}: how the difference grows", outcome.depth))
     differing = [d for d in outcome.sites if d.differing]
     if differing:
         title = f"First {min(worst, len(differing))} of {len(differing)} outputs that differ"
         console.print(_table(title, differing[:worst]))
+    for one in facts["failed"]:
+        console.print(f"sequence {one['id']} was not compared: {one['error']}", markup=False, soft_wrap=True)
     for name in facts["not_recorded"]:
         console.print(f"not compared: {name}: its output has no row per token", markup=False, soft_wrap=True)
     good = facts["exit_code"] == 0
-    if not outcome.equal:
+    if outcome.first is not None:
         beyond = "; ".join(facts["exceeded"]) or "within the thresholds"
         console.print(f"log-probs at the end: {beyond}", markup=False, soft_wrap=True)
     console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if good else "red")
@@ -42,7 +45,9 @@ def write_json(outcome: Bisection, facts: Facts, path: Path) -> None:
 
 
 def write_png(outcome: Bisection, facts: Facts, path: Path) -> None:
-    """The heat map, layer by token."""
+    """The heat map, layer by token; no picture of nothing."""
+    if not outcome.sites:
+        return
     from rlalign.dashboards.heat_map import draw_heat_map
 
     title = f"{facts['a']} against {facts['b']}"
@@ -57,17 +62,21 @@ def write_page(outcome: Bisection, facts: Facts, path: Path) -> None:
     from rlalign.dashboards.page import Table as PageTable
 
     differing = [_cells(d) for d in outcome.sites if d.differing]
+    failed = [[one["id"], one["error"]] for one in facts["failed"]]
     tables = [
+        PageTable("not compared", ["sequence", "why"], failed),
         PageTable("how the difference grows", _COLUMNS, [_cells(d) for d in outcome.depth]),
         PageTable("outputs that differ, in the model's order", _COLUMNS, differing),
     ]
     note = "The lowest layer that isn't green is where the difference begins; one column per token."
+    charts = [Chart("which layer, which token", {"": _figure(outcome)}, note, "full")] if outcome.sites else []
+    hidden = ("logprobs", "exit_code", "failed")
     page = HtmlOutcome(
         title=f"Bisection: {facts['a']} against {facts['b']}",
         verdict=outcome.verdict,
         good=facts["exit_code"] == 0,
-        facts={name: value for name, value in facts.items() if value and name not in ("logprobs", "exit_code")},
-        charts=[("Where", Chart("which layer, which token", {"": _figure(outcome)}, note, "full"))],
+        facts={name: value for name, value in facts.items() if value and name not in hidden},
+        charts=[("Where", chart) for chart in charts],
         tables=[("Where", table) for table in tables if table.rows],
     )
     write_html(page, path)

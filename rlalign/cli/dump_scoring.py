@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,13 +74,21 @@ def score_plain(
     return [next(scores) if len(sequence.token_ids) else np.zeros(0, np.float32) for sequence in sequences]
 
 
-def refusal(policy: Policy, sequence: DumpSequence) -> str:
-    """Why the model can't take a sequence, in the words of ``score_plain``; empty where it can."""
-    try:
-        _packed(policy, [sequence], [SamplingParams()], 1)
-    except ValueError as error:
-        return str(error)
-    return ""
+Failed = dict[str, str]
+"""A sequence that the model can't take: ``id``, and why as ``error``."""
+
+
+def can_take(sequences: Sequence[DumpSequence], *policies: Policy) -> tuple[list[int], list[Failed]]:
+    """Places of the sequences that every policy can take; and the others, in the words of ``score_plain``."""
+    places, failed = [], []
+    for place, sequence in enumerate(sequences):
+        try:
+            for policy in policies:
+                _packed(policy, [sequence], [SamplingParams()], 1)
+            places.append(place)
+        except ValueError as error:
+            failed.append({"id": sequence.id, "error": str(error)})
+    return places, failed
 
 
 def _packed(

@@ -25,10 +25,8 @@ from rlalign.verifier.score import OPERATORS, ScoreSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlalign.cli.dump_scoring import Failed
     from rlalign.verifier.attribution import Attribution
-
-Failed = dict[str, str]
-"""A sequence that the model can't take: ``id``, and why as ``error``."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -126,7 +124,7 @@ def _attribute(
     """The outcome, what else is said of it, and the sequences that it is of: those that the model can take."""
     import torch
 
-    from rlalign.cli.dump_scoring import refusal
+    from rlalign.cli.dump_scoring import can_take
     from rlalign.cli.policies import Policies, checkpoint_dtype
     from rlalign.cli.scoring import PolicyScorer
     from rlalign.modeling import load_tokenizer
@@ -145,10 +143,8 @@ def _attribute(
         tokenizer = None
     policies = Policies(models, dtype, args.device)
     with policies.using(_plain(args)) as policy:
-        refusals = [refusal(policy, sequence) for sequence in sequences]
-    failed = [{"id": s.id, "error": error} for s, error in zip(sequences, refusals, strict=True) if error]
-    base = [settings for settings, error in zip(base, refusals, strict=True) if not error]
-    sequences = [sequence for sequence, error in zip(sequences, refusals, strict=True) if not error]
+        places, failed = can_take(sequences, policy)
+    base, sequences = [base[place] for place in places], [sequences[place] for place in places]
     scorer = PolicyScorer(policies, tokenizer)
     configs = [_config(folder) for folder in models]
     with Console(stderr=True).status("scoring") as status:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -27,6 +28,7 @@ from rlalign.verifier.metrics import align_metrics
 from rlalign.verifier.thresholds import Thresholds
 
 if TYPE_CHECKING:
+    from rlalign.cli.dump_scoring import Failed
     from rlalign.modeling.feeds import Feed
     from rlalign.verifier.bisect import Bisection
 
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     bounds = thresholds(args)
     check_outputs(args)
     sequences = _sequences(args)
-    outcome, skipped, logprobs = bisect_settings(args.model, sequences, a, b, args)
+    outcome, skipped, logprobs, failed = bisect_settings(args.model, sequences, a, b, args)
     metrics = align_metrics(compare([logprobs]))
     facts = {
         "model": str(args.model),
@@ -81,11 +83,12 @@ def run(args: argparse.Namespace) -> int:
         "b": b.text,
         "settings_a": a.settings.describe(),
         "settings_b": b.settings.describe(),
+        "failed": failed,
         "not_recorded": skipped,
         "logprobs": metrics,
         "exceeded": bounds.exceeded(metrics, num_tokens=logprobs.num_tokens) if logprobs.num_tokens else [],
     }
-    facts["exit_code"] = exit_code(outcome, bounds, facts["exceeded"])
+    facts["exit_code"] = exit_code(outcome, bounds, facts["exceeded"], failed)
     show(outcome, facts, args.worst, Console())
     for write, path in ((write_json, args.json), (write_page, args.html), (write_png, args.png)):
         if path is not None:
@@ -95,15 +98,17 @@ def run(args: argparse.Namespace) -> int:
 
 def bisect_settings(
     model: Path, sequences: Sequence[DumpSequence], a: NamedSetting, b: NamedSetting, args: argparse.Namespace
-) -> tuple[Bisection, list[str], LogprobPair]:
-    """What differs, the outputs that could not be compared, and the log-probs of both sides (a as rollout)."""
+) -> tuple[Bisection, list[str], LogprobPair, list[Failed]]:
+    """What differs, the outputs that could not be compared, the log-probs of both sides (a as rollout), and the
+    sequences that one of the two models can't take."""
     import torch
 
+    from rlalign.cli.dump_scoring import can_take
     from rlalign.cli.forwards import check_feeds
     from rlalign.cli.heads import head_logprobs
     from rlalign.cli.policies import Policies, checkpoint_dtype
     from rlalign.cli.recording import Side, recorded_pairs, survey, tokens_of
-    from rlalign.verifier.bisect import bisect
+    from rlalign.verifier.bisect import Tokens, bisect
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
@@ -114,17 +119,29 @@ def bisect_settings(
     # each side has policies of its own: switching operators of one must not reach the other
     stores = [Policies([named.model or model], dtype, args.device) for named in (a, b)]
     with stores[0].using(a.settings) as policy_a, stores[1].using(b.settings) as policy_b:
+        places, failed = can_take(sequences, policy_a, policy_b)
+        places = [place for place in places if len(sequences[place].token_ids)]
+        sequences = [sequences[place] for place in places]
+        if not sequences:
+            return bisect((), Tokens(*[np.zeros(0, np.int64)] * 3)), [], _pair(np.zeros((2, 0), np.float32)), failed
         for policy, named in ((policy_a, a), (policy_b, b)):
             feeds = [_feed(sequence, named, sequences) for sequence in sequences]
             check_feeds(policy, feeds)
             sides.append(Side(policy, feeds, named.settings))
         tokens = tokens_of(sides[0].feeds)
+        # by their place in the file, whatever was left out
+        tokens = replace(tokens, sequence=np.array(places)[tokens.sequence])
         targets = np.concatenate([_all_ids(sequence)[1:] for sequence in sequences])
         pairs = recorded_pairs(*sides, targets, head_logprobs, max_bytes=args.memory_mb * 2**20, max_rows=_MAX_ROWS)
         last: list[_Pair] = []
         outcome = bisect(_keeping_last(pairs, last), tokens)
-        rollout, train = (side.values[:, 0] for side in last[0])
-        return outcome, list(survey(sides[0], _MAX_ROWS).skipped), LogprobPair(rollout, train, len(rollout))
+        logprobs = _pair([side.values[:, 0] for side in last[0]])
+        return outcome, list(survey(sides[0], _MAX_ROWS).skipped), logprobs, failed
+
+
+def _pair(sides: Sequence[np.ndarray]) -> LogprobPair:
+    rollout, train = sides
+    return LogprobPair(rollout, train, len(rollout))
 
 
 def _keeping_last(pairs: Iterator[_Pair], last: list[_Pair]) -> Iterator[_Pair]:
@@ -147,39 +164,45 @@ def _all_ids(sequence: DumpSequence) -> np.ndarray:
 
 
 def _sequences(args: argparse.Namespace) -> list[DumpSequence]:
-    """The first sequences of the dump; or prompts, whose tokens after the first count as response."""
+    """The first sequences of the dump, or the first prompts."""
     if args.dump is not None:
         from rlalign.verifier.dumps import read_dump
 
-        read = islice(read_dump(args.dump, format=args.format), args.limit)
-        found = [sequence for sequence in read if sequence.num_tokens >= 2]
-        if not found:
-            raise ValueError(f"{args.dump}: no sequence of at least two tokens")
-        return found
+        read = [_with_response(sequence) for sequence in islice(read_dump(args.dump, format=args.format), args.limit)]
+    else:
+        read = [_with_response(sequence) for sequence in _prompts(args)]
+    if not any(len(sequence.token_ids) for sequence in read):
+        raise ValueError(f"{args.dump or args.prompts}: no sequence of at least two tokens")
+    return read
+
+
+def _prompts(args: argparse.Namespace) -> Iterator[DumpSequence]:
     from rlalign.cli.verify_prompts import encode_rows, needs_tokenizer, read_prompt_rows
     from rlalign.modeling import load_tokenizer
 
     rows = read_prompt_rows(args.prompts, limit=args.limit)
     tokenizer = load_tokenizer(args.model) if needs_tokenizer(rows) else None
-    found = [
-        DumpSequence(
-            id=str(prompt.prompt_id),
-            prompt_token_ids=prompt.token_ids[:1],
-            token_ids=prompt.token_ids[1:],
-            logprobs=np.zeros(len(prompt.token_ids) - 1, np.float32),
-            source=f"{args.prompts}:{prompt.prompt_id}",
-        )
-        for prompt in encode_rows(rows, tokenizer)
-        if len(prompt.token_ids) >= 2
-    ]
-    if not found:
-        raise ValueError(f"{args.prompts}: no prompt of at least two tokens")
-    return found
+    none = np.zeros(0, np.int64)
+    for prompt in encode_rows(rows, tokenizer):
+        name = str(prompt.prompt_id)
+        yield DumpSequence(name, prompt.token_ids, none, np.zeros(0, np.float32), source=f"{args.prompts}:{name}")
 
 
-def exit_code(outcome: Bisection, bounds: Thresholds, exceeded: Sequence[str]) -> int:
-    """0 equal or within the thresholds, 1 different, 2 nothing compared. exceeded: what the log-probs are beyond."""
+def _with_response(sequence: DumpSequence) -> DumpSequence:
+    """The sequence; of a mere prompt, the tokens after the first count as response."""
+    if len(sequence.token_ids):
+        return sequence
+    prompt, response = np.split(sequence.prompt_token_ids, [1])
+    return replace(
+        sequence, prompt_token_ids=prompt, token_ids=response, logprobs=np.zeros(len(response), np.float32), mask=None
+    )
+
+
+def exit_code(outcome: Bisection, bounds: Thresholds, exceeded: Sequence[str], failed: Sequence[Failed] = ()) -> int:
+    """0 equal or within the thresholds, 1 different, 2 nothing compared, or all is equal but not all was compared.
+    exceeded: what the log-probs are beyond."""
     if not outcome.sites:
         return EXIT_UNUSABLE
-    different = bool(exceeded) or (bounds.bitwise and not outcome.equal)
-    return EXIT_DIFFERENT if different else EXIT_EQUAL
+    if exceeded or (bounds.bitwise and not outcome.equal):
+        return EXIT_DIFFERENT
+    return EXIT_UNUSABLE if failed else EXIT_EQUAL

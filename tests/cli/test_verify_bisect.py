@@ -206,3 +206,37 @@ def test_settings_are_read():
     )
     assert named.settings.describe() == "config=rms_norm_eps:1e-05, dtype=bfloat16, native=linear+norm, chunk=7"
     assert parse_setting("--a", "native").settings.numerics == "native"
+
+
+def test_a_sequence_that_the_model_cannot_take_is_named_and_the_rest_compared(model, tmp_path, capsys):
+    """As ``dump`` and ``attribute`` do, with the same words and the same exit code."""
+    pytest.importorskip("plotly", reason="the page needs plotly")
+    good = {"prompt_token_ids": [3, 4, 5], "token_ids": [6, 7], "logprobs": [-1, -1]}
+    aliens = [
+        good | {"id": "alien", "token_ids": [6, 9999]},  # the last token is not fed, but its log-prob is wanted
+        good | {"id": "bare", "prompt_token_ids": []},
+        good | {"id": "long", "prompt_token_ids": [3] * 200},
+        {"id": "prompt", "prompt_token_ids": [3, 9999], "token_ids": [], "logprobs": []},
+    ]
+    file, outputs = tmp_path / "dump.jsonl", [tmp_path / name for name in ("out.json", "out.html", "out.png")]
+
+    def run_on(rows: list[dict[str, Any]], *settings: str) -> tuple[int, dict[str, Any], str]:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        written = [text for path in outputs for text in (f"--{path.suffix[1:]}", str(path))]
+        code = main(["bisect", "--model", str(model), "--dump", str(file), *settings, *written])
+        return code, json.loads(outputs[0].read_text()), capsys.readouterr().out
+
+    rows = [good | {"id": "first"}, *aliens, good | {"id": "last", "token_ids": [8, 9]}]
+    code, found, shown = run_on(rows, "--b", "decode")
+    assert (code, found["equal"], found["heat_map"]["sequence"]) == (2, True, [0] * 4 + [5] * 4)
+    assert [one["id"] for one in found["failed"]] == ["alien", "bare", "long", "prompt"]
+    assert "sequence alien was not compared: " in shown and "log-probs at the end" not in shown
+    assert "token id 9999 is outside the vocabulary" in outputs[1].read_text()
+    code, found, _ = run_on(rows, "--b", "position_offset=1")
+    assert (code, found["exit_code"], len(found["failed"])) == (1, 1, 4)
+    code, found, shown = run_on(aliens)
+    assert (code, found["equal"], found["sites"]) == (2, False, [])
+    assert shown.splitlines()[-1].startswith("nothing was compared") and "nothing was" in outputs[1].read_text()
+    # what only one of the two can't take
+    code, found, _ = run_on([good | {"id": "first"}], "--b", "config.max_position_embeddings=3")
+    assert (code, "max_positions=3" in found["failed"][0]["error"]) == (2, True)
