@@ -63,6 +63,10 @@ def started(recipe: str, config: Config, *, estimator: str) -> Iterator[Job]:
         checkpoint = _initial_checkpoint(config, run)
         tokenizer = load_tokenizer(checkpoint)
         task = make_task(config.task, tokenizer, seed=config.run.seed)
+        if actors.device == "cuda" and config.numerics == "invariant":
+            run.progress.say(
+                "getting the GPU's kernels ready; the first run on a machine compiles them for two minutes"
+            )
         actors.load(checkpoint)
         done = run.restore(actors.trainer)
         actors.sync_weights()
