@@ -16,8 +16,10 @@ _TABLE_ROWS = (1, 16, 17, 32, 33, 64, 65, 128, 129, 4096)
 
 
 def table(dtype: torch.dtype, architecture: tuple[int, int], sample: bool) -> list[HeadTile]:
-    """All that the chooser takes for some number of rows."""
-    found = (head_tile(num_rows, dtype, architecture, sample) for num_rows in _TABLE_ROWS)
+    """All that the chooser takes for some number of rows, with and without a support."""
+    found = [
+        head_tile(num_rows, dtype, architecture, sample, masked) for num_rows in _TABLE_ROWS for masked in (False, True)
+    ]
     return list(dict.fromkeys(found))
 
 
