@@ -1,6 +1,7 @@
 """Our values under the names of other frameworks, so that a dashboard made for one of them works unchanged.
 
 Only where the definition is the same: docs/metrics.md has ours. A value is never renamed, it is logged once more.
+TRL's ``sampling/importance_sampling_ratio/*`` isn't here: it is taken after the correction, by default of a sequence.
 """
 
 from __future__ import annotations
@@ -41,9 +42,6 @@ ALIASES: Mapping[Framework, Mapping[str, str]] = {
     "trl": {
         "sampling/sampling_logp_difference/mean": "align/logp_abs_diff/mean",
         "sampling/sampling_logp_difference/max": "align/logp_abs_diff/max",
-        "sampling/importance_sampling_ratio/min": "align/ratio_raw/min",
-        "sampling/importance_sampling_ratio/mean": "align/ratio_raw/mean",
-        "sampling/importance_sampling_ratio/max": "align/ratio_raw/max",
         "reward": "reward/mean",
         "frac_reward_zero_std": "reward/no_signal_frac",
         "completions/mean_length": "response_length/mean",

@@ -187,8 +187,10 @@ def _sum(values: np.ndarray) -> float:
 
 
 def _std(values: np.ndarray) -> float:
-    """Population standard deviation, two passes."""
-    return math.sqrt(_mean((values - _mean(values)) ** 2)) if len(values) else math.nan
+    """Over n - 1, as verl and torch have it, in two passes; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0 if len(values) else math.nan
+    return math.sqrt(_sum((values - _mean(values)) ** 2) / (len(values) - 1))
 
 
 def _max(values: np.ndarray) -> float:

@@ -31,12 +31,12 @@ WORKED = {
     "bitwise_match_frac": 1 / 3,
     "logp_diff/mean": 0.0,
     "logp_abs_diff/mean": 2 * LN2 / 3,
-    "logp_abs_diff/std": LN2 * math.sqrt(2) / 3,
+    "logp_abs_diff/std": LN2 / math.sqrt(3),  # squares 1/9, 1/9, 4/9 of ln²2, over n - 1
     "logp_abs_diff/p50": LN2,
     "logp_abs_diff/p99": LN2,
     "logp_abs_diff/max": LN2,
     "prob_abs_diff/mean": 0.5 / 3,
-    "prob_abs_diff/std": 0.25 * math.sqrt(2) / 3,
+    "prob_abs_diff/std": 0.25 / math.sqrt(3),
     "prob_abs_diff/max": 0.25,
     # train (.5 .25 .5), rollout (.25 .5 .5): covariance -1/144, both variances 1/72
     "prob_pearson": -0.5,

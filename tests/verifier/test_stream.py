@@ -139,7 +139,7 @@ def test_deviation_without_cancellation() -> None:
     values = (1.0 + np.arange(1000) * 2.0**-24).astype(np.float32).astype(np.float64)
     first.add(values)
     squares.add(values**2)
-    assert standard_deviation(first, squares) == pytest.approx(np.std(values - 1.0), rel=1e-12)
+    assert standard_deviation(first, squares) == pytest.approx(np.std(values - 1.0, ddof=1), rel=1e-12)
 
 
 def test_quantiles_of_many_are_within_their_bound() -> None:

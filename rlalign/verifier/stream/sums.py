@@ -108,9 +108,11 @@ def variance(first: ExactSum, squares: ExactSum) -> Fraction | None:
 
 
 def standard_deviation(first: ExactSum, squares: ExactSum) -> float:
-    """Population standard deviation; NaN where there is none."""
-    found = variance(first, squares)
-    return math.nan if found is None else math.sqrt(to_float(found))
+    """Over n - 1; 0 of a single value, NaN where there is none."""
+    found, n = variance(first, squares), first.count
+    if found is None:
+        return math.nan
+    return math.sqrt(to_float(found * Fraction(n, n - 1))) if n > 1 else 0.0
 
 
 class Quantiles:
