@@ -41,11 +41,11 @@ PANELS: tuple[Panel, ...] = (
                                          "correction/*")),
     Panel("Policy", "early warning", ("align/adv_skew",)),
     Panel("Policy", "optimisation", ("entropy", "grad_norm", "lr", "weights_changed_frac", "clip_frac", "kl_ref",
-                                     "loss", "policy/*", "critic/*")),
+                                     "loss", "ratio/*", "approx_kl", "critic/*")),
     Panel("Performance", "speed and time", ("perf/*",)),
     Panel("Reward", "reward", ("reward/*",)),
     Panel("Reward", "held-out prompts", ("eval/*",)),
-    Panel("Reward", "responses", ("response_length/*",)),
+    Panel("Reward", "responses", ("response_length/*", "rollout/failed")),
 )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ from rlalign.dashboards.panels import PANELS, STEP, Panel, Section
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
-_PICTURES = ("where/abs_diff_histogram", "where/prob_scatter", "where/position_heat_map", "where/trace")
+_PICTURES = tuple(
+    f"where/{name}" for name in ("abs_diff_histogram", "prob_scatter", "position_heat_map", "layer_heat_map", "trace")
+)
 _TABLE = "where/worst_tokens"
 _COLUMNS, _ROWS = 3, 3
 

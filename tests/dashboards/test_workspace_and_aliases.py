@@ -50,7 +50,7 @@ def test_the_pictures_are_where_the_sink_logs_them(workspace: Any) -> None:
     where = next(section for section in workspace.sections if section.name == "Where")
     shown = {key for chart in where.panels for key in getattr(chart, "media_keys", [])}
     shown |= {chart.table_name for chart in where.panels if hasattr(chart, "table_name")}
-    pictures = ("abs_diff_histogram", "prob_scatter", "position_heat_map", "trace", "worst_tokens")
+    pictures = ("abs_diff_histogram", "prob_scatter", "position_heat_map", "layer_heat_map", "trace", "worst_tokens")
     assert shown == {f"where/{name}" for name in pictures}
 
 
