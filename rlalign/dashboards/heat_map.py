@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_LABELS = 40
+_MAX_COLUMN_LABELS = 12
 
 
 def draw_heat_map(
@@ -21,12 +22,14 @@ def draw_heat_map(
     *,
     title: str,
     x_label: str = "token",
+    columns: Sequence[str] | None = None,
     what: str = "max |Δ|",
     blank_nan: bool = False,
 ) -> Figure:
     """values: float64 [rows, columns], not negative. Exactly 0 is green, what is not finite red, the rest by decade.
 
-    The first row is at the bottom, so that depth grows upwards. blank_nan: a NaN stands for nothing there.
+    The first row is at the bottom, so that depth grows upwards. columns: what to call them; None: by number, from 0.
+    blank_nan: a NaN stands for nothing there.
     """
     from matplotlib.colors import LogNorm
 
@@ -42,6 +45,9 @@ def draw_heat_map(
     image = axes.imshow(shown, cmap="plasma", norm=LogNorm(low, max(high, low * 10)), **span)
     every = max(1, -(-len(rows) // _MAX_LABELS))
     axes.set_yticks(range(0, len(rows), every), list(rows)[::every], fontsize=7)
+    if columns is not None:
+        every = max(1, -(-len(columns) // _MAX_COLUMN_LABELS))
+        axes.set_xticks(range(0, len(columns), every), list(columns)[::every], fontsize=8)
     axes.set(xlabel=x_label, title=title)
     figure.colorbar(image, ax=axes, label=f"{what} (green: equal bits)")
     return figure

@@ -110,7 +110,7 @@ def draw_scatter(data: PictureData, *, title: str) -> Figure:
     chosen = chosen_points(data)
     figure, axes = _figure(4.6, 4.6)
     rollout, train = (np.exp(side[chosen].astype(np.float64)) for side in (data.rollout, data.train))
-    differs = data.delta[chosen] != 0
+    differs = data.rollout[chosen].view(np.int32) != data.train[chosen].view(np.int32)
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=1)
     for mask, color, label in ((~differs, GOOD, "equal"), (differs, BAD, "different")):
         axes.scatter(rollout[mask], train[mask], s=8, color=color, alpha=0.6, linewidths=0, label=label, zorder=2)

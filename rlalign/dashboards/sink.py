@@ -132,10 +132,15 @@ class WandbSink:
 
         if not self._positions:
             return {}
-        cells, width, _ = position_cells(self._positions)
+        cells, width, steps = position_cells(self._positions)
         rows = [str(index * width) for index in range(len(cells))]
         figure = draw_heat_map(
-            cells, rows, title="position in the response × step", x_label="steps with pictures", blank_nan=True
+            cells,
+            rows,
+            title="position in the response × step",
+            x_label="step, of those with pictures",
+            columns=[str(first) for first, _ in steps],
+            blank_nan=True,
         )
         return {"where/position_heat_map": wandb.Image(to_image(figure))}
 
@@ -143,10 +148,16 @@ class WandbSink:
         """Layer × step, over the steps with a bisection so far."""
         import wandb
 
-        rows = [self._layers[step] for step in sorted(self._layers)]
+        steps = sorted(self._layers)
+        rows = [self._layers[step] for step in steps]
         cells = np.array([row.difference for row in rows], np.float64).T
         figure = draw_heat_map(
-            cells, rows[0].names, title="layer × step", x_label="steps with a bisection", what=f"max {rows[0].unit}"
+            cells,
+            rows[0].names,
+            title="layer × step",
+            x_label="step, of those with a bisection",
+            columns=[str(step) for step in steps],
+            what=f"max {rows[0].unit}",
         )
         return {"where/layer_heat_map": wandb.Image(to_image(figure))}
 

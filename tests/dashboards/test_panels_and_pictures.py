@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from rlalign.dashboards import WandbSink
+from rlalign.dashboards.heat_map import draw_heat_map
 from rlalign.dashboards.panels import PANELS, Section, definitions, panel_of
 from rlalign.dashboards.pictures import (
     PictureData,
@@ -17,6 +21,7 @@ from rlalign.dashboards.pictures import (
     table_rows,
     to_image,
 )
+from rlalign.dashboards.snapshot import LayerRow, PositionRow
 from rlalign.verifier.compare import LogprobPair, compare
 from rlalign.verifier.metrics import Provenance, align_metrics
 
@@ -32,6 +37,21 @@ def test_every_align_metric_has_a_panel() -> None:
     names = align_metrics(compare([LogprobPair(one, one, 2)]), advantages=[one], provenance=known)
     assert {name: panel_of(name) for name in names if panel_of(name) is None} == {}
     assert len(names) == 35
+
+
+def test_every_metric_of_the_docs_has_a_panel() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    tables = page[page.index("## `align/*`") : page.index("## Reading a difference")]
+    cells = re.findall(r"^\| (`[^|]+`) \|", tables, re.MULTILINE)
+    names = [name for cell in cells for quoted in re.findall(r"`([^`]+)`", cell) for name in expanded(quoted)]
+    assert len(names) > 90
+    assert [name for name in names if name != "step" and panel_of(name) is None] == []
+
+
+def expanded(name: str) -> list[str]:
+    """``a/{b,c}`` as ``a/b`` and ``a/c``."""
+    head, *choices = re.split(r"[{}]", name)
+    return [head + choice for choice in choices[0].split(",")] if choices else [head]
 
 
 @pytest.mark.parametrize(("metric", "section", "title"), [
@@ -96,6 +116,32 @@ def test_pictures_differ_when_the_data_do(count: int, draw: object) -> None:
     equal, different = (np.asarray(to_image(draw(data(same, t), title="t"))) for t in (same, other))
     assert equal.shape == different.shape
     assert np.array_equal(equal, different) == (count == 0)
+
+
+def test_scatter_colours_by_bits() -> None:
+    axes = draw_scatter(data(np.float32([0.0, -1.0]), np.float32([-0.0, -1.0])), title="t").axes[0]
+    assert {one.get_label(): len(one.get_offsets()) for one in axes.collections} == {"equal": 1, "different": 1}
+
+
+def test_a_heat_map_names_its_columns() -> None:
+    figure = draw_heat_map(np.ones((2, 3)), ["a", "b"], title="t", columns=["1", "100", "200"])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1", "100", "200"]
+    many = draw_heat_map(np.ones((2, 60)), ["a", "b"], title="t", columns=[str(step) for step in range(60)])
+    assert [label.get_text() for label in many.axes[0].get_xticklabels()] == [str(step) for step in range(0, 60, 5)]
+
+
+def test_heat_maps_of_steps_are_labelled_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink, shown = WandbSink.__new__(WandbSink), []
+    sink._layers = {step: LayerRow(("0", "1"), (0.0, 1.0)) for step in (200, 1, 100)}
+    sink._positions = {step: PositionRow(1, np.zeros(3)) for step in (10, 1)}
+
+    def draw(*args: object, columns: list[str], **more: object) -> Figure:
+        shown.append(columns)
+        return draw_heat_map(*args, columns=columns, **more)
+
+    monkeypatch.setattr("rlalign.dashboards.sink.draw_heat_map", draw)
+    assert sink._layer_map().keys() | sink._heat_map().keys() == {"where/layer_heat_map", "where/position_heat_map"}
+    assert shown == [["1", "100", "200"], ["1", "10"]]
 
 
 def test_scatter_keeps_the_largest_differences_when_it_thins_out() -> None:
