@@ -86,7 +86,7 @@ def worst_table(title: str, snapshots: Mapping[int, Snapshot], limit: int = 50) 
     # missing and non-finite ones first, as in every other list of ours
     order = sorted(range(len(worst)), key=lambda i: (worst[i]["kind"] == "differs", -abs(_size(worst[i]))))
     rows = table_rows([worst[i] for i in order[:limit]], WORST_COLUMNS)
-    note = "key: step/prompt/sample; the token stands between ⟦ and ⟧."
+    note = "key: step/prompt/sample of a run, the id of a dump's sequence. The token stands between ⟦ and ⟧."
     return Table(title, WORST_COLUMNS, rows, note) if rows else None
 
 
@@ -105,9 +105,12 @@ def series_blocks(runs: Mapping[str, Rows], section: Section) -> list[Chart]:
             if not key[1].startswith(_PHASES):
                 families.setdefault(_family(key[1]), {})[key] = points
         for family, members in families.items():
+            metrics = {metric for _, metric in members}
+            # without a legend of statistics the heading must say which one it is
+            title = family if len(metrics) > 1 else metrics.pop()
             # a panel's title says something only about a chart that is all of it
             note = panel.title if len(families) == 1 and panel.title != family else ""
-            blocks.append(Chart(family, {"": series_figure(members)}, note, "third"))
+            blocks.append(Chart(title, {"": series_figure(members)}, note, "third"))
     return blocks
 
 

@@ -20,6 +20,8 @@ _GREY = "#9aa0a6"
 COLORS = ("#2f6fb0", "#d07a1f", "#7b4fa3", "#2a9d4f", "#c8352b", "#4f8f8b", "#8a6d3b", "#b0457f")
 _DASHES = ("solid", "dot")
 _MAX_TRACE_TICKS = 12
+# up to so many steps each has its tick; beyond, Plotly chooses whole numbers by itself
+_MAX_STEP_TICKS = 10
 
 
 def histogram_figure(h: Histogram) -> Figure:
@@ -78,6 +80,7 @@ def position_figure(rows: Mapping[int, PositionRow]) -> Figure:
         "step %{customdata[0]}<br>position %{y}<br>max |Δ| %{customdata[1]}<extra></extra>"
     )
     figure["layout"] |= _layout("step" if len(columns) > 1 else "", "position in the response", height=380)
+    figure["layout"]["xaxis"] |= _whole([first for first, _ in columns])
     if len(columns) == 1:  # its width means nothing, so neither does its axis
         figure["layout"]["xaxis"]["showticklabels"] = False
     return figure
@@ -178,7 +181,8 @@ def series_figure(series: Mapping[tuple[str, str], Sequence[tuple[int, float]]])
                     "hovertemplate": "step %{x}: %{text}",
                 }
             )
-    layout = _layout("step", "", height=260)
+    layout = _layout("step", "", height=280)
+    layout["xaxis"] |= _whole([step for points in series.values() for step, _ in points])
     return {"data": traces, "layout": layout | {"showlegend": len(series) > 1}}
 
 
@@ -225,6 +229,11 @@ def _heat_map(cells: np.ndarray, unit: str, columns: Sequence[str]) -> Figure:
     return {"data": [heat], "layout": {}}
 
 
+def _whole(steps: Sequence[int]) -> Figure:
+    """Ticks of an axis of few steps: there is nothing between two of them."""
+    return {"dtick": 1} if steps and max(steps) - min(steps) < _MAX_STEP_TICKS else {}
+
+
 def _bar(
     x: Sequence[float], y: Sequence[int], names: Sequence[str], width: float, color: str, *, text: bool = False
 ) -> Figure:
@@ -239,7 +248,8 @@ def _layout(x: str, y: str, *, height: int) -> Figure:
     axis: Figure = {"gridcolor": "#ececec", "linecolor": "#bbbbbb", "zeroline": False, "automargin": True}
     return {
         "height": height,
-        "margin": {"l": 56, "r": 16, "t": 12, "b": 44},
+        # Plotly's buttons have the upper margin to themselves and the legend
+        "margin": {"l": 56, "r": 16, "t": 34, "b": 44},
         "font": {"family": "system-ui, sans-serif", "size": 12},
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",

@@ -100,7 +100,8 @@ def _chart(chart: Chart, number: int) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in table.columns)
+    # a narrow column of numbers may break its long heading
+    head = "".join(f"<th>{_text(name).replace('_', '_<wbr>')}</th>" for name in table.columns)
     rows = "".join("<tr>" + "".join(_cells(row)) + "</tr>" for row in table.rows)
     note = f"<p>{_text(table.note)}</p>" if table.note else ""
     title = f"<h3>{_text(table.title)}</h3>" if table.title else ""
@@ -111,7 +112,11 @@ def _table(table: Table) -> str:
 def _cells(row: Sequence[Any]) -> Iterator[str]:
     for value in row:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        yield f'<td class="number">{_number(value)}</td>' if number else f"<td>{_text(value)}</td>"
+        if number:
+            yield f'<td class="number">{_number(value)}</td>'
+        else:
+            text = "" if value is None else str(value)
+            yield f'<td class="{"long" if len(text) > _LINE else "short"}">{_text(text)}</td>'
 
 
 def _number(value: float) -> str:
@@ -135,6 +140,9 @@ def _plotly_file() -> Any:
     except ModuleNotFoundError as error:
         raise ValueError("an HTML report needs plotly, not installed here: pip install 'rlalign[report]'") from error
 
+
+# a longer text wraps, a shorter one never does: narrow columns of many words can't be read
+_LINE = 48
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -162,13 +170,14 @@ figure.third { grid-column: span 2; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #eceeef; vertical-align: top; }
 td.number { text-align: right; white-space: nowrap; }
-td { white-space: pre-wrap; }
+td.short { white-space: pre; }
+td.long { white-space: pre-wrap; min-width: 48ch; }
 """
 
 # each figure is drawn when it comes near the window: fifty at once would hold up the page
 _SCRIPT = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
-const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
+const buttons = [["toImage", "resetScale2d"]];
 const options = {responsive: true, displaylogo: false, modeBarButtons: buttons};
 const drawn = new Set();
 function draw(number, which) {

@@ -181,8 +181,8 @@ def test_one_run_has_all_sections_and_all_pictures(pages: tuple[Path, Path]) -> 
     assert len(page.charts) == len(page.figures)
     assert {
         "|Δ| of every token", "probability by trainer and rollout", "where in the response", "which layer",
-        "along the worst sequence", "worst tokens", "seconds per phase", "reward", "entropy", "clip_frac",
-        "response_length", "align/mismatch_count",
+        "along the worst sequence", "worst tokens", "seconds per phase", "reward/mean", "entropy", "clip_frac",
+        "response_length/mean", "align/mismatch_count", "align/logp_abs_diff/max", "align/logp_abs_diff/mean",
     } <= set(page.titles)  # fmt: skip
     assert page.options == ["step 4", "step 1"] * 3
     assert "differ on 404 tokens (4 non-finite or missing) in 4 of 4 steps, first in step 1" in page.text
@@ -224,6 +224,25 @@ def test_the_browser_would_have_said_something(tmp_path: Path) -> None:
     seen = browse(tmp_path / "bad.html", tmp_path)
     assert "nothing is not defined" in seen.console[0]
     assert seen.drawn == 1
+
+
+def test_a_cell_wraps_only_where_its_line_is_long(tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="HTML reports need plotly, the extra 'report'")
+    rows = [["a b c ⟦d⟧ e f", "word " * 20, 7, None]]
+    text = render(Page("t", [], Table("", ["context", "why", "num_n", "x"], rows), {}))
+    assert "<th>num_<wbr>n</th>" in text
+    assert '<td class="short">a b c ⟦d⟧ e f</td><td class="long">word ' in text
+    assert '<td class="number">7</td><td class="short"></td>' in text
+    assert "td.short { white-space: pre; }" in text
+
+
+@pytest.mark.parametrize(("steps", "ticks"), [((1, 2), {"dtick": 1}), ((5,), {"dtick": 1}), ((1, 60), {})])
+def test_few_steps_have_a_tick_each(steps: tuple[int, ...], ticks: dict[str, int]) -> None:
+    series = series_figure({("run", "lr"): [(step, 0.0) for step in steps]})
+    heat = position_figure({step: PositionRow(1, np.zeros(2)) for step in steps})
+    for figure in (series, heat):
+        axis = figure["layout"]["xaxis"]
+        assert {name: axis[name] for name in axis if name == "dtick"} == ticks
 
 
 def test_what_a_token_says_is_never_markup(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_VOID = {"meta", "link", "br", "img", "input", "hr"}
+_VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 
 
 @dataclass
