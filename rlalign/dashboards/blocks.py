@@ -59,7 +59,7 @@ def picture_blocks(name: str, snapshots: Mapping[int, Snapshot], *, width: str =
     add(
         "where in the response",
         {"all": position_figure(positions)} if positions else {},
-        "Largest |Δ| by position and step. Green: all equal. A bright row is one wrong position, a column one step.",
+        "Largest |Δ| by position and step. Green: all equal. A dark row is one wrong position, a dark column one step.",
     )
     if layers:
         blocks.append(layer_chart(layers, before))
