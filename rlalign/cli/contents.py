@@ -14,6 +14,9 @@ from rlalign.verifier.score import ScoreSettings, UnsupportedSetting
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# stands for a message's text while a template is looked at
+_MARK = "rlalign-text"
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -101,11 +104,19 @@ def _reencoded(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarra
 
 
 def _templated(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The prompt's text as one user message in the tokenizer's chat template."""
-    text = tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    messages = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return np.array(tokenizer(rendered, add_special_tokens=False)["input_ids"], np.int64)
+    """The prompt's text as one user message in the tokenizer's chat template; of a prompt that is one, its text."""
+    around = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
+    before, _, after = around.partition(_MARK)
+    whole = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if before + after and len(whole) > len(before + after) and whole.startswith(before) and whole.endswith(after):
+        text = whole.removeprefix(before).removesuffix(after)
+    else:
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

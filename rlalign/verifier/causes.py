@@ -113,7 +113,7 @@ def token_causes() -> list[Cause]:
         "without_first": "the engine dropped the prompt's first token (such as a second BOS)",
         "without_last": "the engine dropped the prompt's last token",
         "reencoded": "the prompt was decoded and encoded again, to other tokens",
-        "chat_template": "the engine put the prompt into the chat template",
+        "chat_template": "the chat template is around the prompt on one side only",
         "generation_prompt": "the template's generation prompt is there on one side only",
         "next": "each response belongs to the prompt of the next sequence",
         "previous": "each response belongs to the prompt of the previous sequence",

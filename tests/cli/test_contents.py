@@ -97,3 +97,7 @@ def test_without_a_tokenizer_it_is_said(kind):
 def test_without_a_bos_id_it_is_said():
     with pytest.raises(UnsupportedSetting, match="bos_token_id"):
         contents([sequence([1], [1])], ScoreSettings(prompt="with_bos"), None, SimpleNamespace())
+
+
+def test_a_template_that_is_there_is_taken_away():
+    assert changed([4, 3, 1, 5, 6], [1], prompt="chat_template") == ([3, 1], [1])
