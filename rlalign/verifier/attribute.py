@@ -68,8 +68,8 @@ def attribute(
     now = scores.of(ways) if len(sequences) else np.zeros(0, np.float32)
     comparison = compare(scores.pairs(now))
     metrics, num_tokens = align_metrics(comparison), comparison.num_tokens
-    other = catalogue.other_operators(native)
-    edge = _leave_out_edge(scores, ways, now, other)
+    edge = _edge(scores, ways, now)
+    scores.leave_out(edge)
     whole = scores.gap(now)
     damaged = (*broken(sequences, now, scores.place), *at_the_edge(edge, scores.place))
     if whole.tokens == 0 or whole.mismatches == 0:
@@ -87,9 +87,9 @@ def attribute(
     found += fitted_temperature(scores, ways, now, whole)
     effects = _alone(scores, ways, now, found, progress)
     usable = [effect.cause for effect in effects if effect.skipped is None]
-    steps, ways, now = _greedily(scores, ways, now, usable, other, progress)
+    steps, ways, now = _greedily(scores, ways, now, usable, progress)
     rest = scores.gap(now)
-    rounding = None if rest.mismatches == 0 else _rounding(scores, ways, now, dtype, other, progress)
+    rounding = None if rest.mismatches == 0 else _rounding(scores, ways, now, dtype, progress)
     explained = rounding is not None and within_rounding(rest, rounding)
     findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts, explained=explained)
     return Attribution(
@@ -158,18 +158,17 @@ def _greedily(
     ways: list[Way],
     now: np.ndarray,
     usable: Sequence[Cause],
-    other_operators: Cause,
     progress: Callable[[str], None],
 ) -> tuple[list[Step], list[Way], np.ndarray]:
     steps: list[Step] = []
-    order = _scored(scores, ways, other_operators)
+    order = _scored(scores, ways, _other_order(ways))
     floor = 0.0 if order is None else scores.apart(order, now) or 0.0
     while len(steps) < _MAX_STEPS and scores.gap(now).mismatches:
         best: tuple[float, Cause, list[Way], np.ndarray, tuple[int, ...] | None] | None = None
         for cause in usable:
             progress(f"{cause.name} on top of {len(steps)} others" if steps else cause.name)
             for changed, chosen in _candidates(scores, ways, now, cause, floor):
-                other = scores.of(changed)
+                other = _without_edge(scores, changed)
                 gain = _gain(scores, now, other, cause)
                 # a cause further down the list must be better, not as good
                 if gain > 0 and (best is None or gain > best[0] * (1 + 1e-9)):
@@ -177,8 +176,9 @@ def _greedily(
         if best is None:
             break
         before = scores.gap(now)
-        _, cause, ways, now, chosen = best
-        _leave_out_edge(scores, ways, now, other_operators)
+        _, cause, ways, _, chosen = best
+        now = scores.of(ways)
+        scores.leave_out(_edge(scores, ways, now))
         steps.append(Step(cause, before, scores.gap(now), chosen))
     return steps, ways, now
 
@@ -191,7 +191,7 @@ def _candidates(
     if changed == ways:
         return []
     try:
-        other = scores.of(changed)
+        other = _without_edge(scores, changed)
     except (ValueError, NotImplementedError):  # beside the causes kept by now; alone it was possible
         return []
     touched = tuple(place for place, (a, b) in enumerate(zip(ways, changed, strict=True)) if a != b)
@@ -227,7 +227,8 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
     touched = better[now[both] != other[both]]
     error = float(touched.std()) * len(touched) ** 0.5
     exact = scores.gap(other, both).mismatches < scores.gap(now, both).mismatches // 2
-    return total if exact or total > _MIN_STANDARD_ERRORS * error else 0.0
+    sure = len(touched) >= _MIN_TOKENS and total > _MIN_STANDARD_ERRORS * error
+    return total if exact or sure else 0.0
 
 
 def _rounding(
@@ -235,11 +236,13 @@ def _rounding(
     ways: Sequence[Way],
     now: np.ndarray,
     dtype: str,
-    other: Cause,
     progress: Callable[[str], None],
 ) -> Rounding:
     progress("what rounding alone gives")
-    order, single = _scored(scores, ways, other), _scored(scores, ways, _FLOAT32) if dtype != "float32" else None
+    order, single = (
+        _scored(scores, ways, _other_order(ways)),
+        _scored(scores, ways, _FLOAT32) if dtype != "float32" else None,
+    )
     return Rounding(
         dtype=dtype,
         other_order=None if order is None else scores.apart(order, now),
@@ -258,24 +261,33 @@ def _scored(scores: Scores, ways: Sequence[Way], cause: Cause) -> np.ndarray | N
         return None
 
 
-def _leave_out_edge(scores: Scores, ways: Sequence[Way], now: np.ndarray, other: Cause) -> np.ndarray:
-    """Leave out, and return as bool [N], tokens that fell out of the recomputed support by no more than rounding.
+def _other_order(ways: Sequence[Way]) -> Cause:
+    """Another order of summation than ``ways`` have: PyTorch's operators, or ours where they are PyTorch's by now."""
+    return catalogue.other_operators(any(way.settings.numerics == "native" for way in ways))
 
-    They are -inf by whichever side of the edge they fell on, and say nothing of any cause. other: another order of
-    summation, whose mean |Δ| without any filter is how far rounding moves a probability.
+
+def _without_edge(scores: Scores, ways: Sequence[Way]) -> np.ndarray:
+    """Log-probs float32 [N] of ``ways``; NaN where ``_edge`` says that they tell nothing."""
+    scored = scores.of(ways)
+    return np.where(_edge(scores, ways, scored), np.float32(np.nan), scored)
+
+
+def _edge(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> np.ndarray:
+    """bool [N]: tokens that fell out of the recomputed support by no more than rounding.
+
+    They are -inf by whichever side of the edge they fell on, and say nothing of any cause. Another order of summation
+    without any filter says how far rounding moves a probability.
     """
     outside = scores.counts & np.isneginf(now)
-    edge = np.zeros_like(outside)
     if not outside.any():
-        return edge
+        return outside
     unfiltered = [catalogue.FILTERS.change(way, place) for place, way in enumerate(ways)]
-    order = _scored(scores, unfiltered, other)
+    order = _scored(scores, unfiltered, _other_order(ways))
     floor = None if order is None else scores.apart(order, scores.of(unfiltered))
-    if floor:
-        loosened = scores.of([replace(way, settings=replace(way.settings, slack=_EDGE * floor)) for way in ways])
-        edge = outside & np.isfinite(loosened)
-        scores.leave_out(edge)
-    return edge
+    if not floor:
+        return np.zeros_like(outside)
+    loosened = scores.of([replace(way, settings=replace(way.settings, slack=_EDGE * floor)) for way in ways])
+    return outside & np.isfinite(loosened)
 
 
 def _differing(scores: Scores, a: np.ndarray, b: np.ndarray) -> int:

@@ -377,3 +377,52 @@ def test_config_changes_are_those_of_other_checkpoints_and_common_ones():
 def test_operators_together_are_native():
     settings = catalogue.setting_cause("", "numerics", "", "", native=OPERATORS).change(catalogue.Way(), 0).settings
     assert settings.numerics == "native"
+
+
+def test_rounding_beside_pytorchs_operators_is_that_of_ours():
+    """Another order of summation than the one that was kept: not the same once more, which gives 0."""
+    found, scorer = sequences(), Numbers()
+    scored = scorer(found, replace(BASE, native=OPERATORS, batch="alone"))
+    rest = [_noise(s.id, "rest", len(values)) * 2e-5 for s, values in zip(found, scored, strict=True)]
+    result = attribute(reported(found, [a + b for a, b in zip(scored, rest, strict=True)]), scorer, decode=False)
+    assert [step.cause.name for step in result.steps] == ["batch"]
+    assert result.rounding.other_order > 0
+    assert result.explained
+
+
+class OneToken(Numbers):
+    """Positions that start at -1 move one token, and no other."""
+
+    def _one(self, sequence: DumpSequence, settings: ScoreSettings) -> np.ndarray:
+        found = super()._one(sequence, replace(settings, position_offset=0))
+        if settings.position_offset == -1 and sequence.id == "1":
+            found[5] += 0.01
+        return found
+
+
+def test_one_token_that_a_cause_brings_close_is_chance():
+    found, scorer = sequences(), OneToken()
+    scored = [
+        values + _noise(s.id, "rest", len(values)) * 5e-5 for s, values in zip(found, scorer(found, BASE), strict=True)
+    ]
+    scored[1][5] += 0.01
+    result = attribute(reported(found, scored), scorer, decode=False)
+    assert result.steps == ()
+
+
+class Edge(Numbers):
+    """Processed, the fourth token of each second sequence is just outside of the support."""
+
+    def _one(self, sequence: DumpSequence, settings: ScoreSettings) -> np.ndarray:
+        found = super()._one(sequence, settings)
+        if effective_sampling(sequence, settings).truncated and int(sequence.id) % 2 and not settings.slack:
+            found[3] = -np.inf
+        return found
+
+
+def test_a_token_at_the_edge_does_not_keep_a_cause_from_its_sequence():
+    found = [replace(s, processed=False) for s in sequences(SamplingParams(temperature=0.9, top_p=0.9))]
+    truth = Numbers()(found, replace(BASE, processed=True))
+    result = attribute(reported(found, truth), Edge(), decode=False)
+    [step] = result.steps
+    assert (step.cause.name, step.sequences, result.rest.mismatches) == ("processed", None, 0)
