@@ -25,8 +25,9 @@ _AT_ONCE = 1 << 26
 
 @dataclass(slots=True)
 class _Growing:
-    """A JSONL file as far as it was read: bytes, lines and sequences."""
+    """A JSONL file as far as it was read: bytes, lines and sequences. inode: of the file that was read."""
 
+    inode: int
     size: int = 0
     lines: int = 0
     sequences: int = 0
@@ -51,7 +52,8 @@ class WatchedFolder:
             raise FileNotFoundError(f"--watch: no such folder: {self.folder}")
 
     def look(self) -> Iterator[tuple[Path, Format, Iterator[DumpSequence]]]:
-        """Files with something new, in order of their names. Raises ValueError for a file that shrank, or is wrong."""
+        """Files with something new, in order of their names. Raises ValueError for a file that shrank, was replaced, or
+        is wrong."""
         for path in sorted(self.folder.rglob("*")):
             if path.suffix not in _SUFFIXES or not path.is_file():
                 continue
@@ -77,11 +79,15 @@ class WatchedFolder:
     def unfinished(self) -> list[Path]:
         """Parquet files that were never closed, and JSONL files that end in the middle of a line."""
         found = [path for path in sorted(self.folder.rglob("*.parquet")) if path not in self._done]
-        return found + [path for path, state in self._growing.items() if path.stat().st_size > state.size]
+        return found + [
+            path for path, state in self._growing.items() if path.is_file() and path.stat().st_size > state.size
+        ]
 
     def _new_lines(self, path: Path) -> list[tuple[int, bytes]]:
-        state = self._growing.setdefault(path, _Growing())
-        size = path.stat().st_size
+        found = path.stat()
+        size, state = found.st_size, self._growing.setdefault(path, _Growing(found.st_ino))
+        if found.st_ino != state.inode:
+            raise ValueError(f"{path}: another file took its place while it was followed")
         if size < state.size:
             raise ValueError(f"{path}: the file shrank from {state.size} to {size} bytes while it was followed")
         if size == state.size:

@@ -252,3 +252,19 @@ def test_what_vllm_reported_on_a_gpu(tmp_path: Path) -> None:
 def test_parquet_of_an_exact_dump_keeps_float32(plain: list[DumpSequence], tmp_path: Path) -> None:
     write_dump(tmp_path / "a.parquet", plain)
     assert str(parquet.read_schema(tmp_path / "a.parquet").field("logprobs").type) == "list<element: float>"
+
+
+def test_a_watched_file_that_was_replaced_is_refused_and_one_that_is_gone_forgotten(
+    plain: list[DumpSequence], tmp_path: Path
+) -> None:
+    grows, other = tmp_path / "grows.jsonl", tmp_path / "other"
+    write_dump(grows, plain[:2])
+    folder = WatchedFolder(tmp_path)
+    assert [s.id for _, _, sequences in folder.look() for s in sequences] == ["r0", "r1"]
+    write_dump(tmp_path / "longer.jsonl", plain)
+    (tmp_path / "longer.jsonl").rename(other)
+    other.replace(grows)
+    with pytest.raises(ValueError, match="another file took its place"):
+        list(folder.look())
+    grows.unlink()
+    assert (list(folder.look()), folder.unfinished) == ([], [])
