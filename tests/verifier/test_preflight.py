@@ -101,6 +101,8 @@ VERL = {
     ("actor.ulysses_sequence_parallel_size", 4, ("differs", "sequence_parallel")),
     ("actor.ppo_epochs", 2, ("note", "updates_per_sync")),
     ("model.override_config", {"rope_theta": 1e6}, None),
+    ("rollout.max_model_len", None, None),  # null leaves it to the framework
+    ("rollout.logprobs_mode", None, None),  # verl asks for processed ones where nobody says
 ])  # fmt: skip
 def test_one_file_of_verl_is_both_sides(tmp_path: Path, key: str, value: Any, expected: tuple[str, str] | None) -> None:
     values = yaml.safe_load(yaml.safe_dump(VERL))

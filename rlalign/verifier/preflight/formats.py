@@ -63,6 +63,8 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
     for raw, value in _flat(values, whole=table.keys).items():
         key = _snake(raw)
         if key in table.keys:
+            if value is None:  # written down, and left to the framework
+                continue
             for role, name, read in _targets(table, key):
                 _put(found[role], name, Setting(_read(path, raw, value, read), raw))
         elif any(_covers(pattern, key) for pattern in table.harmless):

@@ -268,7 +268,8 @@ VERL = Format(
     },
     # verl's actor divides its logits by the rollout's temperature
     defaults={
-        "rollout": _ENGINE_DEFAULTS | {"dtype": "bfloat16"},
+        # RolloutConfig.logprobs_mode, which verl hands on to its vLLM
+        "rollout": _ENGINE_DEFAULTS | {"dtype": "bfloat16", "logprobs": "processed"},
         "train": _TRAIN_DEFAULTS,
     },
     harmless=tuple(_VERL_HARMLESS.split()),
