@@ -260,6 +260,8 @@ class ClusterConfig:
     threads: int = Field(1, ge=1)
     """CPU threads of every process: part of the plan's fingerprint on CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    peak_tflops: float | None = Field(None, gt=0)
+    """TFLOP/s that the trainer's device multiplies at most, which perf/mfu is a share of; None: a known GPU's."""
     weight_transport: Literal["auto", "object_store", "cuda_ipc"] = "auto"
     """How weights reach the engines: Ray's object store in host memory, or the GPU's own memory, read by every process
     on it. auto: the latter where all actors share a GPU and the system lets them; cuda_ipc refuses to run elsewhere."""

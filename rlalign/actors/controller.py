@@ -196,6 +196,7 @@ class Controller:
             "plan_fingerprint": self.plan.sha256 if self.plan else None,
             "plan": dict(plan),
             "schedules": self.trainer.conformance(),
+            "compute": self.trainer.compute(),
             "rollout_restarts": self.num_restarts,
             "weight_transport": self.weight_transport,
         }

@@ -13,6 +13,7 @@ from rlalign_kernels import CONFORMANCE, Fingerprint
 
 from rlalign.actors.faults import flip_weight_bit, position_fault
 from rlalign.actors.inspection import Inspector, What, packed
+from rlalign.actors.peak import peak_tflops
 from rlalign.actors.process import plan_of, policy_settings, set_up
 from rlalign.actors.shared_memory import SharedBuffer, SharedWeights
 from rlalign.actors.weight_sync import Transport, WeightBundle, bundle_weights
@@ -53,7 +54,14 @@ class TrainerActor:
             reference=load_policy(checkpoint, **settings) if algorithm.kl_coef > 0 else None,
             correction_cap=config.align.correction_cap if policy_of(config) == "correct" else None,
         )
+        self._peak = peak_tflops(config, policy.device.type)
         return plan_of(config)
+
+    def compute(self) -> dict[str, Any]:
+        """How large the policy and the critic are (``Policy.size``), and what this device multiplies at most."""
+        critic = self.trainer.critic
+        sizes = {"policy": self.trainer.policy.size(), "critic": None if critic is None else critic.backbone.size()}
+        return {**sizes, "peak_tflops": self._peak}
 
     def begin_batch(self, samples: Sequence[Sample]) -> None:
         """Hold these samples until the next call."""

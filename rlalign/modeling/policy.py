@@ -166,6 +166,18 @@ class Policy:
             mine.copy_(theirs)
 
     @torch.no_grad()
+    def size(self) -> dict[str, int]:
+        """What the FLOPs of a token follow from: numbers of the decoder's matrices (of all experts), which every row is
+        multiplied with; of the output layer's; and, summed over the layers, query heads times (key dim + value dim)."""
+        embeddings = {id(module.weight) for module in self.model.modules() if isinstance(module, nn.Embedding)}
+        matrices = [p for p in self.model.base_model.parameters() if p.dim() > 1 and id(p) not in embeddings]
+        heads = self._layers.attention.values()
+        return {
+            "weights": sum(matrix.numel() for matrix in matrices),
+            "head": self.head.weight.numel(),
+            "attention": sum(count * (dim + value_dim) for count, _, dim, value_dim in heads),
+        }
+
     def _see_layers(self) -> _KVRecorder:
         """Each layer's attention shapes, seen rather than derived from config fields whose names differ by model."""
         recorder = _KVRecorder(PackedContext(torch.tensor([0, 2], dtype=torch.int32, device=self.device)))
@@ -193,13 +205,13 @@ class Policy:
         norms = {m.weight.shape[0] for m in modules if isinstance(m, AlignedRMSNorm)}
         head = tuple(self.head.weight.shape)
         if self.backend == "triton":
-            attention = tuple(AttentionShape(*heads) for heads in sorted(layers.attention))
+            attention = tuple(AttentionShape(*heads) for heads in sorted(set(layers.attention.values())))
             widest = max((width for width, _ in linears), default=head[1])
             linears |= {m.rlalign_fused[0].shape for m in aligned if m.rlalign_fused is not None}
             shapes = Shapes(tuple(sorted(linears)), head, attention, tuple(sorted(norms)) or head[1:], widest)
             sweep(shapes, backend="triton", dtype=self.dtype, device=self.device)
             return
-        groups = sorted((dim, value_dim, heads // kv_heads) for heads, kv_heads, dim, value_dim in layers.attention)
+        groups = sorted({(dim, value_dim, heads // keys) for heads, keys, dim, value_dim in layers.attention.values()})
         probe(
             [
                 *(("attention", group) for group in groups),
@@ -239,12 +251,12 @@ class Policy:
 class _KVRecorder:
     """A context that remembers what shape each layer's keys and values have.
 
-    attention: (query heads, key heads, head_dim, value_dim) of all layers.
+    attention: (query heads, key heads, head_dim, value_dim) of each layer.
     """
 
     inner: PackedContext
     shapes: dict[int, KVShape] = field(default_factory=dict)
-    attention: set[tuple[int, int, int, int]] = field(default_factory=set)
+    attention: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
 
     def kv_layout(self) -> list[KVShape]:
         layers = sorted(self.shapes)
@@ -254,7 +266,7 @@ class _KVRecorder:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         self.shapes[call.layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
-        self.attention.add((query.shape[1], key.shape[1], key.shape[2], value.shape[2]))
+        self.attention[call.layer] = (query.shape[1], key.shape[1], key.shape[2], value.shape[2])
         return self.inner.attend(query, key, value, call)
 
 

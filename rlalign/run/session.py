@@ -233,7 +233,9 @@ class Run:
         # only of a step that finished or stopped the run: an interrupted one comes again
         if self._compared is not None:
             self.totals.count(self._compared.report)
-        self.metrics |= reward_numbers(samples) | speed_numbers(samples, self._seconds, rollout_stats)
+        compute, epochs = self.facts.get("compute", {}), self.config.algorithm.epochs
+        speed = speed_numbers(samples, self._seconds, rollout_stats, compute=compute, epochs=epochs)
+        self.metrics |= reward_numbers(samples) | speed
         self.totals.add_step(self.metrics["reward/mean"], self._seconds)
         self.folder.write_samples(step, samples)
         self.progress.step(step, self.metrics, self._seconds)

@@ -230,3 +230,16 @@ def test_weights_are_moved_to_aligned_storage():
     assert next(model.parameters()) is parameter
     assert torch.equal(parameter, before)
     assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_size_is_what_a_token_is_multiplied_with(family: str) -> None:
+    model = tiny_model(family)
+    config = model.config
+    hidden, heads, keys = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or hidden // heads
+    a_layer = 2 * hidden * heads * dim + 2 * hidden * keys * dim + 3 * hidden * config.intermediate_size
+    layers = config.num_hidden_layers
+    assert Policy(align(model, backend="reference")).size() == {
+        "weights": layers * a_layer, "head": config.vocab_size * hidden, "attention": layers * heads * 2 * dim,
+    }  # fmt: skip

@@ -40,6 +40,7 @@ def test_every_key_of_a_grpo_run(plain_run: Path) -> None:
     assert logged - names_on_the_page() == set()
     assert {"perf/engine/cache_use_peak", "align/mismatch_count", "reward/mean", "eval/accuracy"} <= logged
     assert "reward/no_signal_frac" in logged
+    assert "perf/mfu" not in logged  # of a CPU nothing is known
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,8 @@ def test_every_key_of_a_grpo_run(plain_run: Path) -> None:
     ids=["grpo-with-reference", "ppo"],
 )
 def test_every_key_of_other_runs(recipe, algorithm, expected, shared_ray, tmp_path: Path) -> None:
-    recipe.train(tiny_run(tmp_path, algorithm=algorithm, run={"steps": 1}))
+    recipe.train(tiny_run(tmp_path, algorithm=algorithm, run={"steps": 1}, cluster={"peak_tflops": 0.05}))
     logged = logged_names(tmp_path)
     assert logged - names_on_the_page() == set()
-    assert expected in logged
+    assert {expected, "perf/mfu"} <= logged
+    assert all(0 < row["perf/mfu"] < 1 for row in read_metrics(tmp_path / "metrics.jsonl") if "perf/mfu" in row)
