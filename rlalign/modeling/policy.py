@@ -165,7 +165,6 @@ class Policy:
                 )
             mine.copy_(theirs)
 
-    @torch.no_grad()
     def size(self) -> dict[str, int]:
         """What the FLOPs of a token follow from: numbers of the decoder's matrices (of all experts), which every row is
         multiplied with; of the output layer's; and, summed over the layers, query heads times (key dim + value dim)."""
@@ -178,6 +177,7 @@ class Policy:
             "attention": sum(count * (dim + value_dim) for count, _, dim, value_dim in heads),
         }
 
+    @torch.no_grad()
     def _see_layers(self) -> _KVRecorder:
         """Each layer's attention shapes, seen rather than derived from config fields whose names differ by model."""
         recorder = _KVRecorder(PackedContext(torch.tensor([0, 2], dtype=torch.int32, device=self.device)))

@@ -84,7 +84,7 @@ def test_the_page_shows_facts_for_people(plain: list[DumpSequence], tmp_path: Pa
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "p.html")]
     assert main(["compare", *files[:2], "--html", files[2]]) == 1
     page = (tmp_path / "p.html").read_text()
-    assert "<td>formats</td><td>rlalign, rlalign</td>" in page
+    assert '<td class="short">formats</td><td class="short">rlalign, rlalign</td>' in page
     assert "<td>seconds</td><td>compare " in page
     # no dump says how large a batch was
     assert '<td class="number">-1</td>' not in page
