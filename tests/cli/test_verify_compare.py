@@ -85,7 +85,7 @@ def test_the_page_shows_facts_for_people(plain: list[DumpSequence], tmp_path: Pa
     assert main(["compare", *files[:2], "--html", files[2]]) == 1
     page = (tmp_path / "p.html").read_text()
     assert '<td class="short">formats</td><td class="short">rlalign, rlalign</td>' in page
-    assert "<td>seconds</td><td>compare " in page
+    assert '<td class="short">seconds</td><td class="short">compare ' in page
     # no dump says how large a batch was
     assert '<td class="number">-1</td>' not in page
 
