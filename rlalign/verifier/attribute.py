@@ -6,7 +6,8 @@ is left. The rest is set beside what rounding alone gives. Legend: N tokens that
 another; r reported log-probs, t those of scoring, both float32 [N]; Δ = t - r.
 
 A cause is kept if it removes at least ``MIN_SHARE`` of the mean |Δ| by a margin that chance does not give; one of
-arithmetic alone ``MIN_NUMERIC_SHARE``, since two roundings of the same size always hide a part of each other.
+arithmetic alone ``MIN_NUMERIC_SHARE``, since two roundings of the same size always hide a part of each other. A coarser
+dtype than scoring's adds errors of its own, so that little of |Δ| goes: it is known by errors that go the same way.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ MIN_SHARE = 0.05
 MIN_NUMERIC_SHARE = 0.25
 _MIN_STANDARD_ERRORS = 4.0
 _MAX_STEPS = 5
+# at most so many times another
+_OF_A_SIZE = 1.5
 # one sequence by itself can be lucky: it needs some tokens, and to have been far off
 _MIN_TOKENS = 4
 _FAR_OFF = 3.0
@@ -221,6 +224,10 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
         return 0.0
     better = before[both] - after[both]
     total, share = float(better.sum()), float(better.sum()) / max(float(before[both].sum()), 1e-300)
+    if cause.name == catalogue.COARSER and share > 0:
+        error, moved = (values[both].astype(np.float64) - now[both] for values in (scores.reported, other))
+        if _same_errors(error, moved):
+            return total
     if share < (MIN_NUMERIC_SHARE if cause.kind == "numerics" else MIN_SHARE):
         return 0.0
     # tokens that the cause leaves as they are, of other sequences for instance, say nothing of whether it is chance
@@ -231,6 +238,14 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
     return total if exact or sure else 0.0
 
 
+def _same_errors(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether errors [n] are of a size, and correlated as chance does not give."""
+    if len(a) < _MIN_TOKENS or a.std() == 0 or b.std() == 0:
+        return False
+    ratio, correlation = np.abs(a).mean() / np.abs(b).mean(), np.corrcoef(a, b)[0, 1]
+    return 1 / _OF_A_SIZE <= ratio <= _OF_A_SIZE and correlation * len(a) ** 0.5 > _MIN_STANDARD_ERRORS
+
+
 def _rounding(
     scores: Scores,
     ways: Sequence[Way],
@@ -239,6 +254,8 @@ def _rounding(
     progress: Callable[[str], None],
 ) -> Rounding:
     progress("what rounding alone gives")
+    # one of the causes that were kept may be another one
+    dtype = next((way.settings.dtype for way in ways if way.settings.dtype is not None), dtype)
     order, single = (
         _scored(scores, ways, _other_order(ways)),
         _scored(scores, ways, _FLOAT32) if dtype != "float32" else None,

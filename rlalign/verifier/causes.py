@@ -51,6 +51,8 @@ def setting_cause(name: str, kind: Kind, what: str, remedy: str, **values: Any) 
     return Cause(name, kind, what, remedy, change)
 
 
+# scoring in float32, the engine in 16 bits
+COARSER = "dtype.bfloat16"
 _PROCESSED = "vLLM: logprobs_mode=processed_logprobs; SGLang: leave SGLANG_RETURN_ORIGINAL_LOGPROB unset; or score raw"
 _FILTER = "sample with top_p=1, top_k off, min_p=0; or report log-probs after the filters (vLLM: processed_logprobs)"
 _PROMPT = "hand the engine's own prompt_token_ids to the trainer; never render or encode a prompt twice"

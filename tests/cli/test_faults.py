@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.faults import FAULTS, PLAIN, Remembering, Stand, damaged, engine_dump, found_name, save_models
+from support.faults import COOL, FAULTS, PLAIN, Remembering, Stand, damaged, engine_dump, found_name, save_models
 
 from rlalign.cli.policies import Policies
 from rlalign.cli.scoring import PolicyScorer
@@ -41,6 +41,15 @@ def test_a_fault_of_another_engine_is_named(fault, stand, scorer):
     found = attribute(plant(stand), scorer, decode=False, num_previous=1, config_changes=changes)
     assert found_name(found) == name
     assert found.rest.mean_abs < 1e-3 * found.base.mean_abs + 1e-6
+
+
+def test_an_engine_of_16_bits_is_named_under_float32_scoring(stand, scorer):
+    # other operators than ours besides: little of the difference goes, but the errors go the same way
+    engine = load_policy(stand.folder / "model", numerics="native", dtype="bfloat16")
+    found = attribute(engine_dump(engine, COOL), scorer, decode=False)
+    assert found_name(found) == "dtype.bfloat16"
+    assert 0.1 < found.rest.mean_abs / found.base.mean_abs < 0.9
+    assert "rounding explains it" in found.verdict
 
 
 @pytest.fixture(scope="module")
