@@ -16,7 +16,7 @@ _TFLOPS = {
 
 
 def peak_tflops(config: Config, device: str) -> float | None:
-    """The setting's, or that of a GPU of ours to know; None where it isn't known, and for float32 models."""
+    """TFLOP/s: the setting's, or this GPU's; None for one that isn't in the table, a CPU, and float32 models."""
     if config.cluster.peak_tflops is not None:
         return config.cluster.peak_tflops
     if device != "cuda" or config.model.dtype == "float32":
@@ -25,5 +25,5 @@ def peak_tflops(config: Config, device: str) -> float | None:
 
 
 def known_tflops(gpu: str) -> float | None:
-    """Of a GPU by the name that its driver gives it."""
+    """TFLOP/s of a GPU, by the name that its driver gives it; None for one that isn't in the table."""
     return next((peak for name, peak in _TFLOPS.items() if re.search(rf"\b{name}\b", gpu)), None)
