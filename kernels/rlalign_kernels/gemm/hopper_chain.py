@@ -36,28 +36,43 @@ def _origin(tile, num_rows, num_cols, GROUPS: gl.constexpr, COLS: gl.constexpr, 
 
 
 @gluon.jit
+def _copy(
+    rows_desc, cols_desc, more_desc, rows_s, cols_s, more_s, full, row, col, k_tile, stage,
+    GROUPS: gl.constexpr, COLS: gl.constexpr, MORE: gl.constexpr,
+):  # fmt: skip
+    """Set the boxes of (row, col) and ``k_tile`` on their way to ``stage`` of the ring."""
+    BLOCK_K: gl.constexpr = rows_desc.block_type.shape[1]
+    ROW_BYTES: gl.constexpr = cols_desc.block_type.nbytes // COLS
+    k = k_tile * BLOCK_K
+    mbarrier.expect(full.index(stage), (GROUPS * WARPGROUP_ROWS + COLS + MORE) * ROW_BYTES)
+    for g in gl.static_range(GROUPS):
+        copy_in(rows_desc, [row + g * WARPGROUP_ROWS, k], full.index(stage), rows_s.index(stage * GROUPS + g))
+    copy_in(cols_desc, [col, k], full.index(stage), cols_s.index(stage))
+    if MORE > 0:
+        copy_in(more_desc, [col + COLS, k], full.index(stage), more_s.index(stage))
+
+
+@gluon.jit
 def _producer(
     rows_desc, cols_desc, more_desc, rows_s, cols_s, more_s, full, empty, num_rows, num_cols, k_tiles, num_tiles,
     LEAVES: gl.constexpr, GROUPS: gl.constexpr, COLS: gl.constexpr, MORE: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr,
 ):  # fmt: skip
-    """One warp: all tiles' boxes, in the order in which the consumers want them. k_tiles: of one leaf."""
-    BLOCK_K: gl.constexpr = rows_desc.block_type.shape[1]
-    ROW_BYTES: gl.constexpr = cols_desc.block_type.nbytes // COLS
-    NBYTES: gl.constexpr = (GROUPS * WARPGROUP_ROWS + COLS + MORE) * ROW_BYTES
-    loads = 0
+    """One warp: all tiles' boxes after the first ringful, in the order in which the consumers want them.
+
+    k_tiles: of one leaf.
+    """
+    under_way = gl.minimum(LEAVES * k_tiles, STAGES)
+    loads = under_way
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         row, col = _origin(tile, num_rows, num_cols, GROUPS, COLS + MORE, TURNS)
-        for k_tile in range(LEAVES * k_tiles):
+        for k_tile in range(gl.where(tile == gl.program_id(0), under_way, 0), LEAVES * k_tiles):
             stage = loads % STAGES
-            k = k_tile * BLOCK_K
             mbarrier.wait(empty.index(stage), (loads // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), NBYTES)
-            for g in gl.static_range(GROUPS):
-                copy_in(rows_desc, [row + g * WARPGROUP_ROWS, k], full.index(stage), rows_s.index(stage * GROUPS + g))
-            copy_in(cols_desc, [col, k], full.index(stage), cols_s.index(stage))
-            if MORE > 0:
-                copy_in(more_desc, [col + COLS, k], full.index(stage), more_s.index(stage))
+            _copy(
+                rows_desc, cols_desc, more_desc, rows_s, cols_s, more_s, full, row, col, k_tile, stage,
+                GROUPS, COLS, MORE,
+            )  # fmt: skip
             loads += 1
 
 
@@ -205,6 +220,12 @@ def hopper_linear_kernel(
     empty = barriers(STAGES, GROUPS)
     fence_async_shared()
     all_warps_meet()
+    # the first ringful needs no producer: it is under way while the warps are being told what to do
+    row, col = _origin(gl.program_id(0), num_rows, num_cols, GROUPS, COLS + MORE, TURNS)
+    for k_tile in range(gl.minimum(LEAVES * k_tiles, STAGES)):
+        _copy(
+            rows_desc, cols_desc, more_desc, rows_s, cols_s, more_s, full, row, col, k_tile, k_tile, GROUPS, COLS, MORE
+        )  # fmt: skip
     if GROUPS == 1:
         gl.warp_specialize(
             [
