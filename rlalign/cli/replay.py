@@ -181,13 +181,7 @@ def replay(step: Step, *, model: Path | None, device: str | None, worst: int) ->
         weights_differ=step.weights is not None and step.weights["synced_sha256"] != step.weights["sha256"],
         remarks=tuple(remarks),
         report=report,
-        pictures=picture_data(
-            recorded,
-            report,
-            names=["/".join(map(str, sample.key)) for sample in step.samples],
-            token_ids=[sample.completion.token_ids for sample in step.samples],
-            decode=tokenizer.decode,
-        ),
+        pictures=picture_data(recorded, report, step.samples, decode=tokenizer.decode),
     )
 
 

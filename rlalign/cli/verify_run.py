@@ -145,13 +145,7 @@ def _verify(
         metrics=align_metrics(comparison),
         completions=tuple(completion for _, completion in completions),
         facts=_facts(args, rollout, train, seconds),
-        pictures=picture_data(
-            comparison,
-            report,
-            names=["/".join(map(str, sample.key)) for sample in samples],
-            token_ids=[sample.completion.token_ids for sample in samples],
-            decode=decode,
-        ),
+        pictures=picture_data(comparison, report, samples, decode=decode),
     )
 
 

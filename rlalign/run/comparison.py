@@ -86,12 +86,6 @@ def compare_step(
     return Compared(
         replace(report, beyond=checks.beyond),
         align_metrics(comparison, advantages=advantages, provenance=provenance) | checks.metrics(),
-        picture_data(
-            comparison,
-            report,
-            names=["/".join(map(str, sample.key)) for sample in samples],
-            token_ids=[sample.completion.token_ids for sample in samples],
-            decode=decode,
-        ),
+        picture_data(comparison, report, samples, decode=decode),
         None if checks.layers is None else layer_row(checks.layers),
     )

@@ -8,6 +8,7 @@ import numpy as np
 
 from rlalign.dashboards.pictures import PictureData, Trace
 from rlalign.dashboards.snapshot import LayerRow
+from rlalign.records import Sample
 from rlalign.verifier.compare import Comparison
 from rlalign.verifier.layers import LayerCheck
 from rlalign.verifier.report import Report, record, worst_first
@@ -18,19 +19,16 @@ _MAX_TRACE = 512
 def picture_data(
     comparison: Comparison,
     report: Report,
+    samples: Sequence[Sample],
     *,
-    names: Sequence[str],
-    token_ids: Sequence[np.ndarray],
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> PictureData:
-    """What the pictures show of ``comparison``. names, token_ids (int64 [L] each): of its pairs, in their order.
+    """What the pictures show of a comparison of ``samples``, given in the order of its pairs.
 
     decode: token ids to text; without it a trace shows ids. Raises ValueError if the counts disagree.
     """
-    if not len(names) == len(token_ids) == comparison.num_samples:
-        raise ValueError(
-            f"{len(names)} names and {len(token_ids)} lists of token ids for {comparison.num_samples} samples"
-        )
+    if comparison.num_samples != len(samples):
+        raise ValueError(f"comparison holds {comparison.num_samples} samples, got {len(samples)}")
     return PictureData(
         rollout=comparison.rollout,
         train=comparison.train,
@@ -38,7 +36,7 @@ def picture_data(
         nonfinite=comparison.nonfinite,
         worst=[record(token) for token in report.worst],
         position=comparison.position,
-        trace=worst_trace(comparison, names, token_ids, decode),
+        trace=worst_trace(comparison, samples, decode),
     )
 
 
@@ -49,8 +47,7 @@ def layer_row(found: LayerCheck) -> LayerRow:
 
 def worst_trace(
     comparison: Comparison,
-    names: Sequence[str],
-    token_ids: Sequence[np.ndarray],
+    samples: Sequence[Sample],
     decode: Callable[[Sequence[int]], str] | None = None,
 ) -> Trace | None:
     """Both log-probs along the sample of the worst token, at most 512 tokens around it; of the longest if all agree.
@@ -60,18 +57,19 @@ def worst_trace(
     if comparison.num_tokens == 0:
         return None
     worst = worst_first(comparison)
-    sizes = np.bincount(comparison.sample, minlength=comparison.num_samples)
-    at = int(worst[0]) if len(worst) else int(np.searchsorted(comparison.sample, sizes.argmax()))
-    sample = int(comparison.sample[at])
-    begin, end = np.searchsorted(comparison.sample, (sample, sample + 1)).tolist()
+    longest = np.bincount(comparison.sample).argmax()
+    at = int(worst[0]) if len(worst) else int(np.searchsorted(comparison.sample, longest))
+    index = int(comparison.sample[at])
+    begin, end = np.searchsorted(comparison.sample, (index, index + 1)).tolist()
     begin = max(begin, min(at - _MAX_TRACE // 2, end - _MAX_TRACE))
     end = min(end, begin + _MAX_TRACE)
+    sample, positions = samples[index], comparison.position[begin:end]
     return Trace(
-        name=names[sample],
-        positions=comparison.position[begin:end],
+        name="/".join(map(str, sample.key)),
+        positions=positions,
         rollout=comparison.rollout[begin:end],
         train=comparison.train[begin:end],
-        tokens=tuple(_token(token_ids[sample], int(p), decode) for p in comparison.position[begin:end]),
+        tokens=tuple(_token(sample.completion.token_ids, p, decode) for p in positions.tolist()),
     )
 
 

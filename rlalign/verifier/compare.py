@@ -85,23 +85,24 @@ class Comparison:
 
 def compare(pairs: Sequence[LogprobPair]) -> Comparison:
     """Compare all pairs at once. Raises ValueError for arrays that are not one-dimensional float32."""
-    sides = [_padded(index, pair) for index, pair in enumerate(pairs)]
-    rollout, train, missing, position = (_joined([side[i] for side in sides], dtype) for i, dtype in enumerate(_DTYPES))
-    lengths = [len(side[0]) for side in sides]
+    rollout, train, sample, position, missing = _flattened(pairs)
     nonfinite = missing | ~np.isfinite(rollout) | ~np.isfinite(train)
     delta = np.full(len(rollout), np.nan, np.float32)
     np.subtract(train, rollout, out=delta, where=~nonfinite)
+    mismatch = missing | (rollout.view(np.int32) != train.view(np.int32))
+    ulp, apart = -nonfinite.astype(np.int64), mismatch & ~nonfinite
+    ulp[apart] = ulp_distance(rollout[apart], train[apart])  # equal bits are 0 apart
     return Comparison(
         rollout=rollout,
         train=train,
-        sample=np.repeat(np.arange(len(pairs), dtype=np.int64), lengths),
+        sample=sample,
         position=position,
         missing=missing,
         nonfinite=nonfinite,
-        mismatch=missing | (rollout.view(np.int32) != train.view(np.int32)),
+        mismatch=mismatch,
         delta=delta,
-        ulp=np.where(nonfinite, -1, ulp_distance(rollout, train)),
-        versions=np.repeat(np.array([pair.weights_version for pair in pairs], np.int64), lengths),
+        ulp=ulp,
+        versions=np.array([pair.weights_version for pair in pairs], np.int64)[sample],
         num_samples=len(pairs),
     )
 
@@ -135,33 +136,42 @@ def _number_line(values: np.ndarray) -> np.ndarray:
     return np.where(bits < 0, ~(bits & 0x7FFFFFFF), bits)
 
 
-_DTYPES = (np.float32, np.float32, np.bool_, np.int64)
+def _flattened(pairs: Sequence[LogprobPair]) -> tuple[np.ndarray, ...]:
+    """(rollout, train, sample, position, missing) of all pairs, as ``Comparison`` has them."""
+    for index, pair in enumerate(pairs):
+        _check(index, pair)
+    counts = np.array([(p.num_tokens, len(p.rollout), len(p.train)) for p in pairs], np.int64).reshape(-1, 3)
+    lengths = counts.max(axis=1)
+    sample = np.repeat(np.arange(len(pairs), dtype=np.int64), lengths)
+    position = np.arange(len(sample), dtype=np.int64) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    # surplus log-probs belong to no token: they count as missing on the other side rather than being cut off
+    expected, *present = (position < np.repeat(count, lengths) for count in counts.T)
+    rollout = _padded([pair.rollout for pair in pairs], present[0])
+    train = _padded([pair.train for pair in pairs], present[1])
+    flat = rollout, train, sample, position, ~(expected & present[0] & present[1])
+    if any(pair.mask is not None for pair in pairs):
+        keep = np.ones(len(sample), np.bool_)
+        keep[expected] = np.concatenate([np.ones(p.num_tokens, np.bool_) if p.mask is None else p.mask for p in pairs])
+        flat = tuple(values[keep] for values in flat)
+    return flat
 
 
-def _padded(index: int, pair: LogprobPair) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(rollout, train, missing, position) of one sample, each as long as the longest of the three lengths."""
+def _check(index: int, pair: LogprobPair) -> None:
     for name, side in (("rollout", pair.rollout), ("train", pair.train)):
         if side.dtype != np.float32 or side.ndim != 1:
             raise ValueError(
                 f"{name} log-probs of sample {index} are {side.dtype} of shape {side.shape}; only one-dimensional "
                 "float32 is compared, since a cast would hide or invent differences"
             )
-    # surplus log-probs belong to no token: they count as missing on the other side rather than being cut off
-    length = max(pair.num_tokens, len(pair.rollout), len(pair.train))
-    missing = np.arange(length) >= min(pair.num_tokens, len(pair.rollout), len(pair.train))
-    sides = [np.full(length, np.nan, np.float32) for _ in range(2)]
-    sides[0][: len(pair.rollout)] = pair.rollout
-    sides[1][: len(pair.train)] = pair.train
-    keep = np.ones(length, np.bool_)
-    if pair.mask is not None:
-        if pair.mask.dtype != np.bool_ or pair.mask.shape != (pair.num_tokens,):
-            raise ValueError(
-                f"mask of sample {index} must be bool of shape ({pair.num_tokens},), is {pair.mask.dtype} "
-                f"of shape {pair.mask.shape}"
-            )
-        keep[: pair.num_tokens] = pair.mask
-    return sides[0][keep], sides[1][keep], missing[keep], np.arange(length)[keep]
+    if pair.mask is not None and (pair.mask.dtype != np.bool_ or pair.mask.shape != (pair.num_tokens,)):
+        raise ValueError(
+            f"mask of sample {index} must be bool of shape ({pair.num_tokens},), is {pair.mask.dtype} "
+            f"of shape {pair.mask.shape}"
+        )
 
 
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+def _padded(parts: list[np.ndarray], present: np.ndarray) -> np.ndarray:
+    """The parts where ``present``, bool [N], NaN elsewhere: float32 [N]."""
+    flat = np.full(len(present), np.nan, np.float32)
+    flat[present] = np.concatenate([*parts, flat[:0]])  # an empty one more: numpy refuses none at all
+    return flat

@@ -10,6 +10,7 @@ missing log-prob can never look like agreement.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,15 +53,15 @@ def align_metrics(
         "bitwise_match_frac": _mean(~comparison.mismatch),
         **_logp(delta),
         **_ulp(comparison.ulp[finite]),
-        **_prob(np.exp(train), np.exp(rollout)),
+        **_prob(train, rollout),
         **_divergence(delta),
         **_ratio(delta),
-        **_sequences(comparison),
+        **_sequences(comparison.sample[finite], train, rollout, delta),
     }
     if comparison.nonfinite_count:
         values |= {name: math.inf for name in values if name.endswith(("/max", "_max"))}
     if advantages is not None:
-        values["adv_skew"] = _adv_skew(comparison, advantages)
+        values["adv_skew"] = _adv_skew(comparison, delta, advantages)
     if provenance is not None:  # of a step of training: elsewhere nothing could correct a ratio
         cap = math.inf if provenance.correction_cap is None else provenance.correction_cap
         with np.errstate(over="ignore"):
@@ -87,7 +88,10 @@ def _ulp(ulp: np.ndarray) -> dict[str, float]:
     return {"ulp/p99": p99, "ulp/max": _max(ulp)}
 
 
-def _prob(train: np.ndarray, rollout: np.ndarray) -> dict[str, float]:
+def _prob(train_logp: np.ndarray, rollout_logp: np.ndarray) -> dict[str, float]:
+    train = np.exp(train_logp)
+    # exp of equal numbers is equal, of +0 and -0 too
+    rollout = train if np.array_equal(train_logp, rollout_logp) else np.exp(rollout_logp)
     size = np.abs(train - rollout)
     return {
         "prob_abs_diff/mean": _mean(size),
@@ -124,16 +128,16 @@ def _ratio(delta: np.ndarray) -> dict[str, float]:
     }
 
 
-def _sequences(comparison: Comparison) -> dict[str, float]:
-    """Per sample over its finite tokens, then the mean over the samples that have one."""
-    finite = ~comparison.nonfinite
+def _sequences(sample: np.ndarray, train: np.ndarray, rollout: np.ndarray, delta: np.ndarray) -> dict[str, float]:
+    """Per sample over its finite tokens, then the mean over the samples that have one. All of them [n]."""
     # pairs are flattened in order: a sample's tokens are one slice
-    bounds = np.searchsorted(comparison.sample[finite], np.arange(comparison.num_samples + 1)).tolist()
-    spans = [slice(begin, end) for begin, end in pairwise(bounds) if end > begin]
-    lengths = np.array([span.stop - span.start for span in spans], np.float64)
-    sides = [side[finite].tolist() for side in (comparison.train, comparison.rollout, comparison.delta)]
-    train, rollout, log_ratio = (np.array([math.fsum(side[span]) for span in spans]) for side in sides)
-    train, rollout = -train / lengths, -rollout / lengths
+    bounds = np.flatnonzero(np.diff(sample, prepend=-1, append=-1))
+    lengths = np.diff(bounds)
+    spans = [slice(begin, end) for begin, end in pairwise(bounds.tolist())]
+    total, equal = _sums(train, spans), np.array_equal(train, rollout)
+    # equal numbers have equal sums, and 0 as every delta
+    rollout, log_ratio = (total, np.zeros(len(spans))) if equal else (_sums(rollout, spans), _sums(delta, spans))
+    train, rollout = -total / lengths, -rollout / lengths
     with np.errstate(over="ignore"):
         return {
             "ppl/train": _mean(np.exp(train)),
@@ -144,21 +148,20 @@ def _sequences(comparison: Comparison) -> dict[str, float]:
         }
 
 
-def _adv_skew(comparison: Comparison, advantages: Sequence[np.ndarray]) -> float:
-    """Correlation of Δ with the advantage's sign; 0 when either is constant, as Δ is when all agrees."""
+def _adv_skew(comparison: Comparison, delta: np.ndarray, advantages: Sequence[np.ndarray]) -> float:
+    """Correlation of Δ, float64 [n], with the advantage's sign; 0 when either is constant, as Δ is when all agrees."""
     if len(advantages) != comparison.num_samples:
         raise ValueError(f"advantages has {len(advantages)} entries for {comparison.num_samples} samples")
     finite = ~comparison.nonfinite
-    bounds = np.searchsorted(comparison.sample, np.arange(comparison.num_samples + 1))
-    try:
-        signs = [
-            np.sign(advantages[s][comparison.position[begin:end][finite[begin:end]]]).astype(np.float64)
-            for s, (begin, end) in enumerate(pairwise(bounds.tolist()))
-        ]
-    except IndexError as error:
-        raise ValueError("advantages must have one value per response token of each sample") from error
-    skew = _pearson(comparison.delta[finite].astype(np.float64), np.concatenate([*signs, np.zeros(0)]))
-    return 0.0 if math.isnan(skew) and finite.any() else skew
+    sample, position = comparison.sample[finite], comparison.position[finite]
+    sizes = np.array([values.size for values in advantages], np.int64)
+    if any(values.ndim != 1 for values in advantages) or (position >= sizes[sample]).any():
+        raise ValueError("advantages must have one value per response token of each sample")
+    if _constant(delta):  # it correlates with nothing, whatever the signs are
+        return 0.0
+    values = np.concatenate([*advantages, np.zeros(0)])[(np.cumsum(sizes) - sizes)[sample] + position]
+    skew = _pearson(delta, np.sign(values))
+    return 0.0 if math.isnan(skew) and len(delta) else skew
 
 
 def _provenance(comparison: Comparison, provenance: Provenance) -> dict[str, float]:
@@ -176,14 +179,30 @@ def _mean(values: np.ndarray) -> float:
     return _sum(values) / len(values) if len(values) else math.nan
 
 
+def _sums(values: np.ndarray, spans: Sequence[slice]) -> np.ndarray:
+    """The sum of each span: float64 [len(spans)]."""
+    numbers = _doubles(values)
+    return np.array([math.fsum(numbers[span]) for span in spans], np.float64)
+
+
 def _sum(values: np.ndarray) -> float:
     # most statistics of a step without a difference are of equal numbers; + 0.0: fsum knows no -0
-    if len(values) and values[0] == values[-1] and values.min() == values.max():
+    if _constant(values):
         return len(values) * float(values[0]) + 0.0
     try:
-        return math.fsum(values.tolist())
+        return math.fsum(_doubles(values))
     except OverflowError:  # finite terms whose partial sums leave float64's range
         return float(values.sum())
+
+
+def _doubles(values: np.ndarray) -> array[float]:
+    """The same numbers, from where fsum reads them in half the time of a list."""
+    return array("d", values.astype(np.float64, copy=False).tobytes())
+
+
+def _constant(values: np.ndarray) -> bool:
+    """True if all are the same number, -0 being 0; False of none at all."""
+    return bool(len(values) and values[0] == values[-1] and values.min() == values.max())
 
 
 def _std(values: np.ndarray) -> float:
@@ -199,12 +218,14 @@ def _max(values: np.ndarray) -> float:
 
 def _percentiles(values: np.ndarray, *levels: float) -> list[float]:
     """Linear interpolation between the nearest ranks."""
+    if len(values) and not values.any():
+        return [0.0] * len(levels)  # between zeros nothing is interpolated
     return np.percentile(values.astype(np.float64), levels).tolist() if len(values) else [math.nan] * len(levels)
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson correlation; NaN when one of them is constant."""
-    if len(a) == 0 or a.min() == a.max() or b.min() == b.max():
+    if len(a) == 0 or _constant(a) or _constant(b):
         return math.nan
     x, y = a - _mean(a), b - _mean(b)
     spread = math.sqrt(_sum(x * x)) * math.sqrt(_sum(y * y))

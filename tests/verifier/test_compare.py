@@ -47,7 +47,10 @@ def test_nan_payloads_differ_and_nan_is_never_agreement() -> None:
     assert same.mismatch_count == 0
     assert same.nonfinite_count == 1
     assert not same.equal
-    assert compare([LogprobPair(from_bits(quiet), from_bits(other), 1)]).mismatch_count == 1
+    different = compare([LogprobPair(from_bits(quiet), from_bits(other), 1)])
+    assert different.mismatch_count == 1
+    assert different.train.view(np.uint32).tolist() == [other]
+    assert different.ulp.tolist() == [-1]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -81,6 +84,16 @@ def test_mask_leaves_out_tokens_but_not_their_positions() -> None:
     result = compare([pair([-1.0, -2.0, -3.0], [-9.0, -2.0, -3.5], mask=mask)])
     assert result.position.tolist() == [1, 2]
     assert result.mismatch.tolist() == [False, True]
+
+
+def test_mask_reaches_neither_surplus_nor_other_samples() -> None:
+    surplus = pair([-1.0, -2.0, -3.0], [-1.0, -2.0], 2, mask=np.array([False, True]))
+    result = compare([pair([-4.0], [-4.0]), surplus, pair([], [-5.0], 1), pair([-6.0, -7.0], [-6.0, -7.0])])
+    assert list(zip(result.sample.tolist(), result.position.tolist(), strict=True)) == [
+        (0, 0), (1, 1), (1, 2), (2, 0), (3, 0), (3, 1)
+    ]  # fmt: skip
+    assert result.missing.tolist() == [False, False, True, True, False, False]
+    assert result.train[~np.isnan(result.train)].tolist() == [-4.0, -2.0, -5.0, -6.0, -7.0]
 
 
 def test_delta_is_rounded_to_float32() -> None:

@@ -119,9 +119,11 @@ def test_adv_skew_follows_the_sign_of_the_advantage() -> None:
     assert align_metrics(two, advantages=[np.float32([1, -1]), np.float32([1, -1])])["align/adv_skew"] == 0.0
 
 
-@pytest.mark.parametrize("advantages", [[np.ones(2)], [np.ones(2), np.ones(1)]])
-def test_advantages_must_fit(advantages: list[np.ndarray]) -> None:
-    two = comparison([([0.25, 0.25], [0.5, 0.5]), ([0.5, 0.5], [0.25, 0.25])])
+@pytest.mark.parametrize("train", [0.25, 0.5])
+@pytest.mark.parametrize("advantages", [[np.ones(2)], [np.ones(2), np.ones(1)], [np.ones(1), np.ones(3)], np.ones(2)])
+def test_advantages_must_fit(advantages: list[np.ndarray], train: float) -> None:
+    """Also where all agrees, and nothing is to be correlated."""
+    two = comparison([([0.5, 0.5], [train, 0.5]), ([0.5, 0.5], [0.5, 0.5])])
     with pytest.raises(ValueError, match="advantages"):
         align_metrics(two, advantages=advantages)
 
@@ -136,6 +138,14 @@ def test_a_nonfinite_or_missing_token_makes_every_maximum_infinite(bad: float | 
     for name in ("logp_abs_diff/max", "ulp/max", "prob_abs_diff/max", "k3_max", "ratio_raw/max"):
         assert values[f"align/{name}"] == math.inf
     assert values["align/logp_abs_diff/mean"] == 0.0
+
+
+def test_samples_without_a_finite_token_leave_no_trace_in_the_sequences() -> None:
+    none, nan, one = np.float32([]), np.float32([np.nan]), np.log(np.float32([0.5]))
+    pairs = [LogprobPair(side, side, len(side)) for side in (none, one, nan, one, none)]
+    values = align_metrics(compare(pairs), advantages=[np.ones(len(pair.train)) for pair in pairs])
+    assert values["align/ppl/train"] == values["align/ppl/rollout"] == pytest.approx(2.0)
+    assert (values["align/ppl/ratio"], values["align/chi2/seq"], values["align/adv_skew"]) == (1.0, 0.0, 0.0)
 
 
 def test_provenance_is_only_logged_when_known() -> None:
