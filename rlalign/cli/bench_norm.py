@@ -1,4 +1,4 @@
-"""Cases of norms, rotary embedding and activations for ``bench_kernels.py``: bfloat16, 16,384 rows, model shapes.
+"""Cases of norms, rotary embedding and activations for ``bench_kernels.py``: bfloat16, 16,384 rows if not said.
 
 Such an operator is as fast as memory allows: the baseline is a device copy of the same number of bytes, counting what
 is read and what is written. PyTorch's own operator runs beside it, one kernel where it has one.
@@ -29,7 +29,8 @@ def make_cases(only: str) -> Iterator[Callable[[], Case]]:
         makers[f"rms_norm {size}"] = partial(_norm, size)
         makers[f"rms_norm + residual {size}"] = partial(_norm_of_sum, size)
     makers["rms_norm of 16 heads of 128, within a fused projection"] = _head_norm
-    makers |= {f"rms_norm backward {size}": partial(_norm_backward, size) for size in (1024, 2048, 4096, 8192)}
+    makers |= {f"rms_norm backward {size}": partial(_norm_backward, size) for size in (1024, 2048, 4096, 5120, 8192)}
+    makers["rms_norm backward, 65,536 rows of 1024"] = partial(_norm_backward, 1024, times=4)
     makers["layer_norm 4096"] = partial(_layer_norm, 4096)
     makers |= {f"rotary {heads} heads of 128": partial(_rotary, heads) for heads in (8, 16, 32)}
     makers |= {f"{name} 6144": partial(_activation, name) for name in _ACTIVATIONS}
@@ -119,9 +120,9 @@ def _backward(
     return call
 
 
-def _norm_backward(size: int, name: str) -> Case:
-    x, weight = _random(_ROWS, size).requires_grad_(), _random(size).requires_grad_()
-    grad = _random(_ROWS, size)
+def _norm_backward(size: int, name: str, times: int = 1) -> Case:
+    x, weight = _random(times * _ROWS, size).requires_grad_(), _random(size).requires_grad_()
+    grad = _random(times * _ROWS, size)
     calls = {
         "torch": _backward(partial(F.rms_norm, x, (size,), weight, _EPS), [x, weight], grad),
         "rlalign": _backward(partial(_ours, x, weight), [x, weight], grad),

@@ -139,7 +139,8 @@ def test_parts_meet_in_the_written_order(num_parts):
 
 
 def test_weight_gradients_of_more_rows_than_programs():
-    assert rows_per_part(100_000, 1) == 256 and rows_per_part(100_000, 16) == 256 and rows_per_part(5, 16) == 16
+    assert [rows_per_part(*rows, size=3) for rows in ((100_000, 1), (100_000, 16), (5, 16))] == [256, 256, 16]
+    assert rows_per_part(100_000, 1, size=2049) == 512
     x, weight, cotangent = normal(700, 3, seed=0), normal(3, seed=1), normal(700, 3, seed=2)
     a, b = weight.clone().requires_grad_(), weight.double().requires_grad_()
     rms_norm(x, a, eps=1e-5, backend="triton").backward(cotangent)

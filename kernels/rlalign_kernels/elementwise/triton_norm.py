@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rlalign_kernels.elementwise import row_plan
 from rlalign_kernels.elementwise.triton_rows import (
     fold,
     fold_rows,
@@ -18,6 +19,8 @@ from rlalign_kernels.elementwise.triton_rows import (
     row_starts,
     store_columns,
 )
+
+LONG_ROW = tl.constexpr(row_plan.LONG_ROW)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -135,10 +138,10 @@ def norm_backward_kernel(
                 n = _deviation(h[i], mean, i, H, LANES, CENTERED) * inverse[:, None]
                 along = tl.fma(s, n, along)
                 plain = plain + s
-            along_mean = tl.div_rn(fold(along, ROWS, LANES), 1.0 * H)[:, None]
+            along_mean = tl.div_rn(_row_sums(along, ROWS, LANES, H), 1.0 * H)[:, None]
             plain_mean = tl.zeros([ROWS, 1], tl.float32)
             if CENTERED:
-                plain_mean = tl.div_rn(fold(plain, ROWS, LANES), 1.0 * H)[:, None]
+                plain_mean = tl.div_rn(_row_sums(plain, ROWS, LANES, H), 1.0 * H)[:, None]
             starts = row_starts(rows, inner, stride_so, stride_si)
             for i in tl.static_range(len(h)):
                 s = grad[i].to(tl.float32)
@@ -170,6 +173,15 @@ def norm_backward_kernel(
         if NEED_BIAS:
             tile = fold_rows(dbias[i], ROWS, LANES)[None, :]
             store_columns(dbias_ptr, (one + part).to(tl.int64) * H, one == 0, i, tile, H, LANES)
+
+
+@triton.jit
+def _row_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr):
+    """[ROWS, LANES] -> [ROWS], deterministic: halves that lie in several warps meet at a barrier each in ``fold``."""
+    if H <= LONG_ROW:
+        return fold(x, ROWS, LANES)
+    else:
+        return tl.sum(x, 1)
 
 
 @triton.jit

@@ -169,7 +169,8 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of h = x + residual, of weight and of bias, None for what is not needed.
 
-    ``tile``: a schedule; its rows per program are part of the order in which weight gradients are added.
+    ``tile``: a schedule; its rows per program are part of the order in which weight gradients are added, its warps of
+    that of long rows' sums.
     """
     size = h.shape[-1]
     launch, num_parts, copy = _backward_launch(
@@ -206,8 +207,8 @@ def _backward_launch(
     if 0 in shape:
         return None, 0, False
     size = rows.num_columns
-    tile = tile or backward_tile(size, dtype.itemsize, machine)
-    per_part = rows_per_part(rows.num_rows, tile.rows) if need_weight or need_bias else tile.rows
+    tile = tile or backward_tile(size, dtype.itemsize, machine, settings.centered)
+    per_part = rows_per_part(rows.num_rows, tile.rows, size) if need_weight or need_bias else tile.rows
     num_parts = -(-rows.num_rows // per_part)
     grad, h, grad_total = (*rows.strides, _NONE)[:3]
     launch = Launch(
@@ -216,7 +217,7 @@ def _backward_launch(
         (rows.num_rows, rows.inner, *grad, *grad_total, *h, *(stride_w or (0,)), settings.offset, per_part),
         H=size, LANES=lanes(size), ROWS=tile.rows, CENTERED=settings.centered, HAS_SUM=stride_s is not None,
         HAS_WEIGHT=stride_w is not None, NEED_H=need_h, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, enable_fp_fusion=False,
+        STAGES=tile.num_stages, num_warps=tile.num_warps, maxnreg=tile.registers, enable_fp_fusion=False,
     )  # fmt: skip
     return launch, num_parts, copy
 
