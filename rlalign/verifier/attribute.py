@@ -182,7 +182,8 @@ def _greedily(
         _, cause, ways, _, chosen = best
         now = scores.of(ways)
         scores.leave_out(_edge(scores, ways, now))
-        steps.append(Step(cause, before, scores.gap(now), chosen))
+        ids = None if chosen is None else tuple(scores.sequences[place].id for place in chosen)
+        steps.append(Step(cause, before, scores.gap(now), chosen, ids))
     return steps, ways, now
 
 

@@ -34,12 +34,14 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One cause that was kept, on top of those before it. sequences: places in the dump; None for all."""
+    """One cause that was kept, on top of those before it. sequences: places among those compared; None for all.
+    ids: theirs in the dump, which may have had more."""
 
     cause: Cause
     before: Gap
     after: Gap
     sequences: tuple[int, ...] | None
+    ids: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class Attribution:
         parts = [f"mean |Δ| {self.base.mean_abs:.3g} on {_tokens(self.base.tokens)}, {self.base.mismatches:,} differ"]
         parts += [f"{finding.name} ({_tokens(finding.tokens)}): {finding.what}" for finding in self.broken]
         parts += [
-            f"{step.cause.name}: {step.cause.what}{_on(step.sequences)}, |Δ| {step.before.mean_abs:.3g} → "
+            f"{step.cause.name}: {step.cause.what}{_on(step.ids)}, |Δ| {step.before.mean_abs:.3g} → "
             f"{step.after.mean_abs:.3g}"
             for step in self.steps
         ]
@@ -146,8 +148,8 @@ def _tokens(count: int) -> str:
     return f"{count:,} token{'' if count == 1 else 's'}"
 
 
-def _on(sequences: tuple[int, ...] | None) -> str:
-    if sequences is None:
+def _on(ids: tuple[str, ...] | None) -> str:
+    if ids is None:
         return ""
-    shown = ", ".join(map(str, sequences[:5])) + (", …" if len(sequences) > 5 else "")
-    return f" (in {len(sequences)} sequences: {shown})" if len(sequences) > 1 else f" (in sequence {shown})"
+    shown = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
+    return f" (in {len(ids)} sequences: {shown})" if len(ids) > 1 else f" (in sequence {shown})"

@@ -206,11 +206,11 @@ def shift_causes() -> list[Cause]:
     ]
 
 
-def swap_cause(partners: Mapping[int, int]) -> Cause:
-    """Log-probs that belong to other sequences: partners[i] is whose the i-th sequence carries."""
-    pairs = ", ".join(f"{a} carries those of {b}" for a, b in sorted(partners.items()))
+def swap_cause(partners: Mapping[int, int], ids: Sequence[str]) -> Cause:
+    """Log-probs that belong to other sequences: partners[i] is whose the i-th sequence, called ids[i], carries."""
+    pairs = ", ".join(f"{ids[a]} carries those of {ids[b]}" for a, b in sorted(partners.items()))
     return Cause(
-        "swapped_sequences", "data", f"log-probs of other sequences (by place in the dump: {pairs})",
+        "swapped_sequences", "data", f"log-probs of other sequences (by id: {pairs})",
         "match log-probs to sequences by request id, not by order of arrival",
         lambda way, place: replace(way, partner=partners.get(place)),
     )  # fmt: skip

@@ -125,7 +125,7 @@ def swaps(scores: Scores, now: np.ndarray) -> list[Cause]:
         nearest = min(others, default=(np.inf, -1))
         if nearest[0] <= 0.25 * np.nanmean(mine):
             partners[place] = nearest[1]
-    return [catalogue.swap_cause(partners)] if partners else []
+    return [catalogue.swap_cause(partners, [s.id for s in scores.sequences])] if partners else []
 
 
 def _mean_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -71,21 +71,21 @@ def test_a_shifted_index_is_named(shift, name):
 
 
 def test_a_swapped_pair_is_named():
-    found = sequences()
+    found = [replace(s, id=f"r{s.id}") for s in sequences()]
     scored = Numbers()(found, BASE)
     scored[0], scored[2] = scored[2], scored[0]
     outcome = run(reported(found, scored))
     assert [(step.cause.name, step.sequences) for step in outcome.steps] == [("swapped_sequences", (0, 2))]
-    assert "0 carries those of 2, 2 carries those of 0" in outcome.steps[0].cause.what
+    assert "r0 carries those of r2, r2 carries those of r0" in outcome.steps[0].cause.what
     assert outcome.rest.mismatches == 0
 
 
 def test_a_cause_of_some_sequences_is_found_in_these():
-    found = sequences()
+    found = [replace(s, id=f"r{s.id}") for s in sequences()]
     stale, fresh = (Numbers()(found, replace(BASE, weights=n)) for n in (1, 0))
     outcome = run(reported(found, [*fresh[:1], *stale[1:2], *fresh[2:]]))
     assert [(step.cause.name, step.sequences) for step in outcome.steps] == [("stale_weights[1]", (1,))]
-    assert "(in sequence 1)" in outcome.verdict
+    assert "(in sequence r1)" in outcome.verdict
 
 
 def test_an_unnamed_temperature_is_fitted():
