@@ -5,10 +5,12 @@ Nothing here is a matrix product, so a row's bits can be compared too. tests/gpu
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from rlalign_kernels import apply_rotary, geglu, gelu, layer_norm, rms_norm, rope, rotary_cos_sin, silu, swiglu
-from rlalign_kernels.elementwise.row_plan import RowTile, lanes, rows_per_part
+from rlalign_kernels.elementwise.row_plan import LONG_ROW, RowTile, lanes, rows_per_part
 from rlalign_kernels.reference import truths
 from support_kernels import error, heavy, interpreted, normal, same_bits
 
@@ -33,8 +35,11 @@ def truth_of(name, x, weight):
     return truths.rms_norm(x, weight, 1e-5, FORMS[name].get("weight_offset", 0.0))
 
 
-@pytest.mark.parametrize("name", [*FORMS, "layer"])
-@pytest.mark.parametrize("shape", [(3, 1), (5, 5), (2, 3, 40), (3, 1100)])
+SHAPES = ((3, 1), (5, 5), (2, 3, 40), (3, 1100), (1, LONG_ROW + 1))
+CASES = [*product([*FORMS, "layer"], SHAPES), ("llama", (1, 5121))]
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
 def test_norms_and_their_gradients(name, shape):
     x, residual, weight = normal(*shape, seed=0), normal(*shape, seed=1), normal(shape[-1], seed=2) + 1
     inputs = [t.requires_grad_() for t in (x, residual, weight)]
@@ -138,9 +143,25 @@ def test_parts_meet_in_the_written_order(num_parts):
     assert same_bits(calls._add_parts(parts, torch.float32), total[0])
 
 
-def test_weight_gradients_of_more_rows_than_programs():
+def test_at_most_512_programs_add_weight_gradients_256_of_long_rows():
     assert [rows_per_part(*rows, size=3) for rows in ((100_000, 1), (100_000, 16), (5, 16))] == [256, 256, 16]
-    assert rows_per_part(100_000, 1, size=2049) == 512
+    assert [rows_per_part(100_000, 1, size=LONG_ROW + more) for more in (0, 1)] == [256, 512]
+
+
+def test_a_program_adds_the_weight_gradients_of_several_tiles(monkeypatch):
+    """Four of two rows, as it would of more rows than the interpreter has time for; the last has one row to spare."""
+    from rlalign_kernels.elementwise import triton_norm_calls as calls
+
+    monkeypatch.setattr(calls, "rows_per_part", lambda num_rows, tile_rows, size: 4 * tile_rows)
+    x, grad, settings = normal(21, 40, seed=0), normal(21, 40, seed=1), calls.NormSettings("norm", 1e-5, centered=True)
+    _, dweight, dbias = calls.backward(
+        grad, None, x, None, torch.zeros(21), torch.ones(21), settings, need_bias=True, tile=RowTile(2, 4)
+    )
+    assert error(dweight, (grad.double() * x).sum(0)) < 5e-7
+    assert error(dbias, grad.double().sum(0)) < 5e-7
+
+
+def test_weight_gradients_of_more_rows_than_a_tile():
     x, weight, cotangent = normal(700, 3, seed=0), normal(3, seed=1), normal(700, 3, seed=2)
     a, b = weight.clone().requires_grad_(), weight.double().requires_grad_()
     rms_norm(x, a, eps=1e-5, backend="triton").backward(cotangent)
