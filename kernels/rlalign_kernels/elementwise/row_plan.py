@@ -59,8 +59,9 @@ def forward_tile(size: int, itemsize: int) -> RowTile:
 def backward_tile(size: int, itemsize: int, architecture: tuple[int, int], centered: bool) -> RowTile:
     """A program holds the weight gradient of its rows besides the row itself, and of short rows the weight too.
 
-    Rows are read ahead as far as shared memory has room for them, on the smallest GPU that ``architecture`` names. Of
-    long ones two programs share a processor instead; layer_norm's (``centered``) bias gradient leaves no room for that.
+    Rows are read ahead as far as shared memory has room for them, on the smallest GPU that ``architecture`` names. From
+    5,121 to 8,192 columns two programs share a processor instead; layer_norm's (``centered``) bias gradient leaves no
+    room for that.
     """
     if size <= 512:
         return RowTile(_SHARED // 2 // lanes(size), 4)
@@ -75,8 +76,8 @@ def backward_tile(size: int, itemsize: int, architecture: tuple[int, int], cente
 
 @cache
 def rows_per_part(num_rows: int, tile_rows: int, size: int) -> int:
-    """Rows whose weight gradients one program adds up: at most 512 programs, 256 where their sums are long, each with a
-    power of two of tiles."""
+    """Rows whose weight gradients one program adds up: at most 512 programs, 256 of long rows, each with a power of two
+    of tiles."""
     tiles = -(-num_rows // tile_rows)
     per_part = -(-tiles // (512 if size <= LONG_ROW else 256))
     return tile_rows * (1 << max(0, per_part - 1).bit_length())

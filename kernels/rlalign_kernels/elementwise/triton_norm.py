@@ -1,8 +1,9 @@
 """RMSNorm and LayerNorm forward: ``y = (h - mean) / sqrt(mean((h - mean)^2) + eps) * weight + bias``, h = x + residual.
 
 RMSNorm has no mean and no bias. Rows [T, H] of any strides, float32, bfloat16 or float16. The row is read once and held
-in registers; its sums are float32, in the order of row_plan. ``1 / sqrt`` is a correctly rounded root and quotient.
-Promised: forward, a row's bits depend on that row, weight and bias only.
+in registers; its sums are float32, in the order of row_plan (backward's of more than LONG_ROW columns in the
+compiler's). ``1 / sqrt`` is a correctly rounded root and quotient.
+Promised: forward, a row's bits depend on that row, weight and bias only; backward, the same bits in every run.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def norm_backward_kernel(
 
 @triton.jit
 def _row_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr):
-    """[ROWS, LANES] -> [ROWS], deterministic: halves that lie in several warps meet at a barrier each in ``fold``."""
+    """[ROWS, LANES] -> [ROWS]. A long row is spread over warps, where every halving of ``fold`` costs a barrier."""
     if H <= LONG_ROW:
         return fold(x, ROWS, LANES)
     else:

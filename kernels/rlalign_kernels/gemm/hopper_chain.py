@@ -3,9 +3,9 @@
 Rows are tokens and columns weight rows, or with SWAP the other way round and the tile is stored transposed: so a tile
 can be 192 weight rows wide, and few tokens still fill it. out [tokens, weight rows] either way.
 bfloat16 or float16 in, float32 accumulation, rounded once. A program is persistent: one producer warp copies boxes of
-64 rows and BLOCK_K numbers into a ring in shared memory, GROUPS consumer warpgroups multiply them, 64 rows of the tile
-each, and a finished tile leaves by the copy engine, which writes nothing that lies outside. Leaves of the tree wait in
-registers: LEAVES > 1 takes fewer columns.
+64 rows and BLOCK_K numbers into a ring in shared memory, which is filled once before the warps part; GROUPS consumer
+warpgroups multiply them, 64 rows of the tile each, and a finished tile leaves by the copy engine, which writes nothing
+that lies outside. Leaves of the tree wait in registers: LEAVES > 1 takes fewer columns.
 Promised: the bits of triton_chain, for every tile, number of stages and of programs.
 """
 
