@@ -99,6 +99,9 @@ def _norm(shapes: Shapes, setting: Setting) -> dict[str, Any]:
 
     size, machine = setting.dtype.itemsize, architecture(setting.device)
     return {
-        f"norm {n}": {"forward": str(forward_tile(n, size)), "backward": str(backward_tile(n, size, machine, False))}
+        f"rms_norm {n}": {
+            "forward": str(forward_tile(n, size)),
+            "backward": str(backward_tile(n, size, machine, centered=False)),
+        }
         for n in shapes.norm
     }

@@ -112,9 +112,10 @@ def test_every_schedule_of_a_norm_gives_one_result(size, dtype):
             other = calls.forward(x, residual, weight, bias, settings, save=True, tile=tile)
             assert same_bits([t for t in other if t is not None], whole), tile
         taken = backward_tile(size, dtype.itemsize, (9, 0), centered)
-        for num_warps, num_stages in ((1, 1), (8, 1), (4, 2), (4, 3)):
-            # warps belong to the order of a long row's sums
-            tile = RowTile(taken.rows, num_warps if size <= LONG_ROW else taken.num_warps, num_stages)
+        # warps belong to the order of a long row's sums
+        few, many, four = (1, 8, 4) if size <= LONG_ROW else 3 * (taken.num_warps,)
+        for num_warps, num_stages in {(few, 1), (many, 1), (four, 2), (four, 3)}:
+            tile = RowTile(taken.rows, num_warps, num_stages)
             other = calls.backward(x, residual, total, weight, mean, inverse, settings, need_bias=centered, tile=tile)
             assert same_bits([t for t in other if t is not None], [t for t in grads if t is not None]), tile
 
@@ -134,7 +135,7 @@ def test_norms_are_as_accurate_as_torch(size, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize(("rows", "size"), [(37, 64), (1500, 2561)])
+@pytest.mark.parametrize(("rows", "size"), [(37, 64), (1500, 2561), (600, 8192)])
 def test_norm_gradients(name, rows, size, dtype):
     shapes = ((rows, size), (rows, size), (size,))
     inputs = [heavy(shape, dtype, 8 + i).requires_grad_() for i, shape in enumerate(shapes)]
@@ -286,10 +287,11 @@ def test_nothing_waits_for_the_gpu_and_a_graph_replays_the_eager_bits():
         assert same_bits(captured, step())
 
 
-def test_gradients_are_the_same_beside_noise():
+@pytest.mark.parametrize("size", [2048, 4096, 16384])
+def test_gradients_are_the_same_beside_noise(size):
     x, weight = (
-        heavy((3000, 2048), torch.bfloat16, 0).requires_grad_(),
-        heavy((2048,), torch.bfloat16, 1).requires_grad_(),
+        heavy((3000, size), torch.bfloat16, 0).requires_grad_(),
+        heavy((size,), torch.bfloat16, 1).requires_grad_(),
     )
     out = llama(x, weight)
     cotangent = heavy(tuple(out.shape), torch.bfloat16, 2)

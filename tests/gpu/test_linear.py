@@ -107,6 +107,19 @@ def test_every_schedule(name, data):
         assert same_bits(wide(x[:3], weight, bias, schedule=tile), expected[:3]), tile
 
 
+@pytest.mark.parametrize("depth", [64, 136, 256])
+def test_tiles_of_fewer_boxes_than_a_ring_holds(depth):
+    """Several tiles per program, of which only the first finds its boxes under way."""
+    if not hopper_available(torch.cuda.get_device_capability()):
+        pytest.skip("the kernel with the ring needs sm_90 and a Triton with Gluon for it")
+    x, weight = (heavy(rows, depth, seed=rows, dtype=torch.bfloat16) for rows in (4096, 6144))
+    expected = wide(x, weight, schedule=Tile(128, 128, 64, 8, 3))
+    for tile in HOPPER:
+        assert same_bits(wide(x, weight, schedule=tile), expected), tile
+    low, high = (wide(x[:, k : k + depth // 2], weight[:, k : k + depth // 2]) for k in (0, depth // 2))
+    assert same_bits(wide(x, weight, leaves=2), low + high)
+
+
 @NAMES
 @pytest.mark.parametrize("leaves", [2, 4, 8])
 def test_leaves_are_chains_that_meet_in_a_tree(name, leaves):
