@@ -67,7 +67,7 @@ class WatchedFolder:
 
     def _look_at_lines(self, path: Path) -> Iterator[tuple[Path, Format, Iterator[DumpSequence]]]:
         while lines := self._new_lines(path):
-            rows = [row for line, content in lines for row in parse_line(path, line, content)]
+            rows = [row for line, content in lines for row in parse_line(path, line, content, ended=True)]
             if not rows:
                 continue
             state = self._growing[path]

@@ -237,6 +237,12 @@ def test_watched_files_grow_line_by_line(plain: list[DumpSequence], tmp_path: Pa
         list(folder.look())
 
 
+def test_a_corrupt_line_of_a_watched_file_is_not_called_one_that_is_being_written(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "torn", "prompt_\n{"id": "next"')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not valid JSON: Unterminated .* \(column \d+\)$"):
+        list(WatchedFolder(tmp_path).look())
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the vLLM dump of the shared data")
 def test_what_vllm_reported_on_a_gpu(tmp_path: Path) -> None:
     """2 of the 64 completions: bf16 on an H200 by vLLM's kernels, against our bf16 forward on a CPU."""

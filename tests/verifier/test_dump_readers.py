@@ -134,6 +134,57 @@ def test_openai_echo(tmp_path: Path) -> None:
     assert (ids(scored), scored.logprobs.tolist()) == (([4], [5, 6]), [-1.0, -2.0])
 
 
+@pytest.mark.parametrize(("request_", "usage", "border"), [
+    ({"prompt": [4, 5]}, {}, 2),
+    ({"prompt": [[4, 5]]}, {"prompt_tokens": 3}, 2),
+    ({"prompt_token_ids": [4, 5], "prompt": "ab"}, None, 2),
+    ({"prompt": [5]}, {"prompt_tokens": 3}, 3),  # the server put a token before it
+    ({"prompt": "ab"}, {"prompt_tokens": 2}, 2),
+    ({}, {"prompt_tokens": 4}, 1),
+    ({}, {"prompt_tokens": 0}, 1),
+    ({}, {"prompt_tokens": True}, 1),
+    ({"prompt": [[4, 5], [4, 6]]}, {"prompt_tokens": None}, 1),
+    ({"prompt": [4, 5, 6, 7]}, {}, 1),
+])  # fmt: skip
+def test_openai_echo_ends_where_the_request_or_the_usage_says(
+    tmp_path: Path, request_: dict[str, Any], usage: dict[str, Any] | None, border: int
+) -> None:
+    tokens, values = [4, 5, 6, 7], [None, -1.0, -2.0, -3.0]
+    choice = {"text": "", "logprobs": {"tokens": [f"token_id:{i}" for i in tokens], "token_logprobs": values}}
+    sequence = only(write(tmp_path, {"request": request_, "response": {"choices": [choice], "usage": usage}}))
+    assert (ids(sequence), sequence.logprobs.tolist()) == ((tokens[:border], tokens[border:]), values[border:])
+
+
+def test_openai_usage_of_several_choices_is_no_border(tmp_path: Path) -> None:
+    choice = {"text": "", "token_ids": [4, 5, 6], "logprobs": {"token_logprobs": [None, -1.0, -2.0]}}
+    response = {"choices": [choice, choice], "usage": {"prompt_tokens": 2}}
+    assert [ids(sequence) for sequence in read_dump(write(tmp_path, {"response": response}))] == [([4], [5, 6])] * 2
+
+
+def test_openai_prompt_that_was_requested_as_ids(tmp_path: Path) -> None:
+    choice = {"text": "", "token_ids": [6, 7], "logprobs": {"token_logprobs": [-1.0, -2.0]}}
+    row = {"request": {"prompt": [4, 5]}, "response": {"choices": [choice]}}
+    assert ids(only(write(tmp_path, row))) == ([4, 5], [6, 7])
+    # token_ids of the response alone, beside log-probs of an echo
+    listed = {"token_logprobs": [None, -0.5, -1.0, -2.0]}
+    echoed = only(write(tmp_path, {**row, "response": {"choices": [{**choice, "logprobs": listed}]}}))
+    assert (ids(echoed), echoed.logprobs.tolist()) == (([4, 5], [6, 7]), [-1.0, -2.0])
+    own = only(write(tmp_path, {**row, "response": {"choices": [{**choice, "prompt_token_ids": [9]}]}}))
+    assert ids(own) == ([9], [6, 7])
+
+
+@pytest.mark.parametrize(("request_", "message"), [
+    ({"prompt": "ab"}, "or, where the prompt was sent as ids, into 'request.prompt'"),
+    ({"prompt": [4, 5], "echo": True}, "field 'prompt_token_ids' is missing"),
+    ({"prompt": [4, -5]}, "field 'request.prompt[1]' must be a token id, is -5"),
+])  # fmt: skip
+def test_openai_requests_that_say_no_prompt(tmp_path: Path, request_: dict[str, Any], message: str) -> None:
+    choice = {"text": "", "token_ids": [6], "logprobs": {"token_logprobs": [-1.0]}}
+    with pytest.raises(ValueError) as error:
+        only(write(tmp_path, {"request": request_, "response": {"choices": [choice]}}))
+    assert message in str(error.value)
+
+
 def test_openai_prompt_logprobs(tmp_path: Path) -> None:
     choice = {"index": 0, "text": "x", "logprobs": None, "prompt_token_ids": [4, 5], "token_ids": [1],
               "prompt_logprobs": [None, entry(5, -3.0)]}  # fmt: skip

@@ -2,7 +2,9 @@
 
 Ids are taken from ``token_ids`` of a choice (vLLM's ``return_token_ids``), or from tokens written as "token_id:123"
 (``return_tokens_as_token_ids``). Those of the prompt stand in the choice, the response, or beside a recorded
-``response``: ``prompt_token_ids``. Without them, an echoed prompt serves: its first log-prob is null.
+``response``: ``prompt_token_ids``. Without them, those of a recorded ``request`` are the prompt, if it was sent as ids.
+An echoed prompt serves too: its first log-prob is null. It ends where the request's ids do, or after
+``usage.prompt_tokens``; where nobody says, after the first token.
 A response without ids is refused: encoding its text again need not give the ids that were sampled.
 """
 
@@ -97,10 +99,13 @@ class _Choice:
     def _prompt(self, token_ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(prompt ids, token ids, log-probs), an echoed prompt split off."""
         found, echoed = self._prompt_ids(), self._echoed(logprobs)
+        if found is None:
+            found = self._recorded(token_ids, len(logprobs), echoed)
         if found is None and not echoed:
             raise self.row.error(
                 "field 'prompt_token_ids' is missing: it belongs into the response or beside it (vLLM: "
-                "return_token_ids=true), or ask for echo=true"
+                "return_token_ids=true), or, where the prompt was sent as ids, into 'request.prompt'; or ask for "
+                "echo=true"
             )
         if found is None or (echoed and np.array_equal(token_ids, found)):  # nobody says where a response begins
             return token_ids[:1], token_ids[1:], logprobs[1:]
@@ -112,6 +117,21 @@ class _Choice:
             token_ids = token_ids[len(found) :]
         return found, token_ids, logprobs[len(found) :]
 
+    def _recorded(self, token_ids: np.ndarray, reported: int, echoed: bool) -> np.ndarray | None:
+        """The prompt by the request, or of an echo by ``usage``; None where they say nothing, or something else."""
+        asked = self._request_ids()
+        if not echoed:  # an echo without its null: where it ends can't be told from a server that ignores the wish
+            return None if self._request().get("echo") else asked
+        if len(token_ids) != reported:  # the response's alone
+            return asked
+        if asked is not None and np.array_equal(token_ids[: len(asked)], asked):
+            return asked
+        usage = self.response.get("usage")
+        count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if len(self.response["choices"]) == 1 and type(count) is int and 0 < count < len(token_ids):
+            return token_ids[:count]
+        return None
+
     def _echoed(self, logprobs: np.ndarray) -> bool:
         reported = self.choice["logprobs"].get("token_logprobs")
         return len(logprobs) > 0 and isinstance(reported, list) and reported[0] is None
@@ -122,6 +142,22 @@ class _Choice:
             if values.get("prompt_token_ids") is not None:
                 return fields.ids(self.row, name, values["prompt_token_ids"])
         return None
+
+    def _request(self) -> Mapping[str, Any]:
+        request = self.row.values.get("request")
+        return request if isinstance(request, dict) else {}
+
+    def _request_ids(self) -> np.ndarray | None:
+        """The ids that a recorded request sent as its only prompt; None for text, or several prompts."""
+        request = self._request()
+        if request.get("prompt_token_ids") is not None:
+            return fields.ids(self.row, "request.prompt_token_ids", request["prompt_token_ids"])
+        prompt = request.get("prompt")
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
+            prompt = prompt[0]
+        if not isinstance(prompt, list) or not prompt or not all(isinstance(token, int) for token in prompt):
+            return None
+        return fields.ids(self.row, "request.prompt", prompt)
 
     def _prompt_logprobs(self) -> Any:
         found = self.choice.get("prompt_logprobs")

@@ -63,21 +63,25 @@ def read_rows(path: Path) -> Iterator[Row]:
     yield from _parquet_rows(path) if magic == b"PAR1" else _json_rows(path)
 
 
-def parse_line(path: Path, line: int, content: bytes) -> Iterator[Row]:
-    """The objects of one line of a JSONL file: one, several if the line is a list, none if it is blank."""
+def parse_line(path: Path, line: int, content: bytes, *, ended: bool = False) -> Iterator[Row]:
+    """The objects of one line of a JSONL file: one, several if the line is a list, none if it is blank.
+
+    ended: the line is complete, although its newline is not in ``content``.
+    """
     if not content.strip():
         return
-    yield from _objects(path, line, _decoded(path, content, line))
+    yield from _objects(path, line, _decoded(path, content, line, ended))
 
 
-def _decoded(path: Path, content: bytes, line: int | None) -> Any:
+def _decoded(path: Path, content: bytes, line: int | None, ended: bool = False) -> Any:
     """A line's value; ``line`` None for a document of several."""
     where = f"{path}" if line is None else f"{path}, line {line}"
     try:
         return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno if line is None else line}"
-        cut = "" if content.endswith(b"\n") else "; the file ends there, cut off or still being written (dump --watch)"
+        ended = ended or content.endswith(b"\n")
+        cut = "" if ended else "; the file ends there, cut off or still being written (dump --watch)"
         raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){cut}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
