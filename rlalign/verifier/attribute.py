@@ -92,7 +92,8 @@ def attribute(
     usable = [effect.cause for effect in effects if effect.skipped is None]
     steps, ways, now = _greedily(scores, ways, now, usable, progress)
     rest = scores.gap(now)
-    rounding = None if rest.mismatches == 0 else _rounding(scores, ways, now, dtype, progress)
+    met = any(step.cause.kind == "numerics" for step in steps)
+    rounding = None if rest.mismatches == 0 else replace(_rounding(scores, ways, now, dtype, progress), met=met)
     explained = rounding is not None and within_rounding(rest, rounding)
     findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts, explained=explained)
     return Attribution(

@@ -48,7 +48,8 @@ class Step:
 class Rounding:
     """What arithmetic alone gives, with all kept causes in place. engine_error, own_error: mean |Δ| of r and of t to
     float32 scoring; None where scoring is float32 itself. other_order: between t and another implementation's, whose
-    bits differ in other_mismatches tokens. outside: tokens beyond the support by more than that, in no mean."""
+    bits differ in other_mismatches tokens. outside: tokens beyond the support by more than that, in no mean. met: a
+    cause of arithmetic was kept, so that scoring is nearly in the engine's order and few tokens may be left."""
 
     dtype: str
     other_order: float | None
@@ -56,11 +57,16 @@ class Rounding:
     engine_error: float | None
     own_error: float | None
     outside: int = 0
+    met: bool = False
 
     @property
     def alone(self) -> float:
         """Mean |Δ| that two correct implementations may have."""
         return max(self.other_order or 0.0, self.own_error or 0.0)
+
+    def spares(self, rest: Gap) -> bool:
+        """Whether ``rest`` is of far fewer tokens than rounding, which spares hardly any, would touch."""
+        return not self.met and rest.mismatches < _FEW * self.other_mismatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +132,7 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
     if rounding.engine_error is not None and rounding.own_error is not None:
         errors = f"the dump has {rounding.engine_error:.3g}, {rounding.dtype} scoring {rounding.own_error:.3g}"
         parts.append(f"to float32 scoring of the same weights {errors}")
-    few = rest.mismatches < _FEW * rounding.other_mismatches
+    few = rounding.spares(rest)
     if few:
         parts.append(f"and touches {rounding.other_mismatches:,} tokens, not {rest.mismatches:,}")
     explained = within_rounding(rest, rounding)
@@ -136,8 +142,8 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
 
 def within_rounding(rest: Gap, rounding: Rounding) -> bool:
     """Whether two implementations of the same arithmetic may be this far apart, and in as many tokens."""
-    if rounding.outside or rest.mismatches < _FEW * rounding.other_mismatches:
-        return False  # rounding spares no token; this spared nearly all
+    if rounding.outside or rounding.spares(rest):
+        return False
     if rounding.engine_error is not None and rounding.own_error is not None:
         # each is held against float32 by itself: a dump that rounds as we do is no further from it than we are
         return rounding.engine_error <= 1.5 * max(rounding.own_error, rounding.other_order or 0.0)

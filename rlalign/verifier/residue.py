@@ -16,9 +16,10 @@ from rlalign.verifier.dumps.record import DumpSequence, missing
 _SHOWN = 5
 # a token is far off at so many times what is typical, where most tokens differ a little
 _FAR_OFF = 20.0
-_FEW = 0.02
 _ONE_SIDED = 0.95
 _MIN_TOKENS = 40
+# a log-prob above 0 by rounding is not one of these
+_POSITIVE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def broken(sequences: Sequence[DumpSequence], scored: np.ndarray, place: np.ndar
         ("missing", "the dump has no log-prob", absent),
         ("nan", "the dump's log-prob is NaN", np.isnan(reported) & ~absent),
         ("-inf", "the dump's log-prob is -inf: a token that could not be sampled", np.isneginf(reported)),
-        ("positive", "the dump's log-prob is above 0: no log-probability", reported > 1e-3),
+        ("positive", "the dump's log-prob is above 0: no log-probability", reported > _POSITIVE),
         ("scored_nan", "the model's own log-prob is NaN", np.isnan(scored)),
     )
     position = _positions(place)
@@ -86,8 +87,9 @@ def describe_rest(
         far = differs
     if far.any() and far.sum() < 0.5 * valid.sum():
         found += _clusters(far, valid, place, position, reported, scored)
-    elif not far.any():
-        found += _trends(size, scored, reported, valid, place, position)
+    elif not far.any() and not explained:
+        # what is no log-probability has no side
+        found += _trends(size, scored, reported, valid & ~(reported > _POSITIVE), place, position)
     return tuple(each for each in found if each is not None)
 
 
@@ -137,12 +139,12 @@ def _trends(
         return []
     found: list[Finding] = []
     delta = scored[valid].astype(np.float64) - reported[valid]
-    low = float((delta < 0).mean())
-    if max(low, 1 - low) >= _ONE_SIDED:
+    low, high = float((delta < 0).mean()), float((delta > 0).mean())
+    if max(low, high) >= _ONE_SIDED:
         what = "the dump's log-probs are nearly all {} than scoring gives: {}"
         lower = "higher", "as when renormalised over a top-k or top-p set, or a lower temperature, that it doesn't name"
         higher = "lower", "as at a higher temperature, or with a penalty, that it doesn't name"
-        found.append(_finding("one_sided", what.format(*(lower if low > 0.5 else higher)), valid, place, position))
+        found.append(_finding("one_sided", what.format(*(lower if low > high else higher)), valid, place, position))
     length = np.array([position[place == p].max() + 1 for p in np.unique(place)])
     relative = position / np.repeat(length, [(place == p).sum() for p in np.unique(place)])
     start, end = (size[valid & part] for part in (relative < 0.25, relative >= 0.75))

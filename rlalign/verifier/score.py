@@ -140,10 +140,10 @@ def effective_sampling(sequence: DumpSequence, settings: ScoreSettings) -> Sampl
 
 
 def _loosened(params: SamplingParams, factor: float) -> SamplingParams:
-    """What ``slack`` means: for a mass, its odds; for a rank, at least one more, since neighbours may change places."""
+    """What ``slack`` means for a mass: its odds. A rank stays, since one more would move the mass of all before it; who
+    may have changed places with the last one kept is within ``slack`` of it."""
     return replace(
         params,
-        top_k=int(params.top_k * factor) + 1 if params.top_k else 0,
         top_p=params.top_p * factor / (params.top_p * factor + (1 - params.top_p)),
         min_p=params.min_p / factor,
     )

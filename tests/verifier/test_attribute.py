@@ -88,6 +88,20 @@ def test_a_cause_of_some_sequences_is_found_in_these():
     assert "(in sequence r1)" in outcome.verdict
 
 
+def test_few_tokens_left_are_a_fault_unless_a_cause_of_arithmetic_came_before():
+    def off_by_an_ulp(dump: Sequence[DumpSequence]) -> list[DumpSequence]:
+        values = dump[1].logprobs.copy()
+        values[11:13] = np.nextafter(values[11:13], np.float32(0))
+        return [dump[0], replace(dump[1], logprobs=values), *dump[2:]]
+
+    outcome = run(off_by_an_ulp(planted(CAUSES["batch"])))
+    assert [step.cause.name for step in outcome.steps] == ["batch"]
+    assert outcome.rest.mismatches == 2 and outcome.explained and outcome.findings == ()
+    alone = run(off_by_an_ulp(planted()))
+    assert alone.steps == () and not alone.explained
+    assert [(f.name, f.where) for f in alone.findings] == [("isolated", ((1, 11), (1, 12)))]
+
+
 def test_an_unnamed_temperature_is_fitted():
     found = sequences(SamplingParams(temperature=0.85))
     dump = [replace(s, sampling=None) for s in reported(found, Numbers()(found, BASE))]
