@@ -76,7 +76,7 @@ def describe_rest(
     if not differs.any():
         return ()
     position = _positions(place)
-    found = [_outside(scored, valid, place, position)]
+    found = [_outside(scored, valid, place, position), None if explained else _stored(reported, valid, place, position)]
     valid, differs = valid & ~np.isneginf(scored), differs & ~np.isneginf(scored)
     exact = not explained and differs.sum() < 0.5 * valid.sum()
     if not exact and differs.any():
@@ -97,6 +97,21 @@ def _outside(scored: np.ndarray, valid: np.ndarray, place: np.ndarray, position:
     outside = valid & np.isneginf(scored)
     what = "tokens that the sampling parameters leave out under these weights, yet were sampled"
     return _finding("outside_support", what, outside, place, position) if outside.any() else None
+
+
+def _stored(reported: np.ndarray, valid: np.ndarray, place: np.ndarray, position: np.ndarray) -> Finding | None:
+    """Log-probs that all lie on a grid: float32 ones of that many values never do by chance."""
+    values = np.unique(reported[valid])
+    if len(values) < _MIN_TOKENS:
+        return None
+    exact = values.astype(np.float64)
+    grids = {"bfloat16": (values.view(np.int32) & 0xFFFF) == 0, "float16": np.float16(values) == values}
+    grids |= {f"{n} decimals": np.round(exact, n).astype(np.float32) == values for n in range(1, 6)}
+    fits = next((name for name, on_it in grids.items() if on_it.all()), None)
+    what = (
+        f"every log-prob of the dump fits into {fits}: rounded where it was computed or stored, and not to be had back"
+    )
+    return None if fits is None else _finding("stored", what, valid, place, position)
 
 
 def _clusters(

@@ -102,6 +102,23 @@ def test_few_tokens_left_are_a_fault_unless_a_cause_of_arithmetic_came_before():
     assert [(f.name, f.where) for f in alone.findings] == [("isolated", ((1, 11), (1, 12)))]
 
 
+@pytest.mark.parametrize(
+    ("store", "grid"),
+    [
+        (lambda x: np.float32(np.float16(x)), "float16"),
+        (lambda x: (x.view(np.int32) & np.int32(-65536)).view(np.float32), "bfloat16"),
+        (lambda x: np.float32(np.round(np.float64(x), 3)), "3 decimals"),
+        (lambda x: np.nextafter(x, np.float32(0)), None),
+    ],
+)
+def test_log_probs_on_a_grid_were_stored_with_fewer_digits(store, grid):
+    sizes = [replace(s, logprobs=store(s.logprobs / 8)) for s in planted()]
+    outcome = run(sizes)
+    assert not outcome.explained
+    told = [each.what for each in outcome.findings if each.name == "stored"]
+    assert len(told) == (grid is not None) and all(f"fits into {grid}:" in what for what in told)
+
+
 def test_an_unnamed_temperature_is_fitted():
     found = sequences(SamplingParams(temperature=0.85))
     dump = [replace(s, sampling=None) for s in reported(found, Numbers()(found, BASE))]
