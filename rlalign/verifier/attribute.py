@@ -26,7 +26,7 @@ from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.metrics import align_metrics
 from rlalign.verifier.residue import at_the_edge, broken, describe_rest
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
-from rlalign.verifier.scores import Gap, Scores, fitted_temperature, swaps
+from rlalign.verifier.scores import Gap, Scores, fitted_temperature, last_place, swaps
 
 MIN_SHARE = 0.05
 MIN_NUMERIC_SHARE = 0.25
@@ -62,7 +62,7 @@ def attribute(
     token by token, which takes as many forwards as the longest response has tokens. progress: told what is scored.
     Raises what the scorer raises for ``base``; a cause that it can't imitate is listed with the reason.
     """
-    scores = Scores(sequences, scorer)
+    scores = Scores(sequences, scorer, decode)
     base = base or ScoreSettings()
     bases = [base] * len(sequences) if isinstance(base, ScoreSettings) else list(base)
     native = any(one.numerics == "native" for one in bases)
@@ -92,7 +92,7 @@ def attribute(
     usable = [effect.cause for effect in effects if effect.skipped is None]
     steps, ways, now = _greedily(scores, ways, now, usable, progress)
     rest = scores.gap(now)
-    met = any(step.cause.kind == "numerics" for step in steps)
+    met = native or any(step.cause.kind == "numerics" for step in steps)
     rounding = None if rest.mismatches == 0 else replace(_rounding(scores, ways, now, dtype, progress), met=met)
     explained = rounding is not None and within_rounding(rest, rounding)
     findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts, explained=explained)
@@ -165,7 +165,7 @@ def _greedily(
     progress: Callable[[str], None],
 ) -> tuple[list[Step], list[Way], np.ndarray]:
     steps: list[Step] = []
-    order = _scored(scores, ways, _other_order(ways))
+    order = scores.other_order(ways)
     floor = 0.0 if order is None else scores.apart(order, now) or 0.0
     while len(steps) < _MAX_STEPS and scores.gap(now).mismatches:
         best: tuple[float, Cause, list[Way], np.ndarray, tuple[int, ...] | None] | None = None
@@ -258,31 +258,19 @@ def _rounding(
     progress("what rounding alone gives")
     # one of the causes that were kept may be another one
     dtype = next((way.settings.dtype for way in ways if way.settings.dtype is not None), dtype)
-    order, single = (
-        _scored(scores, ways, _other_order(ways)),
-        _scored(scores, ways, _FLOAT32) if dtype != "float32" else None,
-    )
+    order, single = scores.other_order(ways), scores.beside(ways, _FLOAT32) if dtype != "float32" else None
+    other = Gap(0, 0, 0.0, 0.0) if order is None else scores.between(order, now)
+    units = last_place(now[scores.counts & np.isfinite(now)])
     return Rounding(
         dtype=dtype,
-        other_order=None if order is None else scores.apart(order, now),
-        other_mismatches=0 if order is None else _differing(scores, order, now),
+        other_order=other.mean_abs if other.tokens else None,
+        other_mismatches=other.mismatches,
+        last_place=float(units.mean()) if len(units) else 0.0,
+        largest=max(other.max_abs, float(units.max(initial=0.0))),
         engine_error=None if single is None else scores.apart(single, scores.reported),
         own_error=None if single is None else scores.apart(single, now),
         outside=int((scores.counts & np.isneginf(now)).sum()),
     )
-
-
-def _scored(scores: Scores, ways: Sequence[Way], cause: Cause) -> np.ndarray | None:
-    """Log-probs float32 [N] with a cause on top; None where the scorer can't imitate it."""
-    try:
-        return scores.of([cause.change(way, place) for place, way in enumerate(ways)])
-    except (ValueError, NotImplementedError):
-        return None
-
-
-def _other_order(ways: Sequence[Way]) -> Cause:
-    """Another order of summation than ``ways`` have: PyTorch's operators, or ours where they are PyTorch's by now."""
-    return catalogue.other_operators(any(way.settings.numerics == "native" for way in ways))
 
 
 def _without_edge(scores: Scores, ways: Sequence[Way]) -> np.ndarray:
@@ -301,14 +289,9 @@ def _edge(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> np.ndarray:
     if not outside.any():
         return outside
     unfiltered = [catalogue.FILTERS.change(way, place) for place, way in enumerate(ways)]
-    order = _scored(scores, unfiltered, _other_order(ways))
+    order = scores.other_order(unfiltered)
     floor = None if order is None else scores.apart(order, scores.of(unfiltered))
     if not floor:
         return np.zeros_like(outside)
     loosened = scores.of([replace(way, settings=replace(way.settings, slack=_EDGE * floor)) for way in ways])
     return outside & np.isfinite(loosened)
-
-
-def _differing(scores: Scores, a: np.ndarray, b: np.ndarray) -> int:
-    """Tokens that count and whose bits differ between two ways of scoring."""
-    return int((scores.counts & (a.view(np.int32) != b.view(np.int32))).sum())

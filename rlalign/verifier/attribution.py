@@ -11,6 +11,8 @@ from rlalign.verifier.scores import Gap
 
 # share of the tokens that rounding touches, below which a difference is something else
 _FEW = 0.25
+# both sides err: one may be as far off as the other, the other way
+_TWICE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +49,19 @@ class Step:
 @dataclass(frozen=True, slots=True)
 class Rounding:
     """What arithmetic alone gives, with all kept causes in place. engine_error, own_error: mean |Δ| of r and of t to
-    float32 scoring; None where scoring is float32 itself. other_order: between t and another implementation's, whose
-    bits differ in other_mismatches tokens. outside: tokens beyond the support by more than that, in no mean. met: a
-    cause of arithmetic was kept, so that scoring is nearly in the engine's order and few tokens may be left."""
+    float32 scoring; None where scoring is float32 itself. other_order: mean |Δ| between t and another order of
+    summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place: mean of what the
+    last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by either of the two.
+    outside: tokens beyond the support by more than that, in no mean. met: scoring is PyTorch's, or a cause of
+    arithmetic was kept, so that it may be the engine's own but for a few shapes, and few tokens be left."""
 
     dtype: str
     other_order: float | None
     other_mismatches: int
     engine_error: float | None
     own_error: float | None
+    last_place: float
+    largest: float
     outside: int = 0
     met: bool = False
 
@@ -65,8 +71,17 @@ class Rounding:
         return max(self.other_order or 0.0, self.own_error or 0.0)
 
     def spares(self, rest: Gap) -> bool:
-        """Whether ``rest`` is of far fewer tokens than rounding, which spares hardly any, would touch."""
-        return not self.met and rest.mismatches < _FEW * self.other_mismatches
+        """Whether ``rest`` is of far fewer tokens than rounding touches, which spares hardly any. It may where scoring
+        is all but the engine's own: then few are no sign as long as none of them is off by more than rounding gives."""
+        few = rest.mismatches < _FEW * self.other_mismatches
+        return few and not (self.met and self._holds(rest))
+
+    def is_last_place(self, rest: Gap) -> bool:
+        """Whether ``rest`` is what float32 itself loses, and no token more: too little for two orders to show it."""
+        return rest.mean_abs <= _TWICE * self.last_place and self._holds(rest)
+
+    def _holds(self, rest: Gap) -> bool:
+        return rest.max_abs <= _TWICE * self.largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +144,8 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
     parts = []
     if rounding.other_order is not None:
         parts.append(f"another order of summation alone gives {rounding.other_order:.3g}")
+    if rest.mean_abs > _TWICE * rounding.alone and rounding.is_last_place(rest):
+        parts.append(f"the last place of a float32 log-prob is {rounding.last_place:.3g}")
     if rounding.engine_error is not None and rounding.own_error is not None:
         errors = f"the dump has {rounding.engine_error:.3g}, {rounding.dtype} scoring {rounding.own_error:.3g}"
         parts.append(f"to float32 scoring of the same weights {errors}")
@@ -146,8 +163,8 @@ def within_rounding(rest: Gap, rounding: Rounding) -> bool:
         return False
     if rounding.engine_error is not None and rounding.own_error is not None:
         # each is held against float32 by itself: a dump that rounds as we do is no further from it than we are
-        return rounding.engine_error <= 1.5 * max(rounding.own_error, rounding.other_order or 0.0)
-    return rest.mean_abs <= 2.0 * rounding.alone
+        return rounding.engine_error <= 1.5 * rounding.alone
+    return rest.mean_abs <= _TWICE * rounding.alone or rounding.is_last_place(rest)
 
 
 def _tokens(count: int) -> str:

@@ -64,6 +64,14 @@ FILTERS = setting_cause(
     "filters", "sampling", "temperature is in the log-probs, top-k, top-p and min-p are not", _FILTER,
     ignore=["top_k", "top_p", "min_p"],
 )  # fmt: skip
+BATCH = setting_cause(
+    "batch", "numerics", "PyTorch's operators, one sequence at a time rather than beside others", _OURS,
+    native=OPERATORS, batch="alone",
+)  # fmt: skip
+DECODE = setting_cause(
+    "decode", "numerics", "PyTorch's operators, decoded token by token from a cache rather than in one forward", _OURS,
+    native=OPERATORS, phase="decode",
+)  # fmt: skip
 
 
 def sampling_causes() -> list[Cause]:
@@ -173,16 +181,12 @@ def numeric_causes(dtype: Dtype, *, decode: bool, native: bool = False) -> list[
         *(c(f"operator.{name}", "numerics", f"another implementation of {what}", _OURS, native=[name])
           for name, what in operators.items() if not native),
         other_operators(native),
-        c("batch", "numerics", "PyTorch's operators, one sequence at a time rather than beside others", _OURS,
-          native=OPERATORS, batch="alone"),
+        BATCH,
     ]  # fmt: skip
     if decode:
-        what = "PyTorch's operators, decoded token by token from a cache rather than in one forward"
-        found += [
-            c("decode", "numerics", what, _OURS, native=OPERATORS, phase="decode"),
-            c("decode.alone", "numerics", f"{what}, one sequence at a time", _OURS, native=OPERATORS, phase="decode",
-              batch="alone"),
-        ]  # fmt: skip
+        alone = c("decode.alone", "numerics", f"{DECODE.what}, one sequence at a time", _OURS, native=OPERATORS,
+                  phase="decode", batch="alone")  # fmt: skip
+        found += [DECODE, alone]
     return found
 
 
@@ -191,6 +195,14 @@ def other_operators(native: bool) -> Cause:
     if native:
         return setting_cause("operators.invariant", "numerics", "rlalign's operators throughout", _OURS, native=())
     return setting_cause("operators.native", "numerics", "PyTorch's operators throughout", _OURS, native=OPERATORS)
+
+
+def other_orders(native: bool, *, decode: bool) -> list[Cause]:
+    """Other orders of summation, the most unlike first: the other implementation; and of PyTorch's operators, where
+    ours can't take the model, other shapes, which they sum in another order."""
+    if not native:
+        return [other_operators(native)]
+    return [other_operators(native), *([DECODE] if decode else []), BATCH]
 
 
 def shift_causes() -> list[Cause]:

@@ -35,10 +35,12 @@ class Gap:
 
 @dataclass(slots=True)
 class Scores:
-    """The dump flattened, and every way's log-probs as they are asked for."""
+    """The dump flattened, and every way's log-probs as they are asked for. decode: scoring token by token may be asked
+    for, which takes as many forwards as the longest response has tokens."""
 
     sequences: Sequence[DumpSequence]
     scorer: Scorer
+    decode: bool = True
     reported: np.ndarray = field(init=False)
     place: np.ndarray = field(init=False)
     counts: np.ndarray = field(init=False)
@@ -70,6 +72,22 @@ class Scores:
             found[begin:end] = source[begin + way.shift : end + way.shift]
         return found
 
+    def beside(self, ways: Sequence[Way], cause: Cause) -> np.ndarray | None:
+        """Log-probs float32 [N] with a cause on top; None where the scorer can't imitate it."""
+        try:
+            return self.of([cause.change(way, place) for place, way in enumerate(ways)])
+        except (ValueError, NotImplementedError):
+            return None
+
+    def other_order(self, ways: Sequence[Way]) -> np.ndarray | None:
+        """Log-probs float32 [N] in another order of summation than ``ways`` have; None if the scorer has no other."""
+        native = any(way.settings.numerics == "native" for way in ways)
+        for cause in catalogue.other_orders(native, decode=self.decode):
+            changed = [cause.change(way, place) for place, way in enumerate(ways)]
+            if changed != list(ways) and (scored := self.beside(ways, cause)) is not None:
+                return scored
+        return None
+
     def pairs(self, scored: np.ndarray) -> list[LogprobPair]:
         """Reported and scored log-probs of every sequence, for ``compare``; ``scored`` float32 [N]."""
         ends = np.cumsum([0, *(len(s.token_ids) for s in self.sequences)]).tolist()
@@ -87,9 +105,14 @@ class Scores:
         return np.where(self.counts, size, np.nan)
 
     def apart(self, a: np.ndarray, b: np.ndarray) -> float | None:
-        """Mean |Δ| between two ways of scoring float32 [N], of tokens finite in both; None if there is none."""
+        """Mean |Δ| of ``between``; None if there is no token."""
+        found = self.between(a, b)
+        return found.mean_abs if found.tokens else None
+
+    def between(self, a: np.ndarray, b: np.ndarray) -> Gap:
+        """Difference between two ways of scoring float32 [N], of tokens finite in both."""
         both = self.counts & np.isfinite(a) & np.isfinite(b)
-        return float(np.abs(a[both].astype(np.float64) - b[both]).mean()) if both.any() else None
+        return _gap(a[both], b[both])
 
     def leave_out(self, tokens: np.ndarray) -> None:
         """bool [N]: these count no more, whatever the way of scoring."""
@@ -99,11 +122,16 @@ class Scores:
         """among: bool [N], the tokens to look at; None for all that have a log-prob."""
         size = self.distance(scored)
         chosen = np.isfinite(size) if among is None else among & np.isfinite(size)
-        differs = scored[chosen].view(np.int32) != self.reported[chosen].view(np.int32)
-        values = size[chosen]
-        if not len(values):
-            return Gap(0, 0, 0.0, 0.0)
-        return Gap(len(values), int(differs.sum()), float(values.mean()), float(values.max()))
+        return _gap(scored[chosen], self.reported[chosen])
+
+
+def last_place(logprobs: np.ndarray) -> np.ndarray:
+    """How far two float32 log-probs [N] of the same logits may lie apart at the least.
+
+    A log-prob is logit - maximum - log Σ with Σ ≥ 1 a float32: half a unit in the last place of 1 or more is lost in
+    it, however small the log-prob. What comes out is rounded again, to its own last place.
+    """
+    return np.spacing(np.maximum(np.abs(logprobs), np.float32(1)))
 
 
 def swaps(scores: Scores, now: np.ndarray) -> list[Cause]:
@@ -155,6 +183,14 @@ def fitted_temperature(scores: Scores, ways: list[Way], now: np.ndarray, whole: 
     if named == {best} or tried[best] > 0.9 * part.gap(part.of(ways[: len(few)])).mean_abs:
         return []
     return [catalogue.temperature_cause(best)]
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> Gap:
+    """Of float32 [n] each, none of them NaN and not both -inf."""
+    if not len(a):
+        return Gap(0, 0, 0.0, 0.0)
+    size = np.minimum(np.abs(a.astype(np.float64) - b.astype(np.float64)), CAP)
+    return Gap(len(a), int((a.view(np.int32) != b.view(np.int32)).sum()), float(size.mean()), float(size.max()))
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
