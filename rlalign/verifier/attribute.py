@@ -20,7 +20,7 @@ import numpy as np
 from rlalign.config import Dtype
 from rlalign.verifier import causes as catalogue
 from rlalign.verifier.attribution import Attribution, Effect, Rounding, Step, within_rounding
-from rlalign.verifier.causes import Cause, Way
+from rlalign.verifier.causes import Cause, Way, without_effect
 from rlalign.verifier.compare import compare
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.metrics import align_metrics
@@ -110,7 +110,7 @@ def _alone(
     for cause in found:
         progress(cause.name)
         changed = [cause.change(way, place) for place, way in enumerate(ways)]
-        if reason := _changes_nothing(scores.sequences, ways, changed):
+        if reason := _changes_nothing(scores.sequences, ways, changed, cause):
             effects.append(Effect(cause, nothing, nothing, 0.0, reason))
             continue
         try:
@@ -133,24 +133,24 @@ def _alone(
     return effects
 
 
-def _changes_nothing(sequences: Sequence[DumpSequence], before: Sequence[Way], after: Sequence[Way]) -> str | None:
+def _changes_nothing(
+    sequences: Sequence[DumpSequence], before: Sequence[Way], after: Sequence[Way], cause: Cause
+) -> str | None:
     """Why a change is none, for what can be told without scoring."""
-    if list(before) == list(after):
-        return "changes nothing here"
-    head = {"processed", "ignore", "temperature"}
-    same = [
-        effective_sampling(s, a.settings) == effective_sampling(s, b.settings)
-        for s, a, b in zip(sequences, before, after, strict=True)
-    ]
-    pairs = zip(before, after, strict=True)
-    if all(same) and all(_differ_in(a.settings, b.settings) <= head and (a.shift, a.partner) == (b.shift, b.partner)
-                         for a, b in pairs):  # fmt: skip
-        return "no sequence of the dump was sampled with it"
-    if all(_differ_in(a.settings, b.settings) == {"filters_first"} for a, b in zip(before, after, strict=True)):
-        params = [effective_sampling(s, way.settings) for s, way in zip(sequences, before, strict=True)]
-        if not any(p.truncated and p.temperature != 1 for p in params):
-            return "no sequence of the dump was sampled with both a temperature and a filter"
-    return None
+    if not all(map(_same_distribution, sequences, before, after)):
+        return None
+    return without_effect(sequences, before, cause) if cause.kind == "sampling" else "changes nothing here"
+
+
+def _same_distribution(sequence: DumpSequence, before: Way, after: Way) -> bool:
+    """Whether two ways of scoring are the same, but for transforms that nothing is after."""
+    if (before.shift, before.partner) != (after.shift, after.partner):
+        return False
+    params = effective_sampling(sequence, before.settings)
+    moved = _differ_in(before.settings, after.settings) - {"processed", "ignore", "temperature"}
+    if moved == {"filters_first"}:
+        return not params.truncated or params.temperature == 1
+    return not moved and params == effective_sampling(sequence, after.settings)
 
 
 def _differ_in(a: ScoreSettings, b: ScoreSettings) -> set[str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rlalign.config import Dtype
-from rlalign.verifier.score import OPERATORS, Operator, ScoreSettings
+from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.score import OPERATORS, Operator, ScoreSettings, is_processed, named_transforms
 
 Kind = Literal["data", "sampling", "weights", "tokens", "positions", "numerics"]
 
@@ -90,6 +91,26 @@ def sampling_causes() -> list[Cause]:
         c("filters_first", "sampling", "top-k, top-p and min-p were taken at temperature 1, the temperature after them",
           "use one order of transforms: temperature, top-k, top-p, min-p", filters_first=True),
     ]  # fmt: skip
+
+
+def without_effect(sequences: Sequence[DumpSequence], ways: Sequence[Way], cause: Cause) -> str:
+    """Why one of ``sampling_causes`` makes no difference to log-probs that are scored in these ways."""
+    change = cause.change(Way(), 0).settings
+    settings = [way.settings for way in ways]
+    taken = {is_processed(sequence, one) for sequence, one in zip(sequences, settings, strict=True)}
+    if taken == {change.processed}:
+        return f"the log-probs are taken as {'processed' if change.processed else 'raw'} to begin with"
+    used = [named_transforms(sequence) for sequence in sequences]
+    if change.filters_first:
+        with_it = ["temperature" in names and len(names) > 1 for names in used]
+    else:
+        with_it = [bool(names & (change.ignore or names)) for names in used]
+    if not any(with_it):
+        it = "both a temperature and a filter" if change.filters_first else "it" if change.ignore else "any transform"
+        return f"no sequence of the dump was sampled with {it}"
+    if any(is_processed(s, one) for s, one, has in zip(sequences, settings, with_it, strict=True) if has):
+        return "the log-probs are taken without it to begin with"
+    return "raw log-probs don't depend on it"
 
 
 def weight_causes(num_previous: int) -> list[Cause]:

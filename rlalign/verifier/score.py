@@ -117,18 +117,26 @@ class Scorer(Protocol):
         """
 
 
+def is_processed(sequence: DumpSequence, settings: ScoreSettings) -> bool:
+    """Whether log-probs are after transforms at all. A dump that does not say is taken to be, as ours are: what other
+    formats mean is decided before (dumps/distribution.py)."""
+    said = sequence.processed if settings.processed is None else settings.processed
+    return True if said is None else said
+
+
+def named_transforms(sequence: DumpSequence) -> frozenset[Transform]:
+    """Transforms that the sequence was sampled with; none of a greedy one."""
+    params = sequence.sampling or SamplingParams()
+    return frozenset(name for name in TRANSFORMS if not params.greedy and getattr(params, name) != _OFF[name])
+
+
 def effective_sampling(sequence: DumpSequence, settings: ScoreSettings) -> SamplingParams:
     """The parameters whose transforms the log-probs of ``sequence`` are taken after, under ``settings``.
 
     Greedy ones (temperature 0) mean the untruncated distribution at temperature 1. A dump without parameters is taken
-    to be of temperature 1 with nothing cut off, and one that does not say otherwise, as ours are, to be after its
-    transforms: what other formats mean is decided before (dumps/distribution.py). Without transforms, ``min_tokens``
-    bans nothing either.
+    to be of temperature 1 with nothing cut off. Without transforms, ``min_tokens`` bans nothing either.
     """
-    params = sequence.sampling or SamplingParams()
-    processed = settings.processed
-    if processed is None:
-        processed = True if sequence.processed is None else sequence.processed
+    params, processed = sequence.sampling or SamplingParams(), is_processed(sequence, settings)
     off = TRANSFORMS if not processed else [name for name in TRANSFORMS if name in settings.ignore]
     if not processed:
         params = replace(params, min_tokens=0)

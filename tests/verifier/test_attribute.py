@@ -261,9 +261,45 @@ def test_what_a_scorer_can_not_do_is_listed_with_the_reason():
 
 def test_transforms_that_no_sequence_had_are_not_tried():
     outcome = run(planted(CAUSES["stale_weights[1]"], sampling=SamplingParams()))
-    skipped = {e.cause.name for e in outcome.effects if e.skipped == "no sequence of the dump was sampled with it"}
-    assert skipped == {"temperature", "top_p", "top_k", "min_p", "filters", "raw", "processed"}
+    skipped = {e.cause.name: e.skipped for e in outcome.effects if e.skipped is not None}
+    none = "no sequence of the dump was sampled with "
+    assert {name for name, why in skipped.items() if why == f"{none}it"} == {
+        "temperature", "top_p", "top_k", "min_p", "filters",
+    }  # fmt: skip
+    assert (skipped["raw"], skipped["filters_first"]) == (
+        f"{none}any transform",
+        f"{none}both a temperature and a filter",
+    )
+    assert skipped["processed"] == "the log-probs are taken as processed to begin with"
     assert [step.cause.name for step in outcome.steps] == ["stale_weights[1]"]
+
+
+COOL = SamplingParams(temperature=0.7, top_p=0.9)
+ALL = ("temperature", "top_p", "filters", "filters_first")
+
+
+@pytest.mark.parametrize(
+    ("sampling", "processed", "ignore", "names", "why"),
+    [
+        (COOL, False, (), ALL, "raw log-probs don't depend on it"),
+        (COOL, False, (), ["raw"], "the log-probs are taken as raw to begin with"),
+        (COOL, False, (), ["top_k", "min_p"], "no sequence of the dump was sampled with it"),
+        (COOL, True, ("top_p", "top_k", "min_p"), ["top_p", "filters", "filters_first"],
+         "the log-probs are taken without it to begin with"),
+        (replace(COOL, temperature=0), True, (), ALL[:3], "no sequence of the dump was sampled with it"),
+    ],
+)  # fmt: skip
+def test_why_a_transform_is_not_tried_is_the_true_reason(sampling, processed, ignore, names, why):
+    dump = [replace(s, processed=processed) for s in planted(CAUSES["stale_weights[1]"], sampling=sampling)]
+    outcome = run(dump, base=ScoreSettings(ignore=ignore))
+    skipped = {e.cause.name: e.skipped for e in outcome.effects}
+    assert {skipped[name] for name in names} == {why}
+    assert (skipped["processed"] is None) == (not processed and not sampling.greedy)
+
+
+def test_a_transform_that_some_sequences_have_in_their_log_probs_is_tried():
+    dump = [replace(s, processed=i > 0) for i, s in enumerate(planted(CAUSES["stale_weights[1]"], sampling=COOL))]
+    assert {e.cause.name: e.skipped for e in run(dump).effects}["top_p"] is None
 
 
 def test_equal_causes_are_said_to_be():
