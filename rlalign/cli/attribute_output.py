@@ -162,6 +162,8 @@ def _lines(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[Dump
         yield f"{finding.name}: {tokens}, {_places(finding, sequences)}"
     if outcome.rounding is not None:
         yield f"rounding: {rounding_line(outcome.rest, outcome.rounding)}"
+    for note in facts["notes"]:
+        yield f"note: {note}"
 
 
 def _removes(effect: Effect) -> str:

@@ -125,7 +125,6 @@ class Session:
 
     def _verdict(self, dump: str, notes: Iterable[str] = ()) -> Verdict:
         args = self._args
-        assumed = [distribution.note for distribution in self._distributions.values()]
         return Verdict(
             sides=(dump, f"{args.model} ({args.numerics}, {self._dtype})"),
             outcome=self._tally.outcome(),
@@ -133,7 +132,7 @@ class Session:
             facts=self._facts(),
             failed=tuple(self._failed),
             num_failed=self._num_failed,
-            notes=[*(note for note in assumed if note is not None), *notes],
+            notes=[*(note for each in self._distributions.values() for note in each.notes), *notes],
             pictures=None if self._pictures is None else self._pictures.snapshot,
         )
 

@@ -78,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
 
     bounds = thresholds(args)
     check_outputs(args)
-    base, sequences = _sequences(args)
+    base, sequences, notes = _sequences(args)
     outcome, facts, sequences = _attribute(args, base, sequences)
     exceeded = bounds.exceeded(outcome.metrics, num_tokens=outcome.num_tokens) if outcome.num_tokens else []
-    facts |= {"exceeded": exceeded, "exit_code": exit_code(outcome, exceeded, facts["failed"])}
+    facts |= {"notes": notes, "exceeded": exceeded, "exit_code": exit_code(outcome, exceeded, facts["failed"])}
     show(outcome, facts, sequences, Console(), args.worst)
     if args.json is not None:
         write_json(outcome, facts, sequences, args.json)
@@ -104,14 +104,15 @@ def exit_code(outcome: Attribution, exceeded: Sequence[str], failed: Sequence[Fa
     return EXIT_UNUSABLE if failed else EXIT_EQUAL
 
 
-def _sequences(args: argparse.Namespace) -> tuple[list[ScoreSettings], list[DumpSequence]]:
-    """The first sequences, with what the command line says of them; and how each is scored to begin with."""
+def _sequences(args: argparse.Namespace) -> tuple[list[ScoreSettings], list[DumpSequence], list[str]]:
+    """The first sequences, with what the command line says of them; before them how each is scored to begin with, and
+    behind them what was assumed."""
     format = detect_format(args.dump, args.format)
     distribution = Distribution.of(vars(args), format)
     options = ReadOptions(args.logprobs, args.pad_token_id)
     read = islice(read_dump(args.dump, format=format.name, options=options), args.limit)
     decided = [distribution.decided(sequence, _plain(args)) for sequence in read]
-    return [settings for _, settings in decided], [sequence for sequence, _ in decided]
+    return [settings for _, settings in decided], [sequence for sequence, _ in decided], distribution.notes
 
 
 def _plain(args: argparse.Namespace) -> ScoreSettings:

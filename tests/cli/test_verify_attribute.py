@@ -323,6 +323,22 @@ def test_dump_and_attribute_take_the_same_distribution(row, flags, raw, folder, 
     assert json.loads(out.read_text())["base"]["max_abs"] < 1e-4
 
 
+def test_dump_and_attribute_say_which_penalties_they_leave_out(folder, cool, tmp_path, capsys):
+    lines = [
+        {"id": s.id, "prompt_token_ids": s.prompt_token_ids.tolist(), "token_ids": s.token_ids.tolist(),
+         "logprobs": s.logprobs.tolist(), "processed": True,
+         "sampling": {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": penalty}}
+        for s, penalty in zip(cool, (1.0, 1.3, 1.3, None), strict=True)
+    ]  # fmt: skip
+    file, out = tmp_path / "dump.jsonl", tmp_path / "out.json"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for command in (["dump", str(file)], ["attribute", "--no-decode", "--dump", str(file)]):
+        main([*command, "--model", str(folder / "model"), "--json", str(out)])
+        [note] = json.loads(out.read_text())["notes"]
+        assert note.endswith("repetition_penalty=1.3 in 2 sequences")
+        assert f"note: {note}" in capsys.readouterr().out
+
+
 def test_operators_are_switched_back(scorer, plain):
     fresh = PolicyScorer(scorer.policies)
     before = fresh(plain, ScoreSettings())

@@ -5,8 +5,9 @@ The command line counts, else what the sequence says, else what its format's eng
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlalign.config import SamplingParams
@@ -15,6 +16,7 @@ from rlalign.verifier.score import ScoreSettings, effective_sampling
 
 FLAGS = ("temperature", "top_k", "top_p", "min_p")
 _FILTERS = ("top_k", "top_p", "min_p")
+_NAMED = 8
 _CONVENTIONS = {
     "raw": "raw, at temperature 1 (--processed says otherwise)",
     "temperature": "after temperature, but not renormalised after top-k, top-p and min-p (--raw, --processed)",
@@ -25,12 +27,14 @@ _CONVENTIONS = {
 @dataclass(slots=True)
 class Distribution:
     """flags: sampling parameters of the command line, which replace the dump's. processed: --processed, --raw, or None.
-    assumed: sequences so far for which nobody said, and it matters."""
+    assumed: sequences so far for which nobody said, and it matters. unmodelled: sequences so far by (field, value) of
+    the request that their log-probs are after, and that scoring can't apply."""
 
     flags: Mapping[str, Any]
     processed: bool | None
     format: Format
     assumed: int = 0
+    unmodelled: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], format: Format) -> Distribution:
@@ -44,10 +48,13 @@ class Distribution:
         params = replace(sequence.sampling or SamplingParams(), **self.flags)
         processed = sequence.processed if self.processed is None else self.processed
         if processed is None:
-            self.assumed += not params.greedy and (params.temperature != 1.0 or params.truncated)
+            transformed = not params.greedy and (params.temperature != 1.0 or params.truncated)
+            self.assumed += transformed or bool(sequence.unmodelled)
             processed = self.format.convention != "raw"
             if self.format.convention == "temperature":
                 base = replace(base, ignore=base.ignore | set(_FILTERS))
+        if processed:
+            self.unmodelled.update(sequence.unmodelled)
         return replace(sequence, sampling=params, processed=processed), base
 
     def sampling(self, sequence: DumpSequence) -> SamplingParams:
@@ -55,11 +62,23 @@ class Distribution:
         return effective_sampling(*self.decided(sequence, ScoreSettings()))
 
     @property
-    def note(self) -> str | None:
-        """What was assumed; None if nothing was."""
-        if not self.assumed:
-            return None
-        return (
-            f"{self.assumed:,} sequences don't say what their log-probs are; as {self.format.name} does by default, "
-            f"they were taken as {_CONVENTIONS[self.format.convention]}"
-        )
+    def notes(self) -> list[str]:
+        """What was assumed, and what scoring leaves out; empty if nothing."""
+        found = []
+        if self.assumed:
+            found.append(
+                f"{self.assumed:,} sequences don't say what their log-probs are; as {self.format.name} does by "
+                f"default, they were taken as {_CONVENTIONS[self.format.convention]}"
+            )
+        if self.unmodelled:
+            named = [f"{name}={value} in {_sequences(n)}" for (name, value), n in self.unmodelled.most_common(_NAMED)]
+            more = [f"{len(self.unmodelled) - _NAMED:,} more"] if len(self.unmodelled) > _NAMED else []
+            found.append(
+                "scoring applies no penalties, biases and bans, which move log-probs that are not raw: "
+                f"{', '.join(named + more)}"
+            )
+        return found
+
+
+def _sequences(count: int) -> str:
+    return f"{count:,} sequence{'' if count == 1 else 's'}"

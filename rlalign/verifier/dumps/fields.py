@@ -20,6 +20,11 @@ from rlalign.verifier.dumps.rows import Row
 _MAX_ID = 2**31 - 1
 _WORDS = {"NaN": np.nan, "Infinity": np.inf, "-Infinity": -np.inf, "nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 _FILTERS = ("temperature", "top_k", "top_p", "min_p")
+# what changes logits, or bans tokens, before a token is drawn, and the value that does nothing
+_UNMODELLED = {
+    "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": None, "min_tokens": 0,
+    "min_new_tokens": 0, "bad_words": None, "allowed_token_ids": None, "logits_processors": None,
+}  # fmt: skip
 _MODES = {"raw_logprobs": False, "processed_logprobs": True}
 
 
@@ -118,14 +123,34 @@ def same_length(row: Row, name: str, values: Sequence[Any], other: str, length: 
         raise row.error(f"field '{name}' has {len(values)} values for {length} of '{other}'")
 
 
+def distribution(row: Row) -> dict[str, Any]:
+    """What the row says of the distribution that it was sampled from, as fields of a ``DumpSequence``."""
+    return {"sampling": sampling(row), "processed": processed(row), "unmodelled": unmodelled(row)}
+
+
+def unmodelled(row: Row) -> tuple[tuple[str, str], ...]:
+    """Penalties, biases and bans that do something, wherever the row names them: (field, value in words)."""
+    places = (*_sampling_objects(row).values(), row.values)
+    found = {name: place[name] for place in places for name in _UNMODELLED if _does_something(name, place.get(name))}
+    return tuple((name, _short(value)) for name, value in found.items())
+
+
+def _does_something(name: str, value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(value.values())
+    return len(value) > 0 if isinstance(value, list | str | np.ndarray) else value not in (None, _UNMODELLED[name])
+
+
+def _sampling_objects(row: Row) -> dict[str, Mapping[str, Any]]:
+    return {name: row.values[name] for name in ("sampling", "sampling_params", "meta_info") if _is_object(row, name)}
+
+
 def sampling(row: Row) -> SamplingParams | None:
     """Temperature and filters, from an object ``sampling`` or ``sampling_params``, or from the row itself.
 
     None if the row names none of them. vLLM's -1 for "no top-k" becomes 0.
     """
-    objects_ = {
-        name: row.values[name] for name in ("sampling", "sampling_params", "meta_info") if _is_object(row, name)
-    }
+    objects_ = _sampling_objects(row)
     places = {**objects_, "": row.values}
     name = next((name for name, place in places.items() if any(place.get(key) is not None for key in _FILTERS)), None)
     if name is None:

@@ -59,8 +59,7 @@ class _Choice:
             prompt_token_ids=prompt,
             token_ids=token_ids,
             logprobs=logprobs,
-            sampling=self._sampling(),
-            processed=fields.processed(self.row),
+            **self._distribution(),
             weights_version=fields.whole(self.row, "weights_version", self.row.values.get("weights_version")),
             finish_reason=fields.text(self.row, f"{self.prefix}finish_reason", self.choice.get("finish_reason")),
             text=fields.text(self.row, f"{self.prefix}text", text),
@@ -172,8 +171,10 @@ class _Choice:
         values = vllm.of_tokens(self.row, f"{self.prefix}prompt_logprobs", listed, prompt)
         return DumpSequence(name, prompt[:1], prompt[1:], values[1:], processed=False, source=self.row.source)
 
-    def _sampling(self) -> Any:
-        request = self.row.values.get("request")
-        if isinstance(request, dict):
-            return fields.sampling(Row(self.row.path, self.row.line, {"sampling": request}, self.row.item))
-        return fields.sampling(self.row)
+    def _distribution(self) -> dict[str, Any]:
+        """As the recorded request says, where there is one; whether log-probs are processed is said beside it."""
+        found = fields.distribution(self.row)
+        if not isinstance(self.row.values.get("request"), dict):
+            return found
+        asked = Row(self.row.path, self.row.line, {"sampling": self._request()}, self.row.item)
+        return fields.distribution(asked) | {"processed": found["processed"]}

@@ -78,9 +78,7 @@ class _Member:
         row = self.row
         name = None if self.index is not None else fields.text(row, "id", row.values.get("id"))
         source = row.source if self.index is None else f"{row.source}[{self.index}]"
-        return DumpSequence(
-            id=name or "", sampling=fields.sampling(row), processed=fields.processed(row), source=source, **values
-        )
+        return DumpSequence(id=name or "", source=source, **fields.distribution(row), **values)
 
 
 class _Batch:

@@ -41,7 +41,6 @@ def read(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
         token_ids=token_ids[begin:],
         logprobs=logprobs[begin:],
         mask=mask[begin:],
-        sampling=fields.sampling(row),
-        processed=fields.processed(row),
+        **fields.distribution(row),
         source=row.source,
     )

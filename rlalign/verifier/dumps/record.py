@@ -29,7 +29,8 @@ class DumpSequence:
     prompt_token_ids: int64 [P]. token_ids: int64 [L]. logprobs: float32 [L], NaN (``MISSING``) where missing. mask:
     bool [L] of the tokens that the loss sees, None for all. sampling: None where the dump doesn't say. processed:
     whether the log-probs are those after temperature, top-k, top-p and min-p; None where the dump doesn't say.
-    source: "file:line".
+    unmodelled: what else the request asked for that moves processed log-probs, and that scoring can't apply: (field,
+    value in words). source: "file:line".
 
     Raises ValueError naming ``source`` and the field if a shape or dtype is another one.
     """
@@ -41,6 +42,7 @@ class DumpSequence:
     mask: np.ndarray | None = None
     sampling: SamplingParams | None = None
     processed: bool | None = None
+    unmodelled: tuple[tuple[str, str], ...] = ()
     weights_version: int | None = None
     finish_reason: str | None = None
     text: str | None = None

@@ -35,10 +35,11 @@ def read(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
     reported, in_prompt = meta.get("output_token_logprobs"), meta.get("input_token_logprobs")
     if options.prompt or (not reported and in_prompt):
         values, token_ids = _entries(row, _INPUT, fields.need(row, "input_token_logprobs", meta, "meta_info."))
-        prompt, token_ids, values, processed = token_ids[:1], token_ids[1:], values[1:], False
+        prompt, token_ids, values = token_ids[:1], token_ids[1:], values[1:]
+        said = {"processed": False}  # nothing was sampled
     else:
         values, token_ids = _entries(row, _OUTPUT, fields.need(row, "output_token_logprobs", meta, "meta_info."))
-        prompt, processed = _prompt(row, meta), fields.processed(row)
+        prompt, said = _prompt(row, meta), fields.distribution(row)
     reason = meta.get("finish_reason")
     version = meta.get("weight_version")
     yield DumpSequence(
@@ -46,8 +47,7 @@ def read(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
         prompt_token_ids=prompt,
         token_ids=token_ids,
         logprobs=values,
-        sampling=None if processed is False and options.prompt else fields.sampling(row),
-        processed=processed,
+        **said,
         # SGLang's own name for weights that were never updated is "default"
         weights_version=int(version) if str(version).isdecimal() else None,
         finish_reason=reason.get("type") if isinstance(reason, dict) else fields.text(row, "finish_reason", reason),
