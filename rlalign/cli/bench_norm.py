@@ -16,6 +16,7 @@ from rlalign_kernels import apply_rotary, geglu, gelu, layer_norm, rms_norm, sil
 from rlalign.cli.bench_kernels import Case
 
 _ROWS = 16384
+_SIZES = (1024, 2048, 4096, 5120, 8192, 16384)
 _DEVICE, _DTYPE = "cuda", torch.bfloat16
 _DIM = 128
 _EPS = 1e-6
@@ -25,13 +26,16 @@ Calls = dict[str, Callable[[], object]]
 def make_cases(only: str) -> Iterator[Callable[[], Case]]:
     """Cases whose name contains ``only``, each made when it is called: together they would not fit a GPU."""
     makers: dict[str, Callable[[str], Case]] = {}
-    for size in (1024, 2048, 4096, 5120, 8192):
+    for size in _SIZES:
         makers[f"rms_norm {size}"] = partial(_norm, size)
         makers[f"rms_norm + residual {size}"] = partial(_norm_of_sum, size)
     makers["rms_norm of 16 heads of 128, within a fused projection"] = _head_norm
-    makers |= {f"rms_norm backward {size}": partial(_norm_backward, size) for size in (1024, 2048, 4096, 5120, 8192)}
+    for size in _SIZES:
+        makers[f"rms_norm backward {size}"] = partial(_norm_backward, size)
     makers["rms_norm backward, 65,536 rows of 1024"] = partial(_norm_backward, 1024, times=4)
+    makers["rms_norm backward of 16 heads of 128"] = partial(_norm_backward, _DIM, times=16)
     makers["layer_norm 4096"] = partial(_layer_norm, 4096)
+    makers |= {f"layer_norm backward {size}": partial(_layer_norm_backward, size) for size in (1024, 4096)}
     makers |= {f"rotary {heads} heads of 128": partial(_rotary, heads) for heads in (8, 16, 32)}
     makers |= {f"{name} 6144": partial(_activation, name) for name in _ACTIVATIONS}
     makers |= {f"{name} 6144, halves of one tensor": partial(_gated, name) for name in _GATED}
@@ -98,13 +102,27 @@ def _head_norm(name: str) -> Case:
     return _case(name, 2 * heads.numel(), calls)
 
 
-def _layer_norm(size: int, name: str) -> Case:
+def _layer_norm_calls(size: int) -> tuple[list[torch.Tensor], Calls]:
     x, weight, bias = _random(_ROWS, size), _random(size), _random(size)
     calls = {
         "torch": partial(F.layer_norm, x, (size,), weight, bias, _EPS),
         "rlalign": partial(layer_norm, x, weight, bias, eps=_EPS, backend="triton"),
     }
-    return _case(name, 2 * x.numel(), calls)
+    return [x, weight, bias], calls
+
+
+def _layer_norm(size: int, name: str) -> Case:
+    inputs, calls = _layer_norm_calls(size)
+    return _case(name, 2 * inputs[0].numel(), calls)
+
+
+def _layer_norm_backward(size: int, name: str) -> Case:
+    inputs, calls = _layer_norm_calls(size)
+    for t in inputs:
+        t.requires_grad_()
+    grad = _random(_ROWS, size)
+    backwards = {which: _backward(forward, inputs, grad) for which, forward in calls.items()}
+    return _case(name, 3 * inputs[0].numel(), backwards, graphed=True)
 
 
 def _backward(

@@ -88,7 +88,7 @@ def test_draws_run():
         "of 16 heads",
         "backward 1024",
         "swiglu backward",
-        "layer_norm",
+        "layer_norm 4096",
         "rotary 8",
         "halves",
     ],

@@ -5,7 +5,7 @@ added in neighbouring pairs until every 8 are one, then by halves: lane i and la
 columns count as 0. ``lanes`` follows from the row's length alone; float32 throughout.
 
 Schedule: rows per program and warps. Neither can change a bit, since every addition is of two written-out operands.
-Gradients of long rows are promised the same bits in every run, no more: Triton adds their lanes, in the tile's order.
+Gradients are promised the same bits in every run, no more: Triton adds a row's columns, in the order of the tile.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ LARGEST_ROW = 16384
 MOST_LANES = 1024
 # Elements of a program that short rows share.
 _SHARED = 4096
-# Rows of more columns: backward's sums are in another order, and fewer programs add up weight gradients.
-LONG_ROW = 2048
-# Architectures with 164 KB of shared memory a program or more.
+# Bytes that a thread loads at once.
+_WIDEST_LOAD = 16
+# Bytes of backward's tile of rows that share a program.
+_SHARED_BYTES = 4096
+# Architectures with 164 KB of shared memory a program or more: 128 KB hold two rows, and two gradients, of 32 KB.
 _ROOMY = ((8, 0), (9, 0), (10, 0))
 
 
 @dataclass(frozen=True)
 class RowTile:
-    """One launch: rows and warps per program; backward, buffers of rows that are read ahead, and a thread's registers
-    where the compiler would take so many that a processor held one program."""
+    """One launch: rows and warps per program; backward, stages of reading ahead."""
 
     rows: int
     num_warps: int
     num_stages: int = 1
-    registers: int | None = None
 
 
 @cache
@@ -57,27 +57,35 @@ def forward_tile(size: int, itemsize: int) -> RowTile:
 
 @cache
 def backward_tile(size: int, itemsize: int, architecture: tuple[int, int], centered: bool) -> RowTile:
-    """A program holds the weight gradient of its rows besides the row itself, and of short rows the weight too.
+    """A program holds the weight gradient of its rows besides the row itself, and the weight where it reads ahead.
 
-    Rows are read ahead as far as shared memory has room for them, on the smallest GPU that ``architecture`` names. From
-    5,121 to 8,192 columns two programs share a processor instead; layer_norm's (``centered``) bias gradient leaves no
-    room for that.
+    Rows are read ahead as far as shared memory has room for them, on the smallest GPU that ``architecture`` names, and
+    registers for the weight; layer_norm (``centered``) has a bias gradient in them too.
     """
-    if size <= 512:
-        return RowTile(_SHARED // 2 // lanes(size), 4)
-    if size * itemsize <= 2048:
-        return RowTile(2, 2, 3)
-    if size > 5120 and not centered:
-        return RowTile(1, 8, registers=128) if size <= 8192 else RowTile(1, 16)
-    num_warps = 2 if size <= 1024 else 4 if size <= 4096 else 8 if size * itemsize <= 32768 else 16
-    most = 16384 if architecture in _ROOMY else 8192
-    return RowTile(1, num_warps, 3 if size * itemsize <= most else 1)
+    row = size * itemsize
+    if row <= _SHARED_BYTES // 2:
+        rows = _SHARED_BYTES // (lanes(size) * itemsize)
+        return RowTile(rows // 2, 2, 4) if centered else RowTile(rows, 2, 3)
+    four, eight = (5120, 8192) if centered else (6144, 12288)
+    num_warps = 2 if size <= 1024 else 4 if size <= four else 8 if size <= eight and row <= 32768 else 16
+    ahead = num_warps < 16 and row <= (32768 if architecture in _ROOMY else 8192)
+    return RowTile(1, num_warps, 3 if ahead else 1)
 
 
 @cache
-def rows_per_part(num_rows: int, tile_rows: int, size: int) -> int:
-    """Rows whose weight gradients one program adds up: at most 512 programs, 256 of long rows, each with a power of two
-    of tiles."""
-    tiles = -(-num_rows // tile_rows)
-    per_part = -(-tiles // (512 if size <= LONG_ROW else 256))
-    return tile_rows * (1 << max(0, per_part - 1).bit_length())
+def backward_width(size: int, itemsize: int, num_warps: int) -> int:
+    """Columns that a program takes at once: as many as its threads load with their widest loads, ``lanes`` at least.
+
+    Example:
+        >>> backward_width(1024, 2, 2), backward_width(16384, 2, 16), backward_width(16384, 4, 16)
+        (1024, 4096, 2048)
+    """
+    loaded = num_warps * 32 * _WIDEST_LOAD // itemsize
+    return max(lanes(size), min(loaded, 1 << max(0, size - 1).bit_length()))
+
+
+@cache
+def most_parts(size: int) -> int:
+    """Programs that add up weight gradients, at most: about as many as are at work at a time, but the machine's number
+    of processors has no say in the order of a sum."""
+    return 512 if size <= 2048 else 256 if size <= 8192 else 128

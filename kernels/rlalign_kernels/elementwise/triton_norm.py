@@ -1,8 +1,8 @@
 """RMSNorm and LayerNorm forward: ``y = (h - mean) / sqrt(mean((h - mean)^2) + eps) * weight + bias``, h = x + residual.
 
 RMSNorm has no mean and no bias. Rows [T, H] of any strides, float32, bfloat16 or float16. The row is read once and held
-in registers; its sums are float32, in the order of row_plan (backward's of more than LONG_ROW columns in the
-compiler's). ``1 / sqrt`` is a correctly rounded root and quotient.
+in registers; its sums are float32, in the order of row_plan (backward's in the compiler's). ``1 / sqrt`` is a correctly
+rounded root and quotient.
 Promised: forward, a row's bits depend on that row, weight and bias only; backward, the same bits in every run.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from rlalign_kernels.elementwise import row_plan
 from rlalign_kernels.elementwise.triton_rows import (
     fold,
     fold_rows,
@@ -20,8 +20,6 @@ from rlalign_kernels.elementwise.triton_rows import (
     row_starts,
     store_columns,
 )
-
-LONG_ROW = tl.constexpr(row_plan.LONG_ROW)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -91,74 +89,77 @@ def _deviation(tile, mean, i: tl.constexpr, H: tl.constexpr, LANES: tl.constexpr
     return value
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows_per_part"])
+@triton.jit(do_not_specialize=["num_rows", "step"])
 def norm_backward_kernel(
     grad_ptr, grad_sum_ptr, h_ptr, weight_ptr, mean_ptr, inverse_ptr, dh_ptr, dweight_ptr, dbias_ptr,
     num_rows, inner, stride_go, stride_gi, stride_gc, stride_so, stride_si, stride_sc, stride_ho, stride_hi, stride_hc,
-    stride_w, offset, rows_per_part,
-    H: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CENTERED: tl.constexpr, HAS_SUM: tl.constexpr,
+    stride_w, offset, step,
+    H: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, CENTERED: tl.constexpr, HAS_SUM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, NEED_H: tl.constexpr, NEED_WEIGHT: tl.constexpr, NEED_BIAS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """A program goes through its rows in ascending order; ``dweight``, ``dbias``: float32 [programs, H] of those rows.
+    """A program takes a tile of every ``step`` rows, so that all programs together read memory in its order.
+    ``dweight``, ``dbias``: float32 [programs, H] of a program's rows.
 
-    STAGES > 1: rows are read that far ahead, and the weight stays in registers.
+    STAGES > 1: rows are read that far ahead, and the weight stays in registers. OVERLAP: what adds up the programs'
+    sums may be launched before this kernel ends.
     dh = inverse * (s - mean(s) - n * mean(s * n)) + grad_sum with n the normalised row and s = grad * weight.
     HAS_SUM: h = x + residual was handed out, and its gradient comes back in grad_sum.
     """
     part = tl.program_id(0)
-    first = part * rows_per_part
+    if OVERLAP:
+        gdc_launch_dependents()
     # a load within the loop would be made ahead too, row after row
     KEEP: tl.constexpr = HAS_WEIGHT and STAGES > 1
     zeros = ()
     kept = ()
-    for i in tl.static_range((H + LANES - 1) // LANES):
-        zeros += (tl.zeros([ROWS, LANES], tl.float32),)
+    for i in tl.static_range((H + WIDTH - 1) // WIDTH):
+        zeros += (tl.zeros([ROWS, WIDTH], tl.float32),)
         if KEEP:
-            kept += (load_vector(weight_ptr, stride_w, i, H, LANES),)
+            kept += (load_vector(weight_ptr, stride_w, i, H, WIDTH),)
     dweight = zeros
     dbias = zeros
-    for start in tl.range(first, tl.minimum(first + rows_per_part, num_rows), ROWS, num_stages=STAGES):
+    for start in tl.range(part * ROWS, num_rows, step, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         live = rows < num_rows
-        h = load_columns(h_ptr, row_starts(rows, inner, stride_ho, stride_hi), live, stride_hc, H, LANES)
-        grad = load_columns(grad_ptr, row_starts(rows, inner, stride_go, stride_gi), live, stride_gc, H, LANES)
+        h = load_columns(h_ptr, row_starts(rows, inner, stride_ho, stride_hi), live, stride_hc, H, WIDTH)
+        grad = load_columns(grad_ptr, row_starts(rows, inner, stride_go, stride_gi), live, stride_gc, H, WIDTH)
         inverse = tl.load(inverse_ptr + rows, mask=live, other=0.0)
         mean = inverse
         if CENTERED:
             mean = tl.load(mean_ptr + rows, mask=live, other=0.0)
         if NEED_H:
-            along = tl.zeros([ROWS, LANES], tl.float32)
-            plain = tl.zeros([ROWS, LANES], tl.float32)
+            along = tl.zeros([ROWS, WIDTH], tl.float32)
+            plain = tl.zeros([ROWS, WIDTH], tl.float32)
             for i in tl.static_range(len(h)):
                 s = grad[i].to(tl.float32)
                 if KEEP:
                     s = s * (kept[i].to(tl.float32) + offset)
                 elif HAS_WEIGHT:
-                    s = s * (load_vector(weight_ptr, stride_w, i, H, LANES).to(tl.float32) + offset)
-                n = _deviation(h[i], mean, i, H, LANES, CENTERED) * inverse[:, None]
+                    s = s * (load_vector(weight_ptr, stride_w, i, H, WIDTH).to(tl.float32) + offset)
+                n = _deviation(h[i], mean, i, H, WIDTH, CENTERED) * inverse[:, None]
                 along = tl.fma(s, n, along)
                 plain = plain + s
-            along_mean = tl.div_rn(_row_sums(along, ROWS, LANES, H), 1.0 * H)[:, None]
+            along_mean = tl.div_rn(tl.sum(along, 1), 1.0 * H)[:, None]
             plain_mean = tl.zeros([ROWS, 1], tl.float32)
             if CENTERED:
-                plain_mean = tl.div_rn(_row_sums(plain, ROWS, LANES, H), 1.0 * H)[:, None]
+                plain_mean = tl.div_rn(tl.sum(plain, 1), 1.0 * H)[:, None]
             starts = row_starts(rows, inner, stride_so, stride_si)
             for i in tl.static_range(len(h)):
                 s = grad[i].to(tl.float32)
                 if KEEP:
                     s = s * (kept[i].to(tl.float32) + offset)
                 elif HAS_WEIGHT:
-                    s = s * (load_vector(weight_ptr, stride_w, i, H, LANES).to(tl.float32) + offset)
-                n = _deviation(h[i], mean, i, H, LANES, CENTERED) * inverse[:, None]
+                    s = s * (load_vector(weight_ptr, stride_w, i, H, WIDTH).to(tl.float32) + offset)
+                n = _deviation(h[i], mean, i, H, WIDTH, CENTERED) * inverse[:, None]
                 dh = tl.fma(n, tl.broadcast_to(-along_mean, n.shape), s - plain_mean) * inverse[:, None]
                 if HAS_SUM:
-                    dh = dh + _load_tile(grad_sum_ptr, starts, live, stride_sc, i, H, LANES).to(tl.float32)
-                store_columns(dh_ptr, rows.to(tl.int64) * H, live, i, dh.to(h[i].dtype), H, LANES)
+                    dh = dh + _load_tile(grad_sum_ptr, starts, live, stride_sc, i, H, WIDTH).to(tl.float32)
+                store_columns(dh_ptr, rows.to(tl.int64) * H, live, i, dh.to(h[i].dtype), H, WIDTH)
         if NEED_WEIGHT:
             more = ()
             for i in tl.static_range(len(h)):
-                n = _deviation(h[i], mean, i, H, LANES, CENTERED) * inverse[:, None]
+                n = _deviation(h[i], mean, i, H, WIDTH, CENTERED) * inverse[:, None]
                 more += (tl.fma(grad[i].to(tl.float32), n, dweight[i]),)
             dweight = more
         if NEED_BIAS:
@@ -167,22 +168,13 @@ def norm_backward_kernel(
                 more += (dbias[i] + grad[i].to(tl.float32),)
             dbias = more
     one = tl.full([1], 0, tl.int32)
-    for i in tl.static_range((H + LANES - 1) // LANES):
+    for i in tl.static_range((H + WIDTH - 1) // WIDTH):
         if NEED_WEIGHT:
-            tile = fold_rows(dweight[i], ROWS, LANES)[None, :]
-            store_columns(dweight_ptr, (one + part).to(tl.int64) * H, one == 0, i, tile, H, LANES)
+            tile = fold_rows(dweight[i], ROWS, WIDTH)[None, :]
+            store_columns(dweight_ptr, (one + part).to(tl.int64) * H, one == 0, i, tile, H, WIDTH)
         if NEED_BIAS:
-            tile = fold_rows(dbias[i], ROWS, LANES)[None, :]
-            store_columns(dbias_ptr, (one + part).to(tl.int64) * H, one == 0, i, tile, H, LANES)
-
-
-@triton.jit
-def _row_sums(x, ROWS: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr):
-    """[ROWS, LANES] -> [ROWS]. A long row is spread over warps, where every halving of ``fold`` costs a barrier."""
-    if H <= LONG_ROW:
-        return fold(x, ROWS, LANES)
-    else:
-        return tl.sum(x, 1)
+            tile = fold_rows(dbias[i], ROWS, WIDTH)[None, :]
+            store_columns(dbias_ptr, (one + part).to(tl.int64) * H, one == 0, i, tile, H, WIDTH)
 
 
 @triton.jit
@@ -194,10 +186,17 @@ def _load_tile(ptr, starts, live, stride, i: tl.constexpr, H: tl.constexpr, LANE
 
 @triton.jit(do_not_specialize=["num_parts"])
 def norm_parts_kernel(
-    parts_ptr, out_ptr, num_parts, H, PARTS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr
+    parts_ptr, out_ptr, num_parts, H,
+    PARTS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out [H] of float32 parts [num_parts, H], at most PARTS * TURNS: part p belongs to lane p mod PARTS, which adds in
-    ascending order; then lanes by halves. A part that is not there adds 0."""
+    """out [N, H] of float32 parts [N, num_parts, H], at most PARTS * TURNS: part p belongs to lane p mod PARTS, which
+    adds in ascending order; then lanes by halves. A part that is not there adds 0. OVERLAP: as in norm_backward_kernel.
+    """
+    which = tl.program_id(1).to(tl.int64)
+    parts_ptr += which * num_parts * H
+    out_ptr += which * H
+    if OVERLAP:
+        gdc_wait()
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     parts = ()  # all on their way before the first is needed
     for turn in tl.static_range(TURNS):

@@ -7,22 +7,24 @@ from functools import lru_cache
 
 import torch
 from torch.autograd.function import once_differentiable
+from triton import knobs
 
 from rlalign_kernels.elementwise.layout import as_rows, made_contiguous, stride_of
 from rlalign_kernels.elementwise.row_plan import (
     LARGEST_ROW,
     RowTile,
     backward_tile,
+    backward_width,
     forward_tile,
     lanes,
-    rows_per_part,
+    most_parts,
 )
 from rlalign_kernels.elementwise.triton_norm import norm_backward_kernel, norm_forward_kernel, norm_parts_kernel
 from rlalign_kernels.elementwise.triton_rows import check_device
 from rlalign_kernels.gpu import architecture
 from rlalign_kernels.launch import Launch
 
-_PART_LANES, _PART_COLUMNS = 64, 16
+_PART_LANES, _PART_COLUMNS = 32, 8
 _NONE = (0, 0, 0)
 
 
@@ -180,11 +182,18 @@ def backward(
     if copy:
         grad, h, grad_total = made_contiguous(grad, h, grad_total)
     dh = h.new_empty(h.shape) if need_h else None
+    needed = (need_weight, need_bias)
     if launch is None:
-        return dh, *(h.new_zeros(size) if need else None for need in (need_weight, need_bias))
-    parts = [h.new_empty(num_parts, size, dtype=torch.float32) if need else None for need in (need_weight, need_bias)]
-    launch(grad, grad_total, h, weight, mean, inverse, dh, *parts)
-    return dh, *(_add_parts(part, h.dtype) for part in parts)
+        return dh, *(h.new_zeros(size) if need else None for need in needed)
+    parts = h.new_empty(sum(needed), num_parts, size, dtype=torch.float32)
+    launch(grad, grad_total, h, weight, mean, inverse, dh, *_by_need(parts, needed))
+    return dh, *_by_need(_add_parts(parts, h.dtype), needed)
+
+
+def _by_need(tensors: torch.Tensor, needed: tuple[bool, ...]) -> list[torch.Tensor | None]:
+    """One tensor [N, ...] as N for those that are needed, None for the others."""
+    found = iter(tensors.unbind())
+    return [next(found) if need else None for need in needed]
 
 
 @lru_cache(4096)
@@ -208,33 +217,43 @@ def _backward_launch(
         return None, 0, False
     size = rows.num_columns
     tile = tile or backward_tile(size, dtype.itemsize, machine, settings.centered)
-    per_part = rows_per_part(rows.num_rows, tile.rows, size) if need_weight or need_bias else tile.rows
-    num_parts = -(-rows.num_rows // per_part)
+    num_tiles = -(-rows.num_rows // tile.rows)
+    num_parts = min(num_tiles, most_parts(size)) if need_weight or need_bias else num_tiles
     grad, h, grad_total = (*rows.strides, _NONE)[:3]
     launch = Launch(
         norm_backward_kernel,
         (num_parts,),
-        (rows.num_rows, rows.inner, *grad, *grad_total, *h, *(stride_w or (0,)), settings.offset, per_part),
-        H=size, LANES=lanes(size), ROWS=tile.rows, CENTERED=settings.centered, HAS_SUM=stride_s is not None,
+        (rows.num_rows, rows.inner, *grad, *grad_total, *h, *(stride_w or (0,)), settings.offset,
+         num_parts * tile.rows),
+        H=size, WIDTH=backward_width(size, dtype.itemsize, tile.num_warps), ROWS=tile.rows, CENTERED=settings.centered,
+        HAS_SUM=stride_s is not None,
         HAS_WEIGHT=stride_w is not None, NEED_H=need_h, NEED_WEIGHT=need_weight, NEED_BIAS=need_bias,
-        STAGES=tile.num_stages, num_warps=tile.num_warps, maxnreg=tile.registers, enable_fp_fusion=False,
+        STAGES=tile.num_stages, OVERLAP=_overlap(size, machine), num_warps=tile.num_warps,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return launch, num_parts, copy
 
 
-def _add_parts(parts: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    if parts is None:
-        return None
-    out = parts.new_empty(parts.shape[1], dtype=dtype)
-    _parts_launch(*parts.shape, dtype)(parts, out)
+def _add_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sums [N, H] of ``dtype`` of float32 parts [N, P, H]: weight's and bias's gradient in one launch."""
+    out = parts.new_empty(parts.shape[0], parts.shape[2], dtype=dtype)
+    if parts.shape[0]:
+        _parts_launch(*parts.shape, dtype, architecture(parts.device))(parts, out)
     return out
 
 
 @lru_cache(1024)
-def _parts_launch(num_parts: int, size: int, dtype: torch.dtype) -> Launch:
+def _parts_launch(num_sums: int, num_parts: int, size: int, dtype: torch.dtype, machine: tuple[int, int]) -> Launch:
+    overlap = _overlap(size, machine)
     # a power of two: few kernels to compile
     turns = 1 << (-(-num_parts // _PART_LANES) - 1).bit_length()
     return Launch(
-        norm_parts_kernel, (-(-size // _PART_COLUMNS),), (num_parts, size),
-        PARTS=_PART_LANES, TURNS=turns, BLOCK=_PART_COLUMNS, num_warps=4, enable_fp_fusion=False,
+        norm_parts_kernel, (-(-size // _PART_COLUMNS), num_sums), (num_parts, size),
+        PARTS=_PART_LANES, TURNS=turns, BLOCK=_PART_COLUMNS, OVERLAP=overlap, num_warps=1, enable_fp_fusion=False,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
+
+
+def _overlap(size: int, machine: tuple[int, int]) -> bool:
+    """Whether the second kernel is launched while the first one runs: worth it where that one takes little time."""
+    return size <= 1024 and machine >= (9, 0) and not knobs.runtime.interpret
