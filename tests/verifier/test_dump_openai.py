@@ -61,7 +61,6 @@ def test_openai_echo(tmp_path: Path) -> None:
     ({}, {"prompt_tokens": 4}, 1),
     ({}, {"prompt_tokens": 0}, 1),
     ({}, {"prompt_tokens": True}, 1),
-    ({"prompt": [[4, 5], [4, 6]]}, {"prompt_tokens": None}, 1),
     ({"prompt": [4, 5, 6, 7]}, {}, 1),
 ])  # fmt: skip
 def test_openai_echo_ends_where_the_request_or_the_usage_says(
@@ -89,6 +88,76 @@ def test_openai_prompt_that_was_requested_as_ids(tmp_path: Path) -> None:
     assert (ids(echoed), echoed.logprobs.tolist()) == (([4, 5], [6, 7]), [-1.0, -2.0])
     own = only(write(tmp_path, {**row, "response": {"choices": [{**choice, "prompt_token_ids": [9]}]}}))
     assert ids(own) == ([9], [6, 7])
+
+
+def several(request_: dict[str, Any], indices: list[int | None], **more: Any) -> dict[str, Any]:
+    """A response whose choices are of token 100 + i, for the i-th index."""
+    choices = [
+        {"text": "", "token_ids": [100 + (i if index is None else index)], "logprobs": {"token_logprobs": [-1.0]}}
+        | ({} if index is None else {"index": index})
+        for i, index in enumerate(indices)
+    ]
+    return {"request": request_, "response": {"id": "c", "choices": choices}, **more}
+
+
+PROMPTS = [[1], [2, 3], [4]]
+TEXTS = {"prompt": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "per_prompt"),
+    [
+        (several({"prompt": PROMPTS}, [2, 0, 1]), 1),
+        (several({"prompt": PROMPTS}, [None, None, None]), 1),
+        (several({"prompt": PROMPTS, "n": 2}, [0, 1, 2, 3, 4, 5]), 2),
+        (several(TEXTS, [2, 1, 0], prompt_token_ids=PROMPTS), 1),
+        (several({**TEXTS, "prompt_token_ids": PROMPTS, "n": 1}, [0, 1, 2]), 1),
+    ],
+)
+def test_openai_each_choice_of_several_prompts_has_its_own(
+    tmp_path: Path, row: dict[str, Any], per_prompt: int
+) -> None:
+    found = list(read_dump(write(tmp_path, row)))
+    assert len(found) == per_prompt * len(PROMPTS)
+    for sequence in found:
+        prompt, [token] = ids(sequence)
+        assert prompt == PROMPTS[(token - 100) // per_prompt]
+
+
+def test_openai_echo_of_several_prompts(tmp_path: Path) -> None:
+    choices = [{"index": 1 - i, "text": "", "token_ids": [*PROMPTS[1 - i], 7], "logprobs": {
+        "token_logprobs": [None, *[-1.0] * len(PROMPTS[1 - i])]}} for i in range(2)]  # fmt: skip
+    row = {"request": {"prompt": PROMPTS[:2], "echo": True}, "response": {"choices": choices}}
+    assert [ids(sequence) for sequence in read_dump(write(tmp_path, row))] == [([2, 3], [7]), ([1], [7])]
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    (several(TEXTS, [0, 1, 2], prompt_token_ids=[1]), "field 'prompt_token_ids' must be 3 lists of ids, one for each "
+     "of 'request.prompt', is [1]; or each choice has its own"),
+    (several({**TEXTS, "prompt_token_ids": [1]}, [0, 1, 2]), "field 'request.prompt_token_ids' must be 3 lists of ids"),
+    (several(TEXTS, [0, 1, 2], prompt_token_ids=[[1], [2]]), "field 'prompt_token_ids' must be 3 lists of ids"),
+    (several(TEXTS, [0, 1, 2]), "field 'prompt_token_ids' is missing"),
+    # n=2 that nobody recorded; a choice that is not there; one twice
+    (several({"prompt": PROMPTS}, [0, 1, 2, 3, 4, 5]), "'choices' has 6 choices whose 'index' is not each of 0 to 2"),
+    (several({"prompt": PROMPTS}, [0]), "3 prompts in 'request.prompt' with n=1: which answers which can't be told"),
+    (several({"prompt": PROMPTS}, [0, 1, 1]), "field 'choices' has 3 choices whose 'index' is not each of 0 to 2"),
+    (several({"prompt": PROMPTS, "n": "2"}, [0, 1, 2]), "field 'request.n' must be a whole number, is '2'"),
+    (several({"prompt": [[1], [2, -3]]}, [0, 1]), "field 'request.prompt[1][1]' must be a token id, is -3"),
+    (several({"prompt": [[1], "b"]}, [0, 1]), "field 'request.prompt' must be 2 lists of ids"),
+])  # fmt: skip
+def test_openai_choices_whose_prompt_can_not_be_told_are_refused(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        list(read_dump(write(tmp_path, row)))
+    assert "dump.jsonl, line 1: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_openai_choices_with_prompts_of_their_own_need_no_index(tmp_path: Path) -> None:
+    row = several(TEXTS, [0])
+    row["response"]["choices"][0]["prompt_token_ids"] = [9]
+    assert ids(only(write(tmp_path, row))) == ([9], [100])
 
 
 @pytest.mark.parametrize(("request_", "message"), [

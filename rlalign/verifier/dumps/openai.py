@@ -5,6 +5,7 @@ Ids are taken from ``token_ids`` of a choice (vLLM's ``return_token_ids``), or f
 ``response``: ``prompt_token_ids``. Without them, those of a recorded ``request`` are the prompt, if it was sent as ids.
 An echoed prompt serves too: its first log-prob is null. It ends where the request's ids do, or after
 ``usage.prompt_tokens``; where nobody says, after the first token.
+A request of several prompts gets ``n`` choices for each: that of index i answers prompt i // n.
 A response without ids is refused: encoding its text again need not give the ids that were sampled.
 """
 
@@ -36,14 +37,15 @@ def read(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
     name = fields.text(row, "id", response.get("id")) or ""
     for index, choice in enumerate(choices):
         own = name if len(choices) == 1 or not name else f"{name}/{choice.get('index', index)}"
-        yield _Choice(row, response, choice, f"choices[{index}].").sequence(own, options)
+        yield _Choice(row, response, index).sequence(own, options)
 
 
 class _Choice:
     """One choice of a response, with where its errors are to point."""
 
-    def __init__(self, row: Row, response: Mapping[str, Any], choice: Mapping[str, Any], prefix: str) -> None:
-        self.row, self.response, self.choice, self.prefix = row, response, choice, prefix
+    def __init__(self, row: Row, response: Mapping[str, Any], position: int) -> None:
+        self.row, self.response, self.position = row, response, position
+        self.choice, self.prefix = response["choices"][position], f"choices[{position}]."
 
     def sequence(self, name: str, options: ReadOptions) -> DumpSequence:
         in_prompt = self._prompt_logprobs()
@@ -136,27 +138,58 @@ class _Choice:
         return len(logprobs) > 0 and isinstance(reported, list) and reported[0] is None
 
     def _prompt_ids(self) -> np.ndarray | None:
-        for values, name in ((self.choice, f"{self.prefix}prompt_token_ids"), (self.response, "prompt_token_ids"),
-                             (self.row.values, "prompt_token_ids")):  # fmt: skip
+        if self.choice.get("prompt_token_ids") is not None:
+            return fields.ids(self.row, f"{self.prefix}prompt_token_ids", self.choice["prompt_token_ids"])
+        for values in (self.response, self.row.values):
             if values.get("prompt_token_ids") is not None:
-                return fields.ids(self.row, name, values["prompt_token_ids"])
+                return self._of_all("prompt_token_ids", values["prompt_token_ids"])
         return None
+
+    def _of_all(self, name: str, listed: Any) -> np.ndarray:
+        """This choice's prompt, of a field beside the choices: ids of the one prompt, or a list of them for each."""
+        count = self._num_prompts()
+        if count == 1:
+            return fields.ids(self.row, name, listed)
+        if not isinstance(listed, list) or len(listed) != count or not all(isinstance(one, list) for one in listed):
+            raise self.row.error(
+                f"field '{name}' must be {count} lists of ids, one for each of 'request.prompt', is {listed!r:.60}; "
+                "or each choice has its own (vLLM: return_token_ids=true)"
+            )
+        place = self._place(count)
+        return fields.ids(self.row, f"{name}[{place}]", listed[place])
+
+    def _num_prompts(self) -> int:
+        """Of the recorded request; 1 where none is."""
+        prompt = self._request().get("prompt")
+        return len(prompt) if isinstance(prompt, list) and any(isinstance(one, list | str) for one in prompt) else 1
+
+    def _place(self, count: int) -> int:
+        """Which of several prompts this choice answers: by its index, where those of all choices are there."""
+        each = fields.whole(self.row, "request.n", self._request().get("n")) or 1
+        choices = enumerate(self.response["choices"])
+        indices = [fields.whole(self.row, f"choices[{i}].index", one.get("index", i)) for i, one in choices]
+        if len(indices) != count * each or set(indices) != set(range(count * each)):
+            raise self.row.error(
+                f"field 'choices' has {len(indices)} choices whose 'index' is not each of 0 to {count * each - 1} once,"
+                f" for {count} prompts in 'request.prompt' with n={each}: which answers which can't be told"
+            )
+        return indices[self.position] // each
 
     def _request(self) -> Mapping[str, Any]:
         request = self.row.values.get("request")
         return request if isinstance(request, dict) else {}
 
     def _request_ids(self) -> np.ndarray | None:
-        """The ids that a recorded request sent as its only prompt; None for text, or several prompts."""
+        """The ids that a recorded request sent as this choice's prompt; None for text."""
         request = self._request()
         if request.get("prompt_token_ids") is not None:
-            return fields.ids(self.row, "request.prompt_token_ids", request["prompt_token_ids"])
+            return self._of_all("request.prompt_token_ids", request["prompt_token_ids"])
         prompt = request.get("prompt")
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
-            prompt = prompt[0]
-        if not isinstance(prompt, list) or not prompt or not all(isinstance(token, int) for token in prompt):
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], str):
             return None
-        return fields.ids(self.row, "request.prompt", prompt)
+        if len(prompt) == 1 and isinstance(prompt[0], list):
+            prompt = prompt[0]
+        return self._of_all("request.prompt", prompt)
 
     def _prompt_logprobs(self) -> Any:
         found = self.choice.get("prompt_logprobs")
