@@ -272,6 +272,42 @@ def test_a_wrong_file(tmp_path: Path, content: bytes, message: str) -> None:
     assert str(path) in str(error.value)
 
 
+ROW = json.dumps(own())
+
+
+@pytest.mark.parametrize(("lines", "where"), [
+    ([ROW, '{"id": 1, "x": [1, 2'], (2, 21)),
+    ([ROW, '{"id": 1, "x": [1, 2  '], (2, 21)),
+    ([ROW, '{"id": 1, "x": [1,, 2]}', ROW], (2, 19)),
+    ([ROW, '{"id": 1} x', ROW], (2, 11)),
+    ([ROW, '{"id": "a', ROW], (2, 8)),
+    # a first line that ends too soon may be a document's: the lines after it tell
+    (['{"id": 1, "x": [1, 2'], (1, 21)),
+    (['{"id": 1, "x": [1, 2', ROW, ROW], (1, 21)),
+    (['{"id": 1, "x": [1, ', ROW, ROW], (1, 19)),
+    (['{"id": 1, "x":', ROW, ROW], (1, 15)),
+    (['{"id": 1, "x": "ab', ROW], (1, 16)),
+    (["[", f"{ROW},", "{]"], (3, 2)),
+    (["[", ROW, ROW, "]"], (3, 1)),
+    (["[", f"{ROW},", ROW], (3, len(ROW) + 1)),
+    (["{", '"id": 1,', '"x": [1, 2'], (3, 11)),
+])  # fmt: skip
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_broken_json_is_placed_by_line_and_column(
+    tmp_path: Path, lines: list[str], where: tuple[int, int], end: str
+) -> None:
+    path = tmp_path / "wrong.jsonl"
+    path.write_bytes(((end or "\n").join(lines) + end).encode())
+    with pytest.raises(ValueError) as error:
+        list(read_dump(path))
+    said = str(error.value)
+    assert said.startswith(f"{path}, line {where[0]}: not valid JSON: ")
+    assert f" (column {where[1]})" in said
+    # what is wrong in the middle was not cut off, whatever ends the file
+    last = where[0] == len(lines) and (where[1] > len(lines[-1].rstrip()) or "Unterminated" in said)
+    assert ("the file ends there" in said) == (last and not end)
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"logprobs": [-1.0]}, "field 'logprobs' has 1 values for 2 of 'token_ids'"),
     ({"logprobs": [-1.0, "x"]}, "field 'logprobs[1]' must be a log-prob, is 'x'"),

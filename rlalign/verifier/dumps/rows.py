@@ -20,6 +20,7 @@ import pyarrow.parquet as parquet
 from rlalign.verifier.dumps.record import MISSING
 
 _BATCH_ROWS = 256
+_BLANK = " \t\r\n"
 # pages are read as they are needed: a file may be one row group
 _BUFFER_BYTES = 1 << 20
 _NOT_TEXT = {b"\x80": "a pickle", b"PK": "a zip archive, as torch.save and numpy.savez write", b"\x1f\x8b": "gzip"}
@@ -77,10 +78,10 @@ def _decoded(path: Path, content: bytes, line: int | None, ended: bool = False) 
     """A line's value; ``line`` None for a document of several."""
     where = f"{path}" if line is None else f"{path}, line {line}"
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(_text(content))
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno if line is None else line}"
-        ended = ended or content.endswith(b"\n")
+        ended = ended or content.endswith(b"\n") or not (_at_the_end(error) or error.msg.startswith("Unterminated"))
         cut = "" if ended else "; the file ends there, cut off or still being written (dump --watch)"
         raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){cut}") from error
     except UnicodeDecodeError as error:
@@ -89,6 +90,15 @@ def _decoded(path: Path, content: bytes, line: int | None, ended: bool = False) 
         raise ValueError(f"{where}: lists or objects inside each other, too deep to be read") from error
     except ValueError as error:  # a number of more digits than Python converts
         raise ValueError(f"{where}: not readable as JSON: {error}") from error
+
+
+def _text(content: bytes) -> str:
+    """Without what ends it: an error there is to have the line and column of what is missing, not of the next line."""
+    return content.decode("utf-8-sig").rstrip(_BLANK)
+
+
+def _at_the_end(error: json.JSONDecodeError) -> bool:
+    return error.pos >= len(error.doc)
 
 
 def _objects(path: Path, line: int, value: Any) -> Iterator[Row]:
@@ -110,21 +120,35 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 rows = list(parse_line(path, line, content))
             except ValueError as error:
                 # a document that goes on in the next line ends its first one in the middle of something
-                if line == 1 and _goes_on(error.__cause__, content):
-                    break
-                raise
+                cause = error.__cause__
+                if line > 1 or not isinstance(cause, json.JSONDecodeError) or not _at_the_end(cause):
+                    raise
+                document = _document(path, error, content, next(file, b""))
+                break
             yield from rows
         else:
             return
-    yield from _document(path)
+    yield from _objects(path, 1, document)
 
 
-def _goes_on(cause: BaseException | None, content: bytes) -> bool:
-    return isinstance(cause, json.JSONDecodeError) and cause.pos >= len(content.decode("utf-8-sig").rstrip())
+def _document(path: Path, error: ValueError, first: bytes, second: bytes) -> Any:
+    """The value of a file that is one document; or else of rows, by its second line, of which the first is cut off:
+    then raises ``error``, which is about that one."""
+    try:
+        return _decoded(path, path.read_bytes(), None)
+    except ValueError as of_document:
+        cause = of_document.__cause__
+        goes_on = isinstance(cause, json.JSONDecodeError) and _at_the_end(cause)
+        if goes_on or first.strip() == b"[" or not _is_object(second):
+            raise
+    raise error
 
 
-def _document(path: Path) -> Iterator[Row]:
-    yield from _objects(path, 1, _decoded(path, path.read_bytes(), None))
+def _is_object(content: bytes) -> bool:
+    try:
+        return isinstance(json.loads(_text(content)), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
