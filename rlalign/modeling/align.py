@@ -151,7 +151,7 @@ def _random_like_weight(module: nn.Module, rows: int) -> Tensor:
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
     """Same function up to summation order: nearly every element has the same bits in bf16, or is close in float32."""
-    if ours.dtype != theirs.dtype:
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
     if ours.dtype == torch.float32:
         return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -163,7 +163,10 @@ def _align_rotary(module: nn.Module, backend: str) -> None:
         return  # several frequency sets in one module (Gemma-3): not ours yet, audit names it
     x = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=module.inv_freq.device)
     positions = torch.arange(0, 64, 7, device=module.inv_freq.device).unsqueeze(0)
-    expected, _ = module(x, positions)
+    tables = module(x, positions)
+    if not isinstance(tables, tuple):
+        return  # complex numbers instead of cos and sin (DeepSeek-V2): audit names what comes of them
+    expected, _ = tables
     candidate = copy.deepcopy(module)
     cast = expected.dtype == torch.bfloat16
     layers.become(candidate, layers.AlignedRotary, "native", cast=cast)

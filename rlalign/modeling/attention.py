@@ -14,8 +14,11 @@ from rlalign.modeling.context import AttentionCall, AttentionContext
 ATTENTION_NAME = "rlalign_context"
 
 # Keywords that models pass along and that cannot change the result here: positions are applied by then, caches and
-# masks are the context's business. Whatever is not listed could matter, and is refused.
-_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"})
+# masks are the context's business, routers are no part of attention. Whatever is not listed could matter, and is
+# refused.
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "is_causal"}
+)
 
 
 def context_attention(
@@ -50,7 +53,10 @@ def context_attention(
         raise ValueError(f"is_causal=False in {type(module).__name__}: only causal decoders are supported")
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     if unknown:
-        raise ValueError(f"{type(module).__name__} passes {unknown[0]}=… to attention: not supported")
+        raise ValueError(
+            f"{type(module).__name__} passes {unknown[0]}=… to attention, which may change its result: not supported, "
+            "with any numerics"
+        )
     if query.shape[0] != 1:
         raise ValueError(f"query.shape={tuple(query.shape)}: rows are packed, the batch dimension must be 1")
     call = AttentionCall(

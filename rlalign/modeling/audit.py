@@ -7,7 +7,7 @@ transcendental function, could round differently in another batch, and is refuse
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,12 +111,32 @@ def audit(model: PreTrainedModel, *, strict: bool = True) -> AuditReport:
     findings = tuple(Finding(operator, module, count) for (operator, module), count in sorted(watch.seen.items()))
     report = AuditReport(_count_aligned(model), findings)
     if strict and findings:
-        raise AuditError(
-            f"{type(model).__name__} is not exact: {findings[0]}"
-            + (f", and {len(findings) - 1} more" if len(findings) > 1 else "")
-            + ". Map the module in rlalign/modeling/align.py, or run with numerics=native"
-        )
+        raise AuditError(_why_not(model, findings))
     return report
+
+
+def _why_not(model: nn.Module, findings: Sequence[Finding]) -> str:
+    """The refusal: what was found, and what to do."""
+    found = f"{findings[0]}" + (f", and {len(findings) - 1} more" if len(findings) > 1 else "")
+    block = next(filter(None, (_mixture_around(model, finding.module) for finding in findings)), None)
+    if block is None:
+        advice = "Map the module in rlalign/modeling/align.py, or run with numerics=native"
+        return f"{type(model).__name__} is not exact: {found}. {advice}"
+    return (
+        f"{type(model).__name__} is not exact: {block} is a mixture of experts, whose router and experts none of our "
+        f"operators computes ({found}); it needs numerics=native"
+    )
+
+
+def _mixture_around(model: nn.Module, path: str) -> str | None:
+    """The innermost mixture of experts that the module at ``path`` is, or lies in; None outside of one."""
+    while path:
+        module = model.get_submodule(path)
+        # the kind: of JetMoE's, which holds its experts without a module named so
+        if "experts" in module._modules or type(module).__name__.endswith("MoE"):
+            return path
+        path = path.rpartition(".")[0]
+    return None
 
 
 def _count_aligned(model: nn.Module) -> dict[str, int]:

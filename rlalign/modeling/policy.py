@@ -36,7 +36,8 @@ class Policy:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Raises ValueError if the model was not aligned, or transforms its logits in a way we don't know."""
+        """Raises ValueError if the model was not aligned, has layers whose tokens meet elsewhere than in attention, or
+        transforms its logits in a way we don't know."""
         if not isinstance(getattr(model, "rlalign_backend", None), str):
             raise ValueError(f"{type(model).__name__} is not aligned: call rlalign.modeling.align(model) first")
         self.model = model
@@ -44,10 +45,15 @@ class Policy:
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output embedding: a causal LM is needed")
+        if model.base_model is model:
+            raise ValueError(
+                f"{type(model).__name__} has no decoder of its own under {model.base_model_prefix!r}: not supported, "
+                "with any numerics"
+            )
         self.head: nn.Linear = head
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._layers = self._see_layers()
-        self.kv_layout: list[KVShape] = self._layers.kv_layout()
+        self.kv_layout: list[KVShape] = self._layers.kv_layout(model.config.get_text_config().num_hidden_layers)
         self._probe_operators()
         self._check_head()
 
@@ -258,10 +264,14 @@ class _KVRecorder:
     shapes: dict[int, KVShape] = field(default_factory=dict)
     attention: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
 
-    def kv_layout(self) -> list[KVShape]:
+    def kv_layout(self, num_layers: int) -> list[KVShape]:
         layers = sorted(self.shapes)
-        if layers != list(range(len(layers))):
-            raise ValueError(f"layer_idx of the attention layers are {layers}: expected 0 … n-1, one cache per layer")
+        if layers != list(range(num_layers)):
+            raise ValueError(
+                f"{len(layers)} of {num_layers} layers call the attention that we replace (layer_idx {layers}); others "
+                "(state space, linear attention, attention of their own) would carry one packed sequence into the "
+                "next: not supported, with any numerics"
+            )
         return [self.shapes[layer] for layer in layers]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.models import tiny_model
+from support.models import MIXTURES, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from rlalign.modeling import AuditError, PackedContext, Policy, align, audit
@@ -52,6 +52,18 @@ def test_computes_the_function_of_the_original(family: str, dtype: torch.dtype, 
     atol = 1e-4 if dtype == torch.float32 else 0.15
     for ours, tokens in zip(policy_logprobs(policy, sequences), sequences, strict=True):
         torch.testing.assert_close(ours, reference_logprobs(original, tokens), rtol=0, atol=atol)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("router_logits", [False, True])
+def test_a_mixture_of_experts_computes_its_function_on_native_operators(mixture: str, router_logits: bool) -> None:
+    original = tiny_model(mixture)
+    original.config.output_router_logits = router_logits  # attention is told, and has nothing to do with it
+    policy = Policy(align(copy.deepcopy(original), backend="native"))
+    sequences = random_sequences(policy.vocab_size)
+    for ours, tokens in zip(policy_logprobs(policy, sequences), sequences, strict=True):
+        torch.testing.assert_close(ours, reference_logprobs(original, tokens), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

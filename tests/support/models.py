@@ -8,12 +8,15 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -60,14 +63,26 @@ def _configs() -> dict[str, PreTrainedConfig]:
     }
 
 
+def _mixtures() -> dict[str, PreTrainedConfig]:
+    """Mixtures of experts, which numerics=native takes and numerics=invariant refuses."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    return {
+        "mixtral": MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2),
+        "qwen3_moe": Qwen3MoeConfig(**_COMMON, **experts, head_dim=16, moe_intermediate_size=32),
+        "olmoe": OlmoeConfig(**_COMMON, **experts),
+    }
+
+
 FAMILIES = tuple(_configs())
+MIXTURES = tuple(_mixtures())
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model whose norm weights are random too, so that none of them can be mistaken for another."""
+    config = (_configs() | _mixtures())[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_configs()[family], dtype=dtype, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 scale = 0.3 if parameter.dim() == 1 else 0.15
