@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,10 +26,13 @@ from rlalign.verifier.bisect import Recording
 from rlalign.verifier.compare import LogprobPair, compare
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.metrics import align_metrics
+from rlalign.verifier.score import UnsupportedSetting
 from rlalign.verifier.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from rlalign.cli.dump_scoring import Failed
+    from rlalign.cli.policies import Policies
+    from rlalign.modeling import Policy
     from rlalign.modeling.feeds import Feed
     from rlalign.verifier.bisect import Bisection
 
@@ -118,7 +122,9 @@ def bisect_settings(
     sides = []
     # each side has policies of its own: switching operators of one must not reach the other
     stores = [Policies([named.model or model], dtype, args.device) for named in (a, b)]
-    with stores[0].using(a.settings) as policy_a, stores[1].using(b.settings) as policy_b:
+    with ExitStack() as stack:
+        policy_a = _enter(stack, stores[0], "--a", a)
+        policy_b = _enter(stack, stores[1], "--b", b)
         places, failed = can_take(sequences, policy_a, policy_b)
         places = [place for place in places if len(sequences[place].token_ids)]
         sequences = [sequences[place] for place in places]
@@ -137,6 +143,14 @@ def bisect_settings(
         outcome = bisect(_keeping_last(pairs, last), tokens)
         logprobs = _pair([side.values[:, 0] for side in last[0]])
         return outcome, list(survey(sides[0], _MAX_ROWS).skipped), logprobs, failed
+
+
+def _enter(stack: ExitStack, store: Policies, option: str, named: NamedSetting) -> Policy:
+    """The policy of one side, its operators switched until ``stack`` closes. A refusal says which side it is of."""
+    try:
+        return stack.enter_context(store.using(named.settings))
+    except UnsupportedSetting as error:
+        raise UnsupportedSetting(f"{option} {named.text}: {error}") from error
 
 
 def _pair(sides: Sequence[np.ndarray]) -> LogprobPair:

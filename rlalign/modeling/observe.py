@@ -24,8 +24,9 @@ Observer = Callable[[Key, Sequence[object]], None]
 _Raw = Callable[[str, str, Sequence[object]], None]
 _OPERATORS = (
     ("Embedding", "embedding"), ("RotaryEmbedding", "rotary tables"), ("Linear", "linear"), ("Norm", "norm"),
-    ("SiLU", "silu"), ("GELU", "gelu"),
+    ("SiLU", "silu"), ("GELU", "gelu"), ("Router", "router"),
 )  # fmt: skip
+_EXPERTS = ".experts"
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -110,6 +111,8 @@ def _hooked(policy: Policy, observe: _Raw) -> Iterator[dict[int, str]]:
     """Hooks on the modules for the time of one forward. Yields the attention modules' names by layer."""
     handles, names = [], {}
     for name, module in policy.model.named_modules():
+        if _EXPERTS + "." in name:
+            continue  # a row there is a token at one of its experts, in an order that depends on the others
         if isinstance(getattr(module, "layer_idx", None), int):
             names[module.layer_idx] = name
         operator = _operator(name, module)
@@ -126,13 +129,18 @@ def _hook(name: str, operator: str, observe: _Raw) -> Callable[[nn.Module, objec
     def hook(_module: nn.Module, _args: object, output: object) -> None:
         outputs = list(output) if isinstance(output, tuple) else [output]
         # a layer may return more than what it hands on
-        observe(name, operator, outputs[:1] if operator == "residual sum" else outputs)
+        outputs = outputs[:1] if operator == "residual sum" else outputs
+        # a router returns the numbers of the chosen experts beside their weights
+        floats = [each for each in outputs if isinstance(each, Tensor) and each.is_floating_point()]
+        observe(name, operator, floats or outputs)
 
     return hook
 
 
 def _operator(name: str, module: nn.Module) -> str | None:
     """What a module computes, by its kind; None for those that only hold others."""
+    if name.endswith(_EXPERTS):
+        return "experts"
     if re.search(r"\.\d+$", name) and any(True for _ in module.children()):
         return "residual sum"
     if any(True for _ in module.children()):
