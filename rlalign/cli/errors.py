@@ -13,7 +13,6 @@ A traceback is printed only with ``--traceback`` or ``RLALIGN_TRACEBACK=1``.
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rlalign.cli.near import did_you_mean
 from rlalign.config import Config, config_to_dict
 from rlalign.verifier.decide import MismatchHalt
 
@@ -123,9 +123,7 @@ def _unknown_setting(name: str) -> str | None:
     settings = {*_names(config_to_dict(Config())), "experiment"}
     if name in settings or name.startswith("attention."):
         return None
-    same_field = sorted(one for one in settings if one.rpartition(".")[2] == name.rpartition(".")[2])
-    close = same_field or difflib.get_close_matches(name, sorted(settings), n=1, cutoff=0.75)
-    return f"{name}: no such setting" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return f"{name}: no such setting{did_you_mean(name, settings)}"
 
 
 def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
+from rlalign.cli.near import did_you_mean
 from rlalign.config import Dtype
 from rlalign.modeling import AuditError, Policy, load_policy
 from rlalign.modeling.inner_attention import InnerAttention, Reference, Sdpa
@@ -98,21 +99,42 @@ def _with_config(folder: Path, changes: Mapping[str, Any]) -> Iterator[Path]:
     # with the defaults of fields that the file leaves out
     known = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
     for name, value in changes.items():
-        *parents, last = name.split(".")
-        target, defaults = config, known
-        for parent in parents:
-            target, defaults = target.get(parent), defaults.get(parent)
-            if not isinstance(target, dict):
-                raise UnsupportedSetting(f"config.{name}: {folder / 'config.json'} has no object {parent!r}")
-        if last not in target and last not in (defaults or {}):
-            raise UnsupportedSetting(f"config.{name}: {folder / 'config.json'} has no such field")
-        target[last] = value
+        _replace(config, known, name, value, folder / "config.json")
     with tempfile.TemporaryDirectory(prefix="rlalign-") as scratch:
         for file in folder.iterdir():
             if file.name != "config.json" and file.is_file():
                 (Path(scratch) / file.name).symlink_to(file.resolve())
         (Path(scratch) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         yield Path(scratch)
+
+
+def _replace(config: dict[str, Any], known: Mapping[str, Any], name: str, value: Any, file: Path) -> None:
+    """Set the field of ``config`` that ``name`` leads to. Raises UnsupportedSetting, with what it may have meant, for
+    one that neither ``config`` nor ``known`` has."""
+    *parents, last = name.split(".")
+    target, defaults = config, known
+    for parent in parents:
+        target, defaults = target.get(parent), _object(defaults.get(parent))
+        if not isinstance(target, dict):
+            near = did_you_mean(name, _fields(config, known), "config.")
+            raise UnsupportedSetting(f"config.{name}: {file} has no object {parent!r}{near}")
+    if last not in target and last not in defaults:
+        near = did_you_mean(name, _fields(config, known), "config.")
+        raise UnsupportedSetting(f"config.{name}: {file} has no such field{near}")
+    target[last] = value
+
+
+def _fields(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names that ``_replace`` takes and that hold no object themselves."""
+    for name in {**known, **config}:
+        if isinstance(config.get(name), dict):
+            yield from _fields(config[name], _object(known.get(name)), f"{prefix}{name}.")
+        elif not isinstance(known.get(name), dict):
+            yield prefix + name
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager

@@ -183,7 +183,11 @@ def test_a_wrong_kv_block_is_named(model):
     [
         (["--a", "nativ"], "--a 'nativ': 'nativ' is unknown; a setting is one of: native, invariant"),
         (["--b", "batch=both"], "--b 'batch=both': batch='both'"),
-        (["--b", "config.rms_norm_epsilon=1"], "config.json has no such field"),
+        (["--b", "config.colour=1"], "config.json has no such field\n"),
+        (["--b", "config.rms_norm_epsilon=1"], "has no such field; did you mean config.rms_norm_eps?"),
+        (["--b", "config.rope_theta=5"], "has no such field; did you mean config.rope_parameters.rope_theta?"),
+        (["--b", "config.rope_thet=5"], "has no such field; did you mean config.rope_parameters.rope_theta?"),
+        (["--b", "config.rope.rope_type=5"], "no object 'rope'; did you mean config.rope_parameters.rope_type?"),
         (["--b", "config.intermediate_size=40"], "config.intermediate_size=40: the model can't be loaded with it"),
         (["--json", "/"], "--json: / is a folder"),
         (["--png", "/"], "--png: / is a folder"),
@@ -197,6 +201,26 @@ def test_unusable_input_is_one_line(model, prompts, capsys, options, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_field_of_an_older_config_is_named_where_it_stands(model, tmp_path, capsys):
+    older = tmp_path / "older"
+    modeling.save_checkpoint(modeling.load_model(model, dtype="float32", device="cpu"), None, older)
+    config = json.loads((older / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    (older / "config.json").write_text(json.dumps(config))
+    found = run(older, tokens(tmp_path), tmp_path, "invariant", "config.rope_theta=500000")
+    assert (found["exit_code"], found["first"]["module"]) == (1, "model.rotary_emb")
+    settings = ["--b", "config.rope_parameters.rope_theta=500000"]
+    assert main(["bisect", "--model", str(older), "--prompts", str(tokens(tmp_path)), *settings]) == 2
+    assert "has no object 'rope_parameters'; did you mean config.rope_theta?" in capsys.readouterr().err
+
+
+def tokens(tmp_path: Path) -> Path:
+    """A prompt that needs no tokenizer."""
+    path = tmp_path / "tokens.jsonl"
+    path.write_text(json.dumps({"prompt_token_ids": [3, 4, 5]}) + "\n")
+    return path
 
 
 def test_settings_are_read():
