@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from rlalign_kernels import apply_rotary, geglu, gelu, layer_norm, rms_norm, rope, rotary_cos_sin, silu, swiglu
-from rlalign_kernels.elementwise.row_plan import RowTile, backward_width, lanes, most_parts
+from rlalign_kernels.elementwise.row_plan import RowTile, backward_tile, backward_width, lanes, most_parts
 from rlalign_kernels.reference import truths
 from support_kernels import error, heavy, interpreted, normal, same_bits
 
@@ -157,6 +157,12 @@ def sum_of_parts(parts):
     while len(total) > 1:
         total = total[: len(total) // 2] + total[len(total) // 2 :]
     return total[0]
+
+
+def test_a_row_is_read_ahead_where_shared_memory_has_room():
+    stages = {machine: backward_tile(8192, 4, machine, False).num_stages for machine in ((8, 0), (8, 9), (9, 0))}
+    assert stages == {(8, 0): 1, (8, 9): 1, (9, 0): 3}
+    assert [backward_tile(size, 2, (9, 0), False).rows for size in (128, 768, 1024, 1025)] == [16, 2, 2, 1]
 
 
 def test_a_program_is_as_wide_as_its_loads_and_long_rows_have_fewer_parts():

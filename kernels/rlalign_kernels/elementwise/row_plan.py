@@ -21,8 +21,9 @@ _SHARED = 4096
 _WIDEST_LOAD = 16
 # Bytes of backward's tile of rows that share a program.
 _SHARED_BYTES = 4096
-# Architectures with 164 KB of shared memory a program or more: 128 KB hold two rows, and two gradients, of 32 KB.
-_ROOMY = ((8, 0), (9, 0), (10, 0))
+# Bytes of a row that is read ahead, by architecture: shared memory holds six, a sum's gradient too, two stages of each.
+_READ_AHEAD = {(8, 0): 24576, (9, 0): 32768, (10, 0): 32768}
+_READ_AHEAD_ELSEWHERE = 8192
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,10 @@ def backward_tile(size: int, itemsize: int, architecture: tuple[int, int], cente
     """
     row = size * itemsize
     if row <= _SHARED_BYTES // 2:
-        rows = _SHARED_BYTES // (lanes(size) * itemsize)
-        return RowTile(rows // 2, 2, 4) if centered else RowTile(rows, 2, 3)
+        return RowTile(_SHARED_BYTES // (lanes(size) * itemsize), 2, 3)
     four, eight = (5120, 8192) if centered else (6144, 12288)
     num_warps = 2 if size <= 1024 else 4 if size <= four else 8 if size <= eight and row <= 32768 else 16
-    ahead = num_warps < 16 and row <= (32768 if architecture in _ROOMY else 8192)
+    ahead = num_warps < 16 and row <= _READ_AHEAD.get(architecture, _READ_AHEAD_ELSEWHERE)
     return RowTile(1, num_warps, 3 if ahead else 1)
 
 

@@ -140,10 +140,13 @@ def norm_backward_kernel(
                 n = _deviation(h[i], mean, i, H, WIDTH, CENTERED) * inverse[:, None]
                 along = tl.fma(s, n, along)
                 plain = plain + s
-            along_mean = tl.div_rn(tl.sum(along, 1), 1.0 * H)[:, None]
-            plain_mean = tl.zeros([ROWS, 1], tl.float32)
-            if CENTERED:
-                plain_mean = tl.div_rn(tl.sum(plain, 1), 1.0 * H)[:, None]
+            if CENTERED:  # both sums at once: a reduction waits for other warps
+                along_sum, plain_sum = tl.split(tl.sum(tl.join(along, plain), 1))
+            else:
+                along_sum = tl.sum(along, 1)
+                plain_sum = tl.zeros([ROWS], tl.float32)
+            along_mean = tl.div_rn(along_sum, 1.0 * H)[:, None]
+            plain_mean = tl.div_rn(plain_sum, 1.0 * H)[:, None]
             starts = row_starts(rows, inner, stride_so, stride_si)
             for i in tl.static_range(len(h)):
                 s = grad[i].to(tl.float32)
