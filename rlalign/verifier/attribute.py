@@ -26,7 +26,7 @@ from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.metrics import align_metrics
 from rlalign.verifier.residue import at_the_edge, broken, describe_rest
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
-from rlalign.verifier.scores import Gap, Scores, fitted_temperature, last_place, swaps
+from rlalign.verifier.scores import Gap, Scores, fitted_base, fitted_temperature, last_place, swaps
 
 MIN_SHARE = 0.05
 MIN_NUMERIC_SHARE = 0.25
@@ -87,7 +87,7 @@ def attribute(
         *catalogue.position_causes(),
         *catalogue.numeric_causes(dtype, decode=decode, native=native),
     ]
-    found += fitted_temperature(scores, ways, now, whole)
+    found += [*fitted_temperature(scores, ways, now, whole), *fitted_base(scores, ways, now)]
     effects = _alone(scores, ways, now, found, progress)
     usable = [effect.cause for effect in effects if effect.skipped is None]
     steps, ways, now = _greedily(scores, ways, now, usable, progress)
@@ -144,7 +144,7 @@ def _changes_nothing(
 
 def _same_distribution(sequence: DumpSequence, before: Way, after: Way) -> bool:
     """Whether two ways of scoring are the same, but for transforms that nothing is after."""
-    if (before.shift, before.partner) != (after.shift, after.partner):
+    if replace(before, settings=after.settings) != after:
         return False
     params = effective_sampling(sequence, before.settings)
     moved = _differ_in(before.settings, after.settings) - {"processed", "ignore", "temperature"}

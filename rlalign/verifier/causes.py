@@ -6,6 +6,7 @@ reports, the engine (or the pipeline behind it) did just that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,11 +21,12 @@ Kind = Literal["data", "sampling", "weights", "tokens", "positions", "numerics"]
 @dataclass(frozen=True, slots=True)
 class Way:
     """How one sequence's log-probs come about. shift: they are those of the token so many places later. partner: they
-    are those of this other sequence, by its place; None for its own."""
+    are those of this other sequence, by its place; None for its own. base: of the logarithm; None for e."""
 
     settings: ScoreSettings = field(default_factory=ScoreSettings)
     shift: int = 0
     partner: int | None = None
+    base: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,15 @@ def swap_cause(partners: Mapping[int, int], ids: Sequence[str]) -> Cause:
         "swapped_sequences", "data", f"log-probs of other sequences (by id: {pairs})",
         "match log-probs to sequences by request id, not by order of arrival",
         lambda way, place: replace(way, partner=partners.get(place)),
+    )  # fmt: skip
+
+
+def base_cause(base: int) -> Cause:
+    """Logarithms to another base than e."""
+    return Cause(
+        f"log_base[{base}]", "data", f"the log-probs are logarithms to base {base}, not to base e",
+        f"report natural logarithms (torch.log, not log{base}), or multiply by ln {base} = {math.log(base):.6g}",
+        lambda way, _place: replace(way, base=base),
     )  # fmt: skip
 
 

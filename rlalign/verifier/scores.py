@@ -5,8 +5,9 @@ Legend: N tokens of all sequences one after another; places count sequences from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +22,10 @@ from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
 CAP = 20.0
 _TEMPERATURES = (0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
 _FIT_TOKENS = 512
+_BASES = (2, 10)
+# how far from 1/ln base the middle factor may be, and those of all but a tenth of |log-prob| at either end
+_MIDDLE, _ENDS = 0.01, 0.05
+_LEAST_TOKENS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class Scores:
         begin, end = max(0, -way.shift), min(length, len(source) - way.shift)
         if begin < end:
             found[begin:end] = source[begin + way.shift : end + way.shift]
-        return found
+        return found if way.base is None else (found.astype(np.float64) / math.log(way.base)).astype(np.float32)
 
     def beside(self, ways: Sequence[Way], cause: Cause) -> np.ndarray | None:
         """Log-probs float32 [N] with a cause on top; None where the scorer can't imitate it."""
@@ -183,6 +188,38 @@ def fitted_temperature(scores: Scores, ways: list[Way], now: np.ndarray, whole: 
     if named == {best} or tried[best] > 0.9 * part.gap(part.of(ways[: len(few)])).mean_abs:
         return []
     return [catalogue.temperature_cause(best)]
+
+
+def fitted_base(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:
+    """The base of the logarithm, where all log-probs that differ are off by its factor, and a temperature is not as
+    good: of a token beside one that has nearly all the mass, a temperature of ln base makes the same."""
+    differs = scores.counts & (now < 0) & np.isfinite(now) & (now.view(np.int32) != scores.reported.view(np.int32))
+    if differs.sum() < _LEAST_TOKENS:
+        return []
+    size = -now[differs].astype(np.float64)
+    factors = -scores.reported[differs] / size
+    order = np.argsort(factors)
+    # the line through 0 of least |Δ| has the median of the factors, each counted as its |log-prob|
+    low, middle, high = factors[order][np.searchsorted(np.cumsum(size[order]), size.sum() * np.array([0.1, 0.5, 0.9]))]
+    for base in _BASES:
+        one = 1 / math.log(base)
+        if abs(middle / one - 1) <= _MIDDLE and (1 - _ENDS) * one <= low and high <= (1 + _ENDS) * one:
+            left = scores.gap(scores.of([replace(way, base=base) for way in ways]), differs).mean_abs
+            colder = scores.beside(ways, _colder(scores, math.log(base)))
+            least = float(last_place(now[differs]).mean())
+            if colder is None or scores.gap(colder, differs).mean_abs > 2 * max(left, least):
+                return [catalogue.base_cause(base)]
+    return []
+
+
+def _colder(scores: Scores, factor: float) -> Cause:
+    """Every temperature times ``factor``."""
+
+    def change(way: Way, place: int) -> Way:
+        named = effective_sampling(scores.sequences[place], way.settings).temperature or 1.0
+        return replace(way, settings=replace(way.settings, temperature=named * factor))
+
+    return Cause("", "sampling", "", "", change)
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> Gap:
