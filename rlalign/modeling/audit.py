@@ -116,16 +116,25 @@ def audit(model: PreTrainedModel, *, strict: bool = True) -> AuditReport:
 
 
 def _why_not(model: nn.Module, findings: Sequence[Finding]) -> str:
-    """The refusal: what was found, and what to do."""
-    found = f"{findings[0]}" + (f", and {len(findings) - 1} more" if len(findings) > 1 else "")
-    block = next(filter(None, (_mixture_around(model, finding.module) for finding in findings)), None)
-    if block is None:
-        advice = "Map the module in rlalign/modeling/align.py, or run with numerics=native"
-        return f"{type(model).__name__} is not exact: {found}. {advice}"
-    return (
-        f"{type(model).__name__} is not exact: {block} is a mixture of experts, whose router and experts none of our "
-        f"operators computes ({found}); it needs numerics=native"
-    )
+    """The refusal: what was found, in mixtures of experts and elsewhere, and what to do."""
+    blocks = [_mixture_around(model, finding.module) for finding in findings]
+    inside = [finding for finding, block in zip(findings, blocks, strict=True) if block is not None]
+    outside = [finding for finding, block in zip(findings, blocks, strict=True) if block is None]
+    parts, advice = [], "numerics=native takes mixtures whose every layer has attention"
+    if inside:
+        parts.append(
+            f"{next(filter(None, blocks))} is a mixture of experts, whose router and experts none of our operators "
+            f"computes ({_first(inside)})"
+        )
+    if outside:
+        parts.append(_first(outside))
+    if not inside:
+        advice = "Map the module in rlalign/modeling/align.py, or try numerics=native"
+    return f"{type(model).__name__} is not exact: {'; elsewhere '.join(parts)}. {advice}"
+
+
+def _first(findings: Sequence[Finding]) -> str:
+    return f"{findings[0]}" + (f", and {len(findings) - 1} more" if len(findings) > 1 else "")
 
 
 def _mixture_around(model: nn.Module, path: str) -> str | None:

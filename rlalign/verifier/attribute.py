@@ -92,9 +92,11 @@ def attribute(
     usable = [effect.cause for effect in effects if effect.skipped is None]
     steps, ways, now = _greedily(scores, ways, now, usable, progress)
     rest = scores.gap(now)
-    met = native or any(step.cause.kind == "numerics" for step in steps)
-    rounding = None if rest.mismatches == 0 else replace(_rounding(scores, ways, now, dtype, progress), met=met)
-    explained = rounding is not None and within_rounding(rest, rounding)
+    met = any(step.cause.kind == "numerics" for step in steps)
+    rounding = None
+    if rest.mismatches:
+        rounding = replace(_rounding(scores, ways, now, dtype, progress), met=met, native=native)
+    explained = rounding is not None and within_rounding(rest, rounding) and not rounding.in_doubt(rest)
     findings = describe_rest(sequences, scores.distance(now), now, scores.place, scores.counts, explained=explained)
     return Attribution(
         len(sequences), whole, tuple(effects), tuple(steps), rest, rounding, damaged, findings, metrics, num_tokens

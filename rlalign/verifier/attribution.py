@@ -13,6 +13,8 @@ from rlalign.verifier.scores import Gap
 _FEW = 0.25
 # both sides err: one may be as far off as the other, the other way
 _TWICE = 2.0
+# so many last places of a float32 log-prob a forward in float32 loses at a token, if any
+_LAST_PLACES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ class Rounding:
     float32 scoring; None where scoring is float32 itself. other_order: mean |Δ| between t and another order of
     summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place: mean of what the
     last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by either of the two.
-    outside: tokens beyond the support by more than that, in no mean. met: scoring is PyTorch's, or a cause of
-    arithmetic was kept, so that it may be the engine's own but for a few shapes, and few tokens be left."""
+    outside: tokens beyond the support by more than that, in no mean. met: a cause of arithmetic was kept, so that
+    scoring may be the engine's own but for a few shapes, and few tokens be left. native: scoring is PyTorch's, of which
+    the same may be true without a cause."""
 
     dtype: str
     other_order: float | None
@@ -64,6 +67,7 @@ class Rounding:
     largest: float
     outside: int = 0
     met: bool = False
+    native: bool = False
 
     @property
     def alone(self) -> float:
@@ -73,12 +77,19 @@ class Rounding:
     def spares(self, rest: Gap) -> bool:
         """Whether ``rest`` is of far fewer tokens than rounding touches, which spares hardly any. It may where scoring
         is all but the engine's own: then few are no sign as long as none of them is off by more than rounding gives."""
-        few = rest.mismatches < _FEW * self.other_mismatches
-        return few and not (self.met and self._holds(rest))
+        return self._few(rest) and not ((self.met or self.native) and self._holds(rest))
 
     def is_last_place(self, rest: Gap) -> bool:
         """Whether ``rest`` is what float32 itself loses, and no token more: too little for two orders to show it."""
-        return rest.mean_abs <= _TWICE * self.last_place and self._holds(rest)
+        return (self.met or self.native) and rest.mean_abs <= _TWICE * self.last_place and self._holds(rest)
+
+    def in_doubt(self, rest: Gap) -> bool:
+        """Whether few tokens are taken for rounding by their size alone, where a fault of that size would look so."""
+        places = rest.mean_abs * rest.tokens / max(1, rest.mismatches) / self.last_place
+        return self._few(rest) and self.native and not self.met and places > _LAST_PLACES
+
+    def _few(self, rest: Gap) -> bool:
+        return rest.mismatches < _FEW * self.other_mismatches
 
     def _holds(self, rest: Gap) -> bool:
         return rest.max_abs <= _TWICE * self.largest
@@ -154,6 +165,10 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
         parts.append(f"and touches {rounding.other_mismatches:,} tokens, not {rest.mismatches:,}")
     explained = within_rounding(rest, rounding)
     told = "rounding explains it" if explained else "not rounding" if few else "more than rounding"
+    if explained and rounding.in_doubt(rest):
+        told += (
+            f", by its size: it touches {rounding.other_mismatches:,} tokens, and a fault as small would look so too"
+        )
     return "; ".join([*parts, told if explained else f"{told}: unexplained"])
 
 

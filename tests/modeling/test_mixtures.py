@@ -36,7 +36,7 @@ def model_of(config: PreTrainedConfig) -> PreTrainedModel:
 def test_invariant_is_refused_by_name_with_what_works(mixture: str, tmp_path) -> None:
     model = tiny_model(mixture)
     model.save_pretrained(tmp_path)
-    refusal = r"model\.layers\.0\.mlp is a mixture of experts, .*mlp\.experts.*; it needs numerics=native"
+    refusal = r"model\.layers\.0\.mlp is a mixture of experts, .*mlp\.experts.*numerics=native takes mixtures"
     with pytest.raises(AuditError, match=refusal):
         load_policy(tmp_path)
     with pytest.raises(AuditError, match=refusal):
@@ -44,11 +44,19 @@ def test_invariant_is_refused_by_name_with_what_works(mixture: str, tmp_path) ->
     assert load_policy(tmp_path, numerics="native").backend == "native"
 
 
-def test_a_block_beside_the_experts_is_not_called_a_mixture() -> None:
-    class MeanFree(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x - x.mean(-1, keepdim=True)
+class MeanFree(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True)
 
+
+def test_what_is_found_beside_a_mixture_is_named_too() -> None:
+    model = align(tiny_model("mixtral"), backend="reference")
+    model.model.layers[0].input_layernorm = MeanFree()
+    with pytest.raises(AuditError, match=r"mlp is a mixture .*; elsewhere aten\.mean in model\.layers\.0\.input_layer"):
+        audit(model)
+
+
+def test_a_block_beside_the_experts_is_not_called_a_mixture() -> None:
     model = align(tiny_model("mixtral"), backend="reference")
     for layer in model.model.layers:
         layer.mlp = MeanFree()

@@ -47,6 +47,7 @@ def test_a_last_place_of_1_is_rounding_by_pytorchs_operators(scorer: Numbers, de
     assert found.rest.mismatches == tokens
     assert (found.steps, found.explained, found.findings) == ((), True, ())
     assert "rounding explains it" in found.verdict
+    assert "a fault as small" not in found.verdict
 
 
 @pytest.mark.parametrize("scorer", [NotExact(), Shapeless()], ids=["shapes", "nothing to measure"])
@@ -55,6 +56,15 @@ def test_few_tokens_beyond_it_are_a_fault(scorer: Numbers, tokens: int) -> None:
     found = attribute(off(scorer, NATIVE, tokens, 1e-5), scorer, base=NATIVE)
     assert not found.explained
     assert [(each.name, each.tokens) for each in found.findings] == [("isolated", tokens)]
+
+
+def test_few_tokens_as_small_as_rounding_are_named_by_pytorchs_operators() -> None:
+    """Nobody can tell a fault from rounding there, so both are said; ``Numbers`` moves native log-probs by 1e-4."""
+    found = attribute(off(Numbers(), NATIVE, 12, 2e-5), Numbers(), base=NATIVE, decode=False)
+    assert found.rounding.in_doubt(found.rest)
+    assert [(each.name, each.tokens) for each in found.findings] == [("sequence", 12)]
+    assert found.explained
+    assert "a fault as small would look so too" in found.verdict
 
 
 @pytest.mark.parametrize("decode", [True, False])

@@ -78,6 +78,13 @@ def test_openai_usage_of_several_choices_is_no_border(tmp_path: Path) -> None:
     assert [ids(sequence) for sequence in read_dump(write(tmp_path, {"response": response}))] == [([4], [5, 6])] * 2
 
 
+def test_openai_usage_of_several_prompts_is_no_border(tmp_path: Path) -> None:
+    choice = {"index": 0, "text": "", "token_ids": [4, 5, 6], "logprobs": {"token_logprobs": [None, -1.0, -2.0]}}
+    response = {"choices": [choice], "usage": {"prompt_tokens": 2}}
+    row = {"request": {"prompt": ["a", "b"], "echo": True}, "response": response}
+    assert ids(only(write(tmp_path, row))) == ([4], [5, 6])
+
+
 def test_openai_prompt_that_was_requested_as_ids(tmp_path: Path) -> None:
     choice = {"text": "", "token_ids": [6, 7], "logprobs": {"token_logprobs": [-1.0, -2.0]}}
     row = {"request": {"prompt": [4, 5]}, "response": {"choices": [choice]}}

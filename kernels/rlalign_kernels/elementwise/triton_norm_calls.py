@@ -172,7 +172,7 @@ def backward(
     """Gradients of h = x + residual, of weight and of bias, None for what is not needed.
 
     ``tile``: a schedule; its rows per program are part of the order in which weight gradients are added, its warps of
-    that of long rows' sums.
+    that of a row's sums.
     """
     size = h.shape[-1]
     launch, num_parts, copy = _backward_launch(

@@ -129,7 +129,8 @@ class _Choice:
             return asked
         usage = self.response.get("usage")
         count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if len(self.response["choices"]) == 1 and type(count) is int and 0 < count < len(token_ids):
+        alone = len(self.response["choices"]) == 1 and self._num_prompts() == 1  # the count is of all prompts
+        if alone and type(count) is int and 0 < count < len(token_ids):
             return token_ids[:count]
         return None
 
