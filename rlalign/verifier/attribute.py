@@ -229,17 +229,20 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
     better = before[both] - after[both]
     total, share = float(better.sum()), float(better.sum()) / max(float(before[both].sum()), 1e-300)
     if cause.name == catalogue.COARSER and share > 0:
-        error, moved = (values[both].astype(np.float64) - now[both] for values in (scores.reported, other))
+        fine = both & np.isfinite(now) & np.isfinite(other)
+        error, moved = (values[fine].astype(np.float64) - now[fine] for values in (scores.reported, other))
         if _same_errors(error, moved):
             return total
     if share < (MIN_NUMERIC_SHARE if cause.kind == "numerics" else MIN_SHARE):
         return 0.0
     # tokens that the cause leaves as they are, of other sequences for instance, say nothing of whether it is chance
     touched = better[now[both] != other[both]]
-    error = float(touched.std()) * len(touched) ** 0.5
+    root = len(touched) ** 0.5
+    # a few tokens beyond the support outweigh all others' sum, not their signs
+    sure = total > _MIN_STANDARD_ERRORS * float(touched.std()) * root
+    sure |= float(np.sign(touched).sum()) > _MIN_STANDARD_ERRORS * root
     exact = scores.gap(other, both).mismatches < scores.gap(now, both).mismatches // 2
-    sure = len(touched) >= _MIN_TOKENS and total > _MIN_STANDARD_ERRORS * error
-    return total if exact or sure else 0.0
+    return total if exact or (sure and len(touched) >= _MIN_TOKENS) else 0.0
 
 
 def _same_errors(a: np.ndarray, b: np.ndarray) -> bool:

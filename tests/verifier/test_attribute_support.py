@@ -80,3 +80,24 @@ def test_a_token_at_the_edge_does_not_keep_a_cause_from_its_sequence():
     result = attribute(reported(found, truth), Edge(), decode=False)
     [step] = result.steps
     assert (step.cause.name, step.sequences, result.rest.mismatches) == ("processed", None, 0)
+
+
+class Stale(Numbers):
+    """Weights that move log-probs little, but under the latest ones two tokens of sequence 1 lie far outside."""
+
+    def _one(self, sequence: DumpSequence, settings: ScoreSettings) -> np.ndarray:
+        found = super()._one(sequence, replace(settings, weights=0))
+        if settings.weights == 0:
+            found += np.float32(0.01)
+            if sequence.id == "1":
+                found[[4, 9]] = -np.inf
+        return found
+
+
+def test_a_few_tokens_outside_do_not_hide_what_removes_them():
+    rng = np.random.default_rng(0)
+    true = Stale()(sequences(), replace(BASE, weights=1))
+    dump = reported(sequences(), [values + rng.normal(0, 5e-5, len(values)) for values in true])
+    outcome = attribute(dump, Stale(), num_previous=1)
+    assert [step.cause.name for step in outcome.steps] == ["stale_weights[1]"]
+    assert outcome.explained
