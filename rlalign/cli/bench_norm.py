@@ -36,6 +36,7 @@ def make_cases(only: str) -> Iterator[Callable[[], Case]]:
     makers["rms_norm backward of 16 heads of 128"] = partial(_norm_backward, _DIM, times=16)
     makers["layer_norm 4096"] = partial(_layer_norm, 4096)
     makers |= {f"layer_norm backward {size}": partial(_layer_norm_backward, size) for size in (1024, 4096)}
+    makers["layer_norm backward, 65,536 rows of 1024"] = partial(_layer_norm_backward, 1024, times=4)
     makers |= {f"rotary {heads} heads of 128": partial(_rotary, heads) for heads in (8, 16, 32)}
     makers |= {f"{name} 6144": partial(_activation, name) for name in _ACTIVATIONS}
     makers |= {f"{name} 6144, halves of one tensor": partial(_gated, name) for name in _GATED}
@@ -102,8 +103,8 @@ def _head_norm(name: str) -> Case:
     return _case(name, 2 * heads.numel(), calls)
 
 
-def _layer_norm_calls(size: int) -> tuple[list[torch.Tensor], Calls]:
-    x, weight, bias = _random(_ROWS, size), _random(size), _random(size)
+def _layer_norm_calls(size: int, times: int = 1) -> tuple[list[torch.Tensor], Calls]:
+    x, weight, bias = _random(times * _ROWS, size), _random(size), _random(size)
     calls = {
         "torch": partial(F.layer_norm, x, (size,), weight, bias, _EPS),
         "rlalign": partial(layer_norm, x, weight, bias, eps=_EPS, backend="triton"),
@@ -116,11 +117,11 @@ def _layer_norm(size: int, name: str) -> Case:
     return _case(name, 2 * inputs[0].numel(), calls)
 
 
-def _layer_norm_backward(size: int, name: str) -> Case:
-    inputs, calls = _layer_norm_calls(size)
+def _layer_norm_backward(size: int, name: str, times: int = 1) -> Case:
+    inputs, calls = _layer_norm_calls(size, times)
     for t in inputs:
         t.requires_grad_()
-    grad = _random(_ROWS, size)
+    grad = _random(times * _ROWS, size)
     backwards = {which: _backward(forward, inputs, grad) for which, forward in calls.items()}
     return _case(name, 3 * inputs[0].numel(), backwards, graphed=True)
 
