@@ -20,7 +20,7 @@ from torch import Tensor
 from rlalign.config import EngineConfig
 from rlalign.modeling import Policy
 from rlalign.modeling.feeds import Feed, Forward, canonical_rows, packed_forward, paged_forwards
-from rlalign.modeling.observe import Key, layer_of, observed_hidden, per_token
+from rlalign.modeling.observe import Key, layer_of, layouts, observed_hidden, per_token
 from rlalign.verifier.bisect import Recording, Site
 from rlalign.verifier.periodic import Excerpt, SiteDigests
 
@@ -61,13 +61,13 @@ class Inspector:
     def site_digests(self, excerpts: Sequence[Excerpt]) -> SiteDigests:
         """Of every output that has a row per token."""
         feeds = _feeds(excerpts)
-        num_rows = sum(feed.num_rows for feed in feeds)
+        num_rows, layout_of = sum(feed.num_rows for feed in feeds), layouts(self.policy)
         digests: dict[Key, np.ndarray] = {}
         for forward in self.forwards(self.policy, feeds):
             found: dict[Key, Tensor] = {}
 
             def observe(key: Key, outputs: Sequence[object], forward=forward, found=found) -> None:
-                rows = per_token(outputs, len(forward.rows))
+                rows = per_token(outputs, layout_of.get(key), len(forward.rows))
                 if rows is not None:
                     found[key] = digest(rows)
 
@@ -82,6 +82,7 @@ class Inspector:
         found: dict[int, list[np.ndarray]] = {order: [] for order in orders}
         kinds: dict[int, tuple[Key, str]] = {}
         seen: list[int] = []
+        layout_of = layouts(self.policy)
         for forward in self.forwards(self.policy, _feeds(excerpts)):
             places = {int(row): index for index, row in enumerate(forward.rows)}
             inside = [row for row in rows if row in places]
@@ -91,7 +92,7 @@ class Inspector:
 
             def observe(key: Key, outputs: Sequence[object], wanted=wanted, forward=forward) -> None:
                 nonlocal order
-                values = per_token(outputs, len(forward.rows))
+                values = per_token(outputs, layout_of.get(key), len(forward.rows))
                 if values is None:
                     return
                 if order in found and len(wanted):

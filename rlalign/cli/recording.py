@@ -16,7 +16,7 @@ from torch import Tensor
 from rlalign.cli.forwards import forwards
 from rlalign.modeling import Policy
 from rlalign.modeling.feeds import PADDING, Feed, Forward
-from rlalign.modeling.observe import Enough, Key, layer_of, observed_hidden, per_token
+from rlalign.modeling.observe import Enough, Key, Layout, layer_of, layouts, observed_hidden, per_token
 from rlalign.verifier.bisect import Recording, Site, Tokens
 from rlalign.verifier.score import ScoreSettings
 
@@ -37,10 +37,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one forward of a model hands out. sites: (key, features) in the model's order. skipped: outputs that have no
-    row per token, and so can't be compared token by token."""
+    """What one forward of a model hands out. sites: keys and where their rows are, in the model's order. skipped:
+    outputs that have no row per token, and so can't be compared token by token."""
 
-    sites: tuple[tuple[Key, int], ...]
+    sites: tuple[tuple[Key, Layout], ...]
     skipped: tuple[str, ...]
 
 
@@ -62,8 +62,8 @@ def recorded_pairs(
     max_bytes: of one window's recordings; a site larger than that is a window of its own. Raises ValueError if the two
     models do not have the same modules.
     """
-    plan = survey(a, max_rows)
-    _refuse_other_modules(plan, survey(b, max_rows))
+    plan = survey(a.policy)
+    _refuse_other_modules(plan, survey(b.policy))
     num_tokens = len(targets)
     for window in _windows(plan, num_tokens, max_bytes):
         last = window.stop == len(plan.sites)
@@ -77,26 +77,17 @@ def recorded_pairs(
             yield tuple(Recording(site, value) for value in values)  # type: ignore[misc]
 
 
-def survey(side: Side, max_rows: int) -> Survey:
-    """Sites of a model, from its first forward."""
-    forward = next(side.forwards(max_rows))
-    sites, skipped = [], []
-
-    def observe(key: Key, outputs: Sequence[object]) -> None:
-        rows = per_token(outputs, len(forward.rows))
-        if rows is None:
-            skipped.append(f"{key[0]} ({key[1]})")
-        else:
-            sites.append((key, rows.shape[1]))
-
-    observed_hidden(side.policy, forward, observe)
-    return Survey(tuple(sites), tuple(skipped))
+def survey(policy: Policy) -> Survey:
+    """Sites of a model."""
+    found = layouts(policy)
+    sites = tuple((key, layout) for key, layout in found.items() if layout is not None)
+    return Survey(sites, tuple(f"{key[0]} ({key[1]})" for key, layout in found.items() if layout is None))
 
 
 def _windows(plan: Survey, num_tokens: int, max_bytes: int) -> Iterator[range]:
     start, total = 0, 0
-    for index, (_, features) in enumerate(plan.sites):
-        size = 2 * 4 * num_tokens * features
+    for index, (_, layout) in enumerate(plan.sites):
+        size = 2 * 4 * num_tokens * layout.features
         if index > start and total + size > max_bytes:
             yield range(start, index)
             start, total = index, 0
@@ -108,18 +99,18 @@ def _record(
     side: Side, plan: Survey, window: range, num_tokens: int, max_rows: int
 ) -> tuple[dict[Key, tuple[np.ndarray, str]], Tensor | None]:
     """Values float32 [N, F] and dtype of the window's sites, and the last hidden states where it reaches the end."""
-    wanted = {plan.sites[index][0] for index in window}
+    wanted = dict(plan.sites[index] for index in window)
     last = None if window.stop == len(plan.sites) else plan.sites[window.stop - 1][0]
     dtypes = dict.fromkeys(wanted, "float32")
-    arrays = {key: np.empty((num_tokens, features), np.float32) for key, features in plan.sites if key in wanted}
+    arrays = {key: np.empty((num_tokens, layout.features), np.float32) for key, layout in wanted.items()}
     hidden: Tensor | None = None
     for forward in side.forwards(max_rows):
         kept = forward.rows != PADDING
 
         def observe(key: Key, outputs: Sequence[object], kept=kept, forward=forward) -> None:
             if key in wanted:
-                rows = per_token(outputs, len(forward.rows))
-                if rows is None or rows.shape[1] != arrays[key].shape[1]:
+                rows = per_token(outputs, wanted[key], len(forward.rows))
+                if rows is None or rows.shape[1] != wanted[key].features:
                     raise ValueError(f"{key[0]} ({key[1]}): another shape than in the first forward")
                 dtypes[key] = str(rows.dtype).removeprefix("torch.")
                 arrays[key][forward.rows[kept]] = rows.float().cpu().numpy()[kept]
@@ -149,8 +140,9 @@ def _logprobs(side: Side, hidden: Tensor | None, targets: np.ndarray, head: Head
 def _refuse_other_modules(a: Survey, b: Survey) -> None:
     if a.sites != b.sites:
         only = set(a.sites) ^ set(b.sites)
-        (module, operator, _), features = sorted(only)[0] if only else a.sites[0]
+        (module, operator, _), layout = min(only, key=lambda site: site[0]) if only else a.sites[0]
+        what = f"{module} ({operator}, {layout.features} features)"
         raise ValueError(
-            f"the two sides do not have the same modules in the same order: {module} ({operator}, {features} features) "
-            "is not on both; bisect compares two settings of one architecture"
+            f"the two sides do not have the same modules in the same order: {what} is not on both; bisect compares two "
+            "settings of one architecture"
         )

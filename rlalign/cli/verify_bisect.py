@@ -142,7 +142,7 @@ def bisect_settings(
         last: list[_Pair] = []
         outcome = bisect(_keeping_last(pairs, last), tokens)
         logprobs = _pair([side.values[:, 0] for side in last[0]])
-        return outcome, list(survey(sides[0], _MAX_ROWS).skipped), logprobs, failed
+        return outcome, list(survey(sides[0].policy).skipped), logprobs, failed
 
 
 def _enter(stack: ExitStack, store: Policies, option: str, named: NamedSetting) -> Policy:

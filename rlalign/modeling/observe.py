@@ -1,20 +1,24 @@
 """Every module's output of one forward, handed to an observer as it is computed.
 
-Hooks hand out what modules return; a context around the forward's own hands out what attention gets and gives.
-Legend: T rows of a forward, F features.
+Hooks hand out what modules return; a context around the forward's own hands out what attention gets and gives. Which
+axis of an output the rows are on is the model's affair (Gemma-3 normalises heads after it has moved them before the
+rows), so it is found out once, by ``layouts``. Legend: T rows of a forward, F features.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlalign.modeling.context import AttentionCall, AttentionContext
+from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext
 from rlalign.modeling.feeds import Forward
 from rlalign.modeling.policy import Policy
 
@@ -22,6 +26,7 @@ from rlalign.modeling.policy import Policy
 Key = tuple[str, str, int]
 Observer = Callable[[Key, Sequence[object]], None]
 _Raw = Callable[[str, str, Sequence[object]], None]
+_PROBES = (2, 3)
 _OPERATORS = (
     ("Embedding", "embedding"), ("RotaryEmbedding", "rotary tables"), ("Linear", "linear"), ("Norm", "norm"),
     ("SiLU", "silu"), ("GELU", "gelu"), ("Router", "router"),
@@ -88,22 +93,62 @@ def layer_of(module: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def per_token(outputs: Sequence[object], num_rows: int) -> Tensor | None:
-    """[T, F] of a module's outputs [1, T, …] or [T, …], several side by side; None if they have another shape."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the rows of a module's outputs are: the axis of each, and how many features they have together."""
+
+    axes: tuple[int, ...]
+    features: int
+
+
+def layouts(policy: Policy) -> dict[Key, Layout | None]:
+    """Of every output that a forward hands out, in order; None for those that have no row per token.
+
+    Found by two small forwards: the rows are on the axis that grows with them. The size of one axis would not tell them
+    from heads, of which there may be as many.
+    """
+    small, large = (_shapes(policy, num_rows) for num_rows in _PROBES)
+    return {key: _layout(shapes, large.get(key, ())) for key, shapes in small.items()}
+
+
+def per_token(outputs: Sequence[object], layout: Layout | None, num_rows: int) -> Tensor | None:
+    """[T, F] of a module's outputs, several side by side; None if they don't have ``layout``."""
+    if layout is None or len(outputs) != len(layout.axes):
+        return None
     parts = []
-    for output in outputs:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+    for output, axis in zip(outputs, layout.axes, strict=True):
+        if not isinstance(output, Tensor) or output.dim() <= axis or output.shape[axis] != num_rows:
             return None
-        if output.dim() >= 2 and output.shape[0] == 1 and output.shape[1] == num_rows:
-            output = output[0]
-        elif output.dim() == 4 and output.shape[0] == 1 and output.shape[2] == num_rows:
-            output = output[0].transpose(0, 1)
-        elif output.dim() < 2 or output.shape[0] != num_rows:
+        parts.append(output.movedim(axis, 0).reshape(num_rows, -1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _shapes(policy: Policy, num_rows: int) -> dict[Key, tuple[tuple[int, ...], ...]]:
+    """Of every output of a forward over that many rows; () in place of what is no tensor of floats."""
+    found: dict[Key, tuple[tuple[int, ...], ...]] = {}
+
+    def observe(key: Key, outputs: Sequence[object]) -> None:
+        floats = [isinstance(output, Tensor) and output.is_floating_point() for output in outputs]
+        found[key] = tuple(
+            tuple(output.shape) if is_float else () for output, is_float in zip(outputs, floats, strict=True)
+        )
+
+    ids = torch.zeros(num_rows, dtype=torch.int64, device=policy.device)
+    positions = torch.arange(num_rows, device=policy.device)
+    context = PackedContext(torch.tensor([0, num_rows], dtype=torch.int32, device=policy.device), num_rows)
+    observed_hidden(policy, Forward(ids, positions, context, np.arange(num_rows)), observe)
+    return found
+
+
+def _layout(small: Sequence[Sequence[int]], large: Sequence[Sequence[int]]) -> Layout | None:
+    axes = []
+    for shapes in zip_longest(small, large, fillvalue=()):
+        grown = [axis for axis, sizes in enumerate(zip_longest(*shapes)) if sizes[0] != sizes[1]]
+        if len(grown) != 1 or tuple(shape[grown[0]] for shape in shapes) != _PROBES:
             return None
-        parts.append(output.reshape(num_rows, -1))
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts, dim=1) if parts else None
+        axes.append(grown[0])
+    features = sum(math.prod(shape) // _PROBES[0] for shape in small)
+    return Layout(tuple(axes), features) if axes else None
 
 
 @contextmanager

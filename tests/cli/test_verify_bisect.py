@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.models import tiny_model
 
 from rlalign import modeling
 from rlalign.cli.forwards import make_feed
@@ -91,6 +92,30 @@ def test_thresholds_hold_for_the_log_probs_at_the_end(model, prompts, tmp_path, 
     # outputs that differ before log-probs that don't: only equal bits are asked of every output
     assert 0 < found["logprobs"]["align/logp_abs_diff/max"] < 1e-3
     assert "log-probs at the end: " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gemma3")
+    tiny_model("gemma3").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("b", ["native,decode", "native,alone", "native,chunk=7", "native,decode,alone"])
+def test_rows_are_compared_with_their_own_whatever_axis_they_are_on(gemma3, tmp_path, b):
+    """Gemma-3 normalises queries [1, heads, T, D]; its 4 heads are as many as the sequences that decode together."""
+    dump = tmp_path / "dump.jsonl"
+    ids = np.random.default_rng(0).integers(0, 97, (4, 15)).tolist()
+    rows = [{"prompt_token_ids": row[: 9 + i], "token_ids": row[9 + i :], "logprobs": [-1] * (6 - i)}
+            for i, row in enumerate(ids)]  # fmt: skip
+    dump.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.json"
+    command = ["bisect", "--model", str(gemma3), "--dump", str(dump), "--a", "native", "--b", b, "--json", str(out)]
+    assert main([*command, "--max-abs", "1e-4"]) == 0
+    found = json.loads(out.read_text())
+    assert {site["module"] for site in found["sites"]} >= {f"model.layers.1.self_attn.{n}_norm" for n in "qk"}
+    assert {site["module"]: site["max_abs"] for site in found["sites"] if site["max_abs"] > 1e-4} == {}
+    assert found["not_recorded"] == []
 
 
 def test_another_checkpoint_is_a_setting(model, prompts, tmp_path):
