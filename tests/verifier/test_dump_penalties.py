@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.dumps import entry, only, write
 
+from rlalign.config import SamplingParams
 from rlalign.verifier.dumps import detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.score import ScoreSettings
@@ -33,6 +34,31 @@ def rows_naming(asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "verl": {**verl, "meta_info": asked},
         "prime-rl": {**prime, "sampling": asked},
     }
+
+
+@pytest.mark.parametrize(("place", "asked", "message"), [
+    ("ours", {"temprature": 0.5}, "field 'sampling.temprature' is unknown; did you mean temperature?"),
+    ("vllm", {"temp": 0.5}, "field 'sampling_params.temp' is unknown; did you mean temperature?"),
+    ("vllm", {"topP": 0.5, "temperature": 1}, "field 'sampling_params.topP' is unknown; did you mean top_p?"),
+    ("sglang", {"top-k": 5}, "field 'sampling_params.top-k' is unknown; did you mean top_k?"),
+    ("prime-rl", {"minp": 0.1}, "field 'sampling.minp' is unknown; did you mean min_p?"),
+])  # fmt: skip
+def test_a_misspelt_filter_is_refused(tmp_path: Path, place: str, asked: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, rows_naming({})[place], rows_naming(asked)[place])
+    with pytest.raises(ValueError) as error:
+        list(read_dump(path))
+    assert str(error.value) == f"{path}, line 2: {message}"
+
+
+def test_names_of_engines_and_names_that_resemble_none_are_accepted(tmp_path: Path) -> None:
+    """Of vLLM, SGLang, TRL, transformers and their relatives, and one that a server of one's own may have."""
+    names = """max_tokens n best_of stop stop_token_ids seed logprobs prompt_logprobs min_tokens skip_special_tokens
+    max_new_tokens top_logprobs top_logprobs_num typical_p top_a top_h top_n_sigma epsilon_cutoff eta_cutoff do_sample
+    num_beams temperature_last dynatemp_range ignore_eos min_length max_length truncate_prompt_tokens output_kind
+    extra_args regex json_schema no_repeat_ngram_size spaces_between_special_tokens n_samples top_p_decay step template""".split()
+    asked = dict.fromkeys(names, 3) | {"temperature": 0.5, "temprature": None}
+    for place in ("ours", "vllm", "sglang", "prime-rl"):
+        assert only(write(tmp_path, rows_naming(asked)[place])).sampling == SamplingParams(temperature=0.5)
 
 
 @pytest.mark.parametrize("place", rows_naming({}))

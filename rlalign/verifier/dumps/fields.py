@@ -6,6 +6,7 @@ in which every engine computes them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -25,6 +26,8 @@ _UNMODELLED = {
     "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": None, "min_tokens": 0,
     "min_new_tokens": 0, "bad_words": None, "allowed_token_ids": None, "logits_processors": None,
 }  # fmt: skip
+# letters of a name that may be misspelt, and of one that may be cut short
+_LONG, _CUT = 8, 4
 _MODES = {"raw_logprobs": False, "processed_logprobs": True}
 
 
@@ -151,6 +154,7 @@ def sampling(row: Row) -> SamplingParams | None:
     None if the row names none of them. vLLM's -1 for "no top-k" becomes 0.
     """
     objects_ = _sampling_objects(row)
+    _refuse_near_names(row, objects_)
     places = {**objects_, "": row.values}
     name = next((name for name, place in places.items() if any(place.get(key) is not None for key in _FILTERS)), None)
     if name is None:
@@ -165,6 +169,33 @@ def sampling(row: Row) -> SamplingParams | None:
         field = error.errors()[0] if hasattr(error, "errors") else {"loc": ("?",), "msg": str(error)}
         where = ".".join(map(str, (*([name] if name else []), *field["loc"])))
         raise row.error(f"field '{where}': {field['msg']}, is {_short(field.get('input'))}") from error
+
+
+def _refuse_near_names(row: Row, objects_: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError for a name that would be one of the filters', written otherwise: it would change nothing, and
+    nobody would know. Names that resemble none are the engines' own, of which there are many."""
+    for place in objects_.keys() - {"meta_info"}:
+        named = tuple(name for name, value in objects_[place].items() if value is not None)
+        for name, meant in _near_names(named):
+            raise row.error(f"field '{place}.{name}' is unknown; did you mean {meant}?")
+
+
+@lru_cache(maxsize=1024)
+def _near_names(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """(name, which filter it may have meant) of those that are near one."""
+    found = ((name, next((known for known in _FILTERS if _is_near(name, known)), None)) for name in names)
+    return tuple((name, meant) for name, meant in found if meant is not None)
+
+
+def _is_near(name: str, known: str) -> bool:
+    """Another spelling of ``known``, or of a long one something like it: top_p and top_a are a letter apart too."""
+    bare, letters = name.lower().replace("-", "").replace("_", ""), known.replace("_", "")
+    if name == known or bare == letters:
+        return name != known
+    if len(letters) < _LONG:
+        return False
+    is_cut = len(bare) >= _CUT and letters.startswith(bare)
+    return is_cut or (abs(len(bare) - len(letters)) <= 2 and difflib.SequenceMatcher(None, bare, letters).ratio() > 0.8)
 
 
 @lru_cache(maxsize=1024, typed=True)
