@@ -134,6 +134,23 @@ def test_verl_rows_in_parquet(tmp_path: Path) -> None:
     assert [ids(sequence) for sequence in read_dump(path)] == [([5, 6], [11, 12, 13]), ([7, 8, 9], [21]), ([], [])]
 
 
+@pytest.mark.parametrize("named", ["input_ids", "prompts"])
+def test_verl_without_its_mask_takes_what_attention_shows(tmp_path: Path, named: str) -> None:
+    batch = verl_batch()
+    batch |= {"responses": [row[4:] for row in batch["input_ids"]], "prompts": [row[:4] for row in batch["input_ids"]]}
+    del batch["response_mask"], batch["prompts" if named == "input_ids" else "input_ids"]
+    path = write(tmp_path, batch)
+    assert detect_format(path).name == "verl"
+    read = [([5, 6], [11, 12, 13]), ([7, 8, 9], [21]), ([], [])]
+    assert [ids(sequence) for sequence in read_dump(path)] == read
+    assert next(iter(read_dump(path))).logprobs.tolist() == [-1.0, 0.0, -3.0]
+    row = {name: value[0] for name, value in batch.items() if name != "meta_info"}
+    assert only(write(tmp_path, row)).token_ids.tolist() == [11, 12, 13]
+    del batch["attention_mask"]
+    with pytest.raises(ValueError, match="field 'response_mask' is missing, and 'attention_mask' too"):
+        list(read_dump(write(tmp_path, batch)))
+
+
 def test_verl_padding_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
     row = {"input_ids": [0, 0, 5, 11], "response_mask": [1], "rollout_log_probs": [-1.0]}
     with pytest.raises(ValueError, match="field 'attention_mask' is missing: the prompt begins with 0 several times"):

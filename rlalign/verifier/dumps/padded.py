@@ -4,7 +4,8 @@ verl: ``input_ids`` [P + R] padded left (prompt) and right (response), ``respons
 sees, ``rollout_log_probs`` [R], ``attention_mask`` [P + R]. TRL: ``prompt_ids`` [P] padded left, ``completion_ids`` [R]
 padded right, ``sampling_per_token_logps`` [R], their masks ``prompt_mask`` and ``completion_mask``, ``tool_mask`` [R].
 
-Padding is what the masks say. Without an attention mask it is the padding id at either end; that id is given, or in
+Padding is what the masks say. Without verl's response mask, its attention mask says which of ``responses`` [R] are
+tokens, and all of them count. Without an attention mask it is the padding id at either end; that id is given, or in
 verl's batches, where the response mask shows where responses end, seen from what fills the rest.
 """
 
@@ -22,8 +23,9 @@ from rlalign.verifier.dumps.rows import Row
 
 
 def matches_verl(values: Mapping[str, Any]) -> bool:
-    """True for a row with verl's mask and log-probs."""
-    return all(name in values for name in ("response_mask", "rollout_log_probs"))
+    """True for a row with verl's log-probs, and its mask or its ids."""
+    ids = "responses" in values and ("input_ids" in values or "prompts" in values)
+    return "rollout_log_probs" in values and ("response_mask" in values or ids)
 
 
 def matches_trl(values: Mapping[str, Any]) -> bool:
@@ -34,7 +36,16 @@ def matches_trl(values: Mapping[str, Any]) -> bool:
 def read_verl(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
     """One sequence per row of the batch; ``logprobs="old_log_probs"`` reads the trainer's side instead."""
     name = options.logprobs or "rollout_log_probs"
-    batch = _Batch(row, ("response_mask", name), ("input_ids", "prompts", "responses", "attention_mask"))
+    optional = ("input_ids", "prompts", "attention_mask")
+    if row.values.get("response_mask") is not None:
+        batch = _Batch(row, ("response_mask", name), (*optional, "responses"))
+    else:
+        fields.need(row, "responses")
+        batch = _Batch(row, ("responses", name), optional)
+        if not batch.has("attention_mask"):
+            raise row.error(
+                "field 'response_mask' is missing, and 'attention_mask' too: one of them has to say where responses end"
+            )
     members = [batch.member(index) for index in range(batch.size)]
     pad = _pad_id(row, options)
     if pad is None and not batch.has("attention_mask"):
@@ -116,7 +127,8 @@ def _verl(member: _Member, name: str, pad: int | None) -> DumpSequence:
     logprobs = fields.logprobs(member.row, member.label(name), member.values[name])
     # a full-length column is aligned with the ids: entry t is about token t
     logprobs = logprobs[begin:] if len(logprobs) == len(ids) else logprobs
-    fields.same_length(member.row, member.label(name), logprobs, "response_mask", len(mask))
+    other = "response_mask" if "response_mask" in member.values else "responses"
+    fields.same_length(member.row, member.label(name), logprobs, other, len(mask))
     if "attention_mask" in member.values:
         attention = member.mask("attention_mask", len(ids), "input_ids")
         start, end = _run(member, "attention_mask", attention, begin)
@@ -137,6 +149,9 @@ def _verl_parts(member: _Member) -> tuple[np.ndarray, int, np.ndarray]:
         ids = member.ids("input_ids")
     else:
         ids = np.concatenate([member.ids("prompts"), member.ids("responses")])
+    if "response_mask" not in member.values:
+        size = len(member.ids("responses"))
+        return ids, len(ids) - size, member.mask("attention_mask", len(ids), "input_ids")[len(ids) - size :]
     mask = fields.mask(member.row, member.label("response_mask"), member.values["response_mask"])
     if len(mask) > len(ids):
         raise member.row.error(f"field '{member.label('response_mask')}' has {len(mask)} values for {len(ids)} ids")
