@@ -45,6 +45,8 @@ def test_the_quiet_pair_differs_only_in_its_operators(tmp_path: Path) -> None:
     ({"temperature": 0.7}, {}, {("wrong", "temperature")}),
     ({"temperature": 0.7}, {"temperature": 0.7}, set()),
     ({"temperature": 0.7, "logprobs_mode": "raw_logprobs"}, {"temperature": 0.7}, {("wrong", "temperature")}),
+    ({"attention_backend": "FLASHINFER"}, {"model_init_kwargs": {"attn_implementation": "sdpa"}},
+     {("differs", "attention")}),
     ({"sampling_params": {"top_p": 0.9}}, {}, {("wrong", "top_p")}),
     ({"top_p": 0.9, "logprobs_mode": "raw_logprobs"}, {}, {("note", "top_p")}),
     ({"top_k": -1, "min_p": 0.1}, {}, {("wrong", "min_p")}),
@@ -70,6 +72,30 @@ def test_each_cause_is_found_alone(
     tmp_path: Path, rollout: dict[str, Any], train: dict[str, Any], expected: set[tuple[str, str]]
 ) -> None:
     assert found(tmp_path, VLLM | rollout, TRL | train) == OPERATORS | expected
+
+
+@pytest.mark.parametrize(("rollout", "train", "words"), [
+    (0.7, 0.9, "raw log-probs are of a third one"),
+    (0.7, 1.0, "raw log-probs, which are those at temperature 1, agree with it"),
+    (0.7, 0.7, "raw log-probs are those at temperature 1, the trainer divides"),
+    (1.0, 0.7, "the trainer scores another distribution"),
+    (0, 0.7, "greedy"),
+])  # fmt: skip
+def test_a_difference_of_temperatures_is_one_line(tmp_path: Path, rollout: float, train: float, words: str) -> None:
+    raw = VLLM | {"temperature": rollout, "logprobs_mode": "raw_logprobs"}
+    [line] = [one for one in check(*sides(tmp_path, raw, TRL | {"temperature": train})) if one.setting == "temperature"]
+    assert words in line.why
+
+
+def test_what_a_trl_file_says_of_its_model_and_its_batches_is_known(tmp_path: Path) -> None:
+    """Without a word of generation too: no other framework has these names."""
+    content = {"model_name_or_path": "m", "attn_implementation": "sdpa", "num_iterations": 2,
+               "per_device_train_batch_size": 4, "gradient_checkpointing": True}  # fmt: skip
+    (tmp_path / "trl.yaml").write_text(yaml.safe_dump(content))
+    train = read_sides(tmp_path / "trl.yaml")["train"]
+    assert (train.get("model"), train.get("attention"), train.get("updates_per_sync")) == ("m", "sdpa", 2)
+    assert train.not_judged == ()
+    assert set(train.harmless) == {"per_device_train_batch_size", "gradient_checkpointing"}
 
 
 def test_batch_invariance_silences_the_schedule_but_not_the_other_kernels(tmp_path: Path) -> None:
@@ -152,7 +178,8 @@ def test_what_nobody_states_is_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("content", "message"), [
     ("a: [1", "not readable as YAML"),
     ("- 1\n", "is a mapping of settings, this is list"),
-    ("", "is a mapping of settings"),
+    ("", "is a mapping of settings, this file is empty"),
+    ("{}", "is a mapping of settings"),
     ("color: red\n", "not recognised as rlalign, verl, trl, vllm"),
     ("enforce_eager: maybe\n", "enforce_eager='maybe': must be true or false"),
     ("tensor_parallel_size: 1.5\n", "tensor_parallel_size=1.5: must be a whole number"),

@@ -34,6 +34,8 @@ def read_sides(path: Path, *, format: str | None = None) -> dict[Role, Side]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        raise ValueError(f"{path}: a configuration is a mapping of settings, this file is empty")
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{path}: a configuration is a mapping of settings, this is {type(values).__name__}")
     name = format or _detect(path, values)

@@ -80,17 +80,25 @@ def _temperature(rollout: Side, train: Side) -> Iterator[Finding]:
         return
     if temperature == 0:
         why = "greedy: the log-prob of a forced choice says nothing about the distribution that the trainer scores"
-        yield _finding("note", "temperature", rollout, train, why, "a temperature above 0 for training")
-    elif rollout.get("logprobs") == "raw" and temperature != 1:
-        why = "raw log-probs are those at temperature 1, the trainer divides its logits by its temperature"
-        yield _finding(
-            "wrong", "temperature", rollout, train, why, "logprobs_mode: processed_logprobs, or temperature 1"
-        )
+        severity: Severity = "note" if trained in (0, 1) else "wrong"  # a greedy token is scored at temperature 1
+        yield _finding(severity, "temperature", rollout, train, why, "a temperature above 0 for training")
+        return
+    raw = rollout.get("logprobs") == "raw"
     if temperature != trained:
         why = "the trainer scores another distribution than the one that was sampled from"
-        yield _finding(
-            "wrong", "temperature", rollout, train, why, f"temperature {temperature:g} on the trainer's side"
-        )
+        remedy = f"temperature {temperature:g} on the trainer's side"
+        if raw and temperature != 1:
+            why += (
+                ", though raw log-probs, which are those at temperature 1, agree with it"
+                if trained == 1
+                else "; raw log-probs are of a third one, that of temperature 1"
+            )
+            remedy += ", with logprobs_mode: processed_logprobs, or temperature 1 on both"
+        yield _finding("wrong", "temperature", rollout, train, why, remedy)
+    elif raw and temperature != 1:
+        why = "raw log-probs are those at temperature 1, the trainer divides its logits by its temperature"
+        remedy = "logprobs_mode: processed_logprobs, or temperature 1"
+        yield _finding("wrong", "temperature", rollout, train, why, remedy)
 
 
 def _truncation(rollout: Side, train: Side) -> Iterator[Finding]:

@@ -157,7 +157,8 @@ _TRL_HARMLESS = """
     output_dir run_name logging_* save_* report_to push_to_hub hub_* log_completions num_completions_to_print
     num_generations max_prompt_length max_completion_length vllm_gpu_memory_utilization vllm_server_* vllm_mode use_vllm
     vllm_enable_sleep_mode learning_rate max_steps num_train_epochs warmup_* lr_scheduler_* beta epsilon* loss_type
-    scale_rewards reward_* dataset_* eval_* do_* weight_decay max_grad_norm adam_* optim*
+    per_device_*_batch_size gradient_checkpointing* scale_rewards reward_* dataset_* eval_* do_* weight_decay
+    max_grad_norm adam_* optim*
 """
 _VERL_HARMLESS = """
     trainer.* data.train_* data.val_* data.prompt_key data.return_* data.shuffle critic.* reward_model.*
@@ -183,7 +184,8 @@ VLLM = Format(
 TRL = Format(
     name="TRL",
     roles=("rollout", "train"),
-    marks=("use_vllm", "vllm_*", "num_generations", "max_completion_length", "steps_per_generation", "loss_type"),
+    marks=("use_vllm", "vllm_*", "num_generations", "max_completion_length", "steps_per_generation", "loss_type",
+           "model_name_or_path", "per_device_train_batch_size", "num_iterations"),
     keys={
         "vllm_tensor_parallel_size": ("rollout", "tensor_parallel", count),
         "vllm_max_model_length": ("rollout", "max_length", count),
