@@ -55,7 +55,7 @@ def test_names_of_engines_and_names_that_resemble_none_are_accepted(tmp_path: Pa
     names = """max_tokens n best_of stop stop_token_ids seed logprobs prompt_logprobs min_tokens skip_special_tokens
     max_new_tokens top_logprobs top_logprobs_num typical_p top_a top_h top_n_sigma epsilon_cutoff eta_cutoff do_sample
     num_beams temperature_last dynatemp_range ignore_eos min_length max_length truncate_prompt_tokens output_kind
-    extra_args regex json_schema no_repeat_ngram_size spaces_between_special_tokens n_samples top_p_decay step template""".split()
+    extra_args regex json_schema no_repeat_ngram_size spaces_between_special_tokens n_samples step template""".split()
     asked = dict.fromkeys(names, 3) | {"temperature": 0.5, "temprature": None}
     for place in ("ours", "vllm", "sglang", "prime-rl"):
         assert only(write(tmp_path, rows_naming(asked)[place])).sampling == SamplingParams(temperature=0.5)
