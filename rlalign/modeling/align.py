@@ -26,6 +26,8 @@ _GELU_APPROXIMATION = {
     "PytorchGELUTanh": "tanh",
     "NewGELUActivation": "tanh",
 }
+# what a refusal says of the other numerics: recipes and the library have a setting of that name
+HOW_NATIVE = "(rlalign-verify: --numerics native; bisect: --a native --b native,decode)"
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch: never invariant.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -114,7 +116,8 @@ def _refuse_batch_dependent_rope(model: nn.Module) -> None:
         if hasattr(module, "inv_freq") and isinstance(rope_type, str) and rope_type in _BATCH_DEPENDENT_ROPE:
             raise ValueError(
                 f"{name}: rope_type={rope_type!r} makes a token's frequencies depend on the longest sequence beside "
-                "it, so it cannot be invariant; supported: default, linear, llama3, yarn"
+                "it, so it cannot be invariant; supported: default, linear, llama3, yarn. Try numerics=native "
+                f"{HOW_NATIVE}"
             )
 
 

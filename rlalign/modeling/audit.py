@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from rlalign.modeling.align import HOW_NATIVE
 from rlalign.modeling.context import PackedContext
 from rlalign.modeling.layers import AlignedModule
 
@@ -120,7 +121,7 @@ def _why_not(model: nn.Module, findings: Sequence[Finding]) -> str:
     blocks = [_mixture_around(model, finding.module) for finding in findings]
     inside = [finding for finding, block in zip(findings, blocks, strict=True) if block is not None]
     outside = [finding for finding, block in zip(findings, blocks, strict=True) if block is None]
-    parts, advice = [], "numerics=native takes mixtures whose every layer has attention"
+    parts, advice = [], f"numerics=native takes mixtures whose every layer has attention {HOW_NATIVE}"
     if inside:
         parts.append(
             f"{next(filter(None, blocks))} is a mixture of experts, whose router and experts none of our operators "
@@ -129,7 +130,7 @@ def _why_not(model: nn.Module, findings: Sequence[Finding]) -> str:
     if outside:
         parts.append(_first(outside))
     if not inside:
-        advice = "Map the module in rlalign/modeling/align.py, or try numerics=native"
+        advice = f"Try numerics=native {HOW_NATIVE}, or map the module in rlalign/modeling/align.py"
     return f"{type(model).__name__} is not exact: {'; elsewhere '.join(parts)}. {advice}"
 
 

@@ -93,4 +93,19 @@ def test_invariant_is_refused_in_a_line_that_says_what_works(
         f"error: {side}{modeling.load_model(model, dtype='float32', device='cpu').__class__.__name__}"
     )
     assert "model.layers.0.mlp is a mixture of experts" in said
-    assert "numerics=native takes mixtures whose every layer has attention" in said
+    assert "numerics=native takes mixtures whose every layer has attention (rlalign-verify: --numerics native; " in said
+    assert said.endswith("bisect: --a native --b native,decode)\n")
+
+
+@pytest.mark.parametrize("command", [["run", "--prompts", "PROMPTS"], ["bisect", "--prompts", "PROMPTS"]])
+def test_gemma3_is_refused_by_its_rotary_tables_in_a_line_that_says_what_works(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    tiny_model("gemma3").save_pretrained(tmp_path / "gemma3")
+    words = [*(str(prompts) if word == "PROMPTS" else word for word in command), "--model", str(tmp_path / "gemma3")]
+    assert main(words) == 2
+    said = error_line(capsys)
+    assert "Gemma3ForCausalLM is not exact: aten.cos in model.rotary_emb" in said
+    assert "Try numerics=native (rlalign-verify: --numerics native; bisect: --a native --b native,decode)" in said
+    if command[0] == "run":
+        assert main([*words, "--numerics", "native", "--max-abs", "1e-4", "--max-tokens", "6"]) == 0
