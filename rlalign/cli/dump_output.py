@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -30,6 +30,14 @@ _SHOWN = (
 _NAMED = 10
 
 
+class LeftOut(NamedTuple):
+    """A sequence that was not compared, or not whole. name: what people are shown."""
+
+    id: str
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Everything that a comparison found. sides: what is called rollout and train. counts: shown lines, in order.
@@ -42,9 +50,9 @@ class Verdict:
     outcome: Outcome
     thresholds: Thresholds
     facts: dict[str, Any]
-    unmatched: Sequence[tuple[str, str]] = ()
+    unmatched: Sequence[LeftOut] = ()
     num_unmatched: int = 0
-    failed: Sequence[tuple[str, str]] = ()
+    failed: Sequence[LeftOut] = ()
     num_failed: int = 0
     notes: Sequence[str] = ()
     pictures: Snapshot | None = field(default=None, repr=False)
@@ -93,8 +101,9 @@ def show(verdict: Verdict, console: Console, decode: Decode | None = None) -> No
         ("doesn't match", verdict.unmatched, verdict.num_unmatched),
         ("was not compared", verdict.failed, verdict.num_failed),
     ):
-        for name, reason in named[:_NAMED]:
-            console.print(f"sequence {name} {what}: {reason}", markup=False, soft_wrap=True)
+        for _, name, reason in named[:_NAMED]:
+            why = reason.removeprefix(f"{name}: ")
+            console.print(f"sequence {name} {what}: {why}", markup=False, soft_wrap=True)
         if count > _NAMED:
             console.print(f"... and {count - _NAMED:,} more", markup=False)
     for note in verdict.notes:
@@ -118,9 +127,9 @@ def write_json(verdict: Verdict, path: Path, decode: Decode | None = None) -> No
         "metrics": outcome.metrics,
         "worst_tokens": [token.record() | {"context": context(token, decode)} for token in outcome.worst],
         "num_unmatched": verdict.num_unmatched,
-        "unmatched": [{"id": name, "reason": reason} for name, reason in verdict.unmatched],
+        "unmatched": [{"id": one.id, "reason": one.reason} for one in verdict.unmatched],
         "num_failed": verdict.num_failed,
-        "failed": [{"id": name, "error": reason} for name, reason in verdict.failed],
+        "failed": [{"id": one.id, "error": one.reason} for one in verdict.failed],
         "notes": list(verdict.notes),
         **verdict.facts,
     }
@@ -148,7 +157,8 @@ def write_page(verdict: Verdict, path: Path, decode: Decode | None = None) -> No
         metrics=verdict.outcome.metrics if verdict.outcome.num_tokens else {},
         pictures=pictures,
         tables=[
-            ("Agreement", PageTable(title, ["sequence", "why"], [list(row) for row in rows])) for title, rows in named
+            ("Agreement", PageTable(title, ["sequence", "why"], [list(row[1:]) for row in rows]))
+            for title, rows in named
         ],
     )
     write_html(page, path)
@@ -198,7 +208,7 @@ def _worst_table(verdict: Verdict, decode: Decode | None) -> Table:
         version = "" if token.weights_version is None else f", weights {token.weights_version}"
         details = f"of {token.sequence_length}{version}, {token.finish_reason or 'end unknown'}"
         table.add_row(
-            escape(token.id),
+            escape(_short(token)),
             str(token.position),
             f"{escape(context(token, decode))}\n[dim]{escape(details)}[/dim]",
             # float32 needs nine digits to be told apart from its neighbours
@@ -213,12 +223,18 @@ def _worst_place(outcome: Outcome) -> str:
         return ""
     token = outcome.worst[0]
     what = f"Δ {token.delta:+.3g} ({token.ulp:,} ULP)" if token.kind == "differs" else token.kind
-    return f"; worst: sequence {token.id} position {token.position}, token {token.token_id} ({token.source}): {what}"
+    place = "" if token.name == token.source else f" ({token.source})"
+    return f"; worst: sequence {token.name} position {token.position}, token {token.token_id}{place}: {what}"
+
+
+def _short(token: TokenDifference) -> str:
+    """The sequence's name in a narrow column: of a place, the file's name without its folders."""
+    return Path(token.name).name if token.name == token.source else token.name
 
 
 def _picture_record(token: TokenDifference, decode: Decode | None) -> dict[str, Any]:
     """With the names that every other table of worst tokens has."""
-    record = {"kind": token.kind, "key": token.id, "position": token.position, "token_id": token.token_id}
+    record = {"kind": token.kind, "key": _short(token), "position": token.position, "token_id": token.token_id}
     record["context"] = context(token, decode)
     record |= {name: getattr(token, name) for name in ("rollout", "train", "delta", "ulp", "sequence_length")}
     # what no dump says of a token's batch, and what this one doesn't say, is blank

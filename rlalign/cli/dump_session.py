@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from rlalign.cli.dump_options import thresholds
-from rlalign.cli.dump_output import Decode, Verdict
+from rlalign.cli.dump_output import Decode, LeftOut, Verdict
 from rlalign.cli.dump_scoring import score_dump
 from rlalign.cli.dump_watch import WatchedFolder
 from rlalign.config import Dtype
 from rlalign.verifier.dumps import DumpSequence, Format, ReadOptions, detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
+from rlalign.verifier.dumps.ids import Ids
 from rlalign.verifier.stream.pieces import of_scores
 from rlalign.verifier.stream.tally import Tally
 
@@ -45,7 +46,8 @@ class Session:
         self._policy: Policy | None = None
         self._dtype: Dtype | None = None
         self._distributions: dict[str, Distribution] = {}
-        self._failed: list[tuple[str, str]] = []
+        self._ids = Ids(within_files=True)
+        self._failed: list[LeftOut] = []
         self._num_failed = 0
         self._seconds = {"load": 0.0, "score": 0.0}
 
@@ -79,14 +81,20 @@ class Session:
         policy = self._model()
         distribution = self._distributions.setdefault(format.name, Distribution.of(vars(self._args), format))
         start = time.perf_counter()
+        sequences = self._seen(sequences)
         for scored in score_dump(policy, sequences, distribution, micro_batch_tokens=self._args.micro_batch_tokens):
             if scored.train is not None:
                 self._tally.add(of_scores(scored.sequence, scored.train))
                 continue
             self._num_failed += 1
             if len(self._failed) < _NAMED:
-                self._failed.append((scored.sequence.id, scored.error))
+                self._failed.append(LeftOut(scored.sequence.id, scored.sequence.name, scored.error))
         self._seconds["score"] = round(self._seconds["score"] + time.perf_counter() - start, 3)
+
+    def _seen(self, sequences: Iterable[DumpSequence]) -> Iterator[DumpSequence]:
+        for sequence in sequences:
+            self._ids.add(sequence)
+            yield sequence
 
     def _model(self) -> Policy:
         if self._policy is not None:

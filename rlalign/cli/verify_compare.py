@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> Verdict:
-    from rlalign.cli.dump_output import Verdict
+    from rlalign.cli.dump_output import LeftOut, Verdict
     from rlalign.verifier.dumps.ahead import read_ahead
     from rlalign.verifier.stream.join import join_by_id, join_by_order
     from rlalign.verifier.stream.pieces import of_dumps
@@ -82,7 +82,7 @@ def _compare(args: argparse.Namespace) -> Verdict:
     ]
     pictures = _pictures(args)
     tally = Tally(worst=args.worst, watch=None if pictures is None else pictures.add)
-    unmatched: list[tuple[str, str]] = []
+    unmatched: list[LeftOut] = []
     num_unmatched = 0
     for pair in (join_by_order if args.by_order else join_by_id)(*readers):
         reason: str | None
@@ -94,7 +94,7 @@ def _compare(args: argparse.Namespace) -> Verdict:
         if reason is not None:
             num_unmatched += 1
             # kept small, and the same ones whatever the order
-            unmatched.append((pair.either.id, reason))
+            unmatched.append(LeftOut(pair.either.id, pair.either.name, reason))
             if len(unmatched) > 2 * _NAMED:
                 unmatched = sorted(unmatched)[:_NAMED]
     return Verdict(

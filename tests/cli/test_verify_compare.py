@@ -76,6 +76,19 @@ def test_compare_names_what_does_not_match(
     assert (result["num_tokens"], result["num_missing"]) == (18, 8)
 
 
+def test_sequences_without_ids_are_shown_by_their_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt_token_ids": [1], "token_ids": [2, 3], "logprobs": [-1.0, -2.0]}
+    other = [row, row | {"logprobs": [-1.0, -2.5]}, row | {"prompt_token_ids": [4]}]
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, rows in ((a, [row] * 3), (b, other)):
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    result = compare(tmp_path, a, b)
+    assert [one["id"] for one in result["unmatched"]] == ["2"]
+    shown = capsys.readouterr().out
+    assert f"sequence {a}:3 doesn't match: different prompts" in shown
+    assert f"worst: sequence {a}:2 position 1, token 3: Δ -0.5" in shown
+
+
 def test_the_page_shows_facts_for_people(plain: list[DumpSequence], tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     worse = [replace(plain[0], logprobs=plain[0].logprobs - np.float32(0.5)), *plain[1:]]

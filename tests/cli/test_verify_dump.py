@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import pytest
-from support.dumps import Change, error_line, one_ulp, run, with_logprob
+from support.dumps import Change, error_line, one_ulp, run, with_logprob, write
 
 from rlalign import modeling
 from rlalign.cli.dump_scoring import score_plain
@@ -200,6 +200,45 @@ def test_unusable_arguments_exit_2_in_one_line(
     write_dump(path, plain)
     assert main(["dump", "--model", str(model), *(str(path) if part == "FILE" else part for part in more)]) == 2
     assert message in error_line(capsys)
+
+
+def rows(*ids: str | None) -> list[dict[str, Any]]:
+    bare = {"prompt_token_ids": [3, 4], "token_ids": [5, 6], "logprobs": [-1.0, -2.0]}
+    return [bare if name is None else {"id": name, **bare} for name in ids]
+
+
+def test_an_id_that_a_file_has_twice_is_refused_as_compare_does(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, *rows("a", "b", "a"))
+    for command in (["dump", str(path), "--model", str(model)], ["compare", str(path), str(path)]):
+        assert main(command) == 2
+        said = error_line(capsys)
+        assert f"{path}:3: a second sequence of the id 'a', which {path}:1 has too; ids name a sequence once" in said
+    # engines number their requests anew for every file of a folder; and "0" is not the number of one without an id
+    folder = tmp_path / "steps"
+    for name in ("step_1", "step_2"):
+        (folder / name).mkdir(parents=True)
+        write(folder / name, *rows("a", None, "1"))
+    assert run(["dump", str(folder), "--model", str(model)], tmp_path)["num_sequences"] == 6
+
+
+def test_a_sequence_without_an_id_is_shown_by_its_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alien = rows(None)[0] | {"token_ids": [5, 9999]}
+    path = write(tmp_path, alien, *rows(None))
+    result = run(["dump", str(path), "--model", str(model)], tmp_path)
+    assert (result["failed"][0]["id"], result["worst_tokens"][0]["id"]) == ("0", "1")
+    shown = capsys.readouterr().out
+    assert f"sequence {path}:1 was not compared: response token id 9999" in shown
+    assert f"; worst: sequence {path}:2 position " in shown
+    assert " dump.jsonl:2 " in shown  # the table
+    with_ids = rows("x")[0] | {"token_ids": [5, 9999]}
+    run(["dump", str(write(tmp_path, with_ids, *rows("y"))), "--model", str(model)], tmp_path)
+    shown = capsys.readouterr().out
+    assert f"sequence x was not compared: {path}:1: response" in shown
+    assert f"worst: sequence y position 1, token 6 ({path}:2)" in shown or "worst: sequence y position 0" in shown
 
 
 def test_watch_reads_what_is_there_and_says_what_is_unfinished(

@@ -78,7 +78,7 @@ def read_sequences(
 ) -> Iterator[DumpSequence]:
     """Sequences of rows of one file; one that names no id gets its number, from ``first_number``."""
     for number, sequence in enumerate(_read(format, rows, options), start=first_number):
-        yield sequence if sequence.id else replace(sequence, id=str(number))
+        yield sequence if sequence.id else replace(sequence, id=str(number), numbered=True)
 
 
 def detect_format(path: Path | str, format: str | None = None) -> Format:

@@ -30,7 +30,7 @@ class DumpSequence:
     bool [L] of the tokens that the loss sees, None for all. sampling: None where the dump doesn't say. processed:
     whether the log-probs are those after temperature, top-k, top-p and min-p; None where the dump doesn't say.
     unmodelled: what else the request asked for that moves processed log-probs, and that scoring can't apply: (field,
-    value in words). source: "file:line".
+    value in words). source: "file:line". numbered: the dump names no id, ``id`` is the sequence's number from 0.
 
     Raises ValueError naming ``source`` and the field if a shape or dtype is another one.
     """
@@ -47,6 +47,7 @@ class DumpSequence:
     finish_reason: str | None = None
     text: str | None = None
     source: str = ""
+    numbered: bool = False
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -60,6 +61,12 @@ class DumpSequence:
     def num_tokens(self) -> int:
         """P + L."""
         return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def name(self) -> str:
+        """What people are shown: the id, or the place of a sequence that has none of its own. Lines count from 1, and
+        numbers from 0: beside each other they would mislead."""
+        return self.source if self.numbered and self.source else self.id
 
     def _check(self, field: str, values: np.ndarray, dtype: type, length: int | None) -> None:
         if values.dtype != dtype or values.ndim != 1:

@@ -15,6 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
+from rlalign.verifier.dumps.ids import Ids
 from rlalign.verifier.dumps.record import DumpSequence
 
 _WAITING_TOKENS = 2_000_000
@@ -50,17 +51,12 @@ def join_by_id(
     twice.
     """
     waiting: tuple[dict[str, DumpSequence], dict[str, DumpSequence]] = ({}, {})
-    seen: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    seen = [Ids(way_out=" (or compare by order)") for _ in range(2)]
     tokens = 0
     with tempfile.TemporaryDirectory(prefix="rlalign-") as folder:
         spill: _Spill | None = None
         for side, sequence in _alternately(rollout, train):
-            if sequence.id in seen[side]:
-                raise ValueError(
-                    f"{sequence.source}: a second sequence of the id {sequence.id!r}, which {seen[side][sequence.id]} "
-                    "has too; ids name a sequence once (or compare by order)"
-                )
-            seen[side][sequence.id] = sequence.source
+            seen[side].add(sequence)
             partner = waiting[1 - side].pop(sequence.id, None)
             if partner is not None:
                 tokens -= _weight(partner)

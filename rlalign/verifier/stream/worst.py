@@ -22,7 +22,8 @@ _CONTEXT = 6
 class TokenDifference:
     """One token on which two sides disagree. delta: train - rollout, NaN unless kind is "differs"; ulp: -1 likewise.
 
-    before, after: ids of the tokens around it. sequence_length: prompt and response. source: "file:line".
+    before, after: ids of the tokens around it. sequence_length: prompt and response. source: "file:line". name: the
+    sequence's, for people.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class TokenDifference:
     weights_version: int | None
     finish_reason: str | None
     source: str
+    name: str
 
     def record(self) -> dict[str, Any]:
         """As a flat dict of JSON's own types."""
@@ -102,4 +104,5 @@ def _token(piece: Piece, i: int) -> TokenDifference:
         weights_version=sequence.weights_version,
         finish_reason=sequence.finish_reason,
         source=sequence.source,
+        name=sequence.name,
     )
