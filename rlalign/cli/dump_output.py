@@ -40,7 +40,8 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Everything that a comparison found. sides: what is called rollout and train. counts: shown lines, in order.
+    """Everything that a comparison found. sides: what is called rollout and train. scored: whether train is a model's
+    forward over the tokens of rollout, a dump; two dumps otherwise.
 
     unmatched: sequences that make the two sides different whatever their log-probs are, and why. failed: sequences
     that could not be compared, and why. notes: what was assumed. facts: more plain JSON.
@@ -55,13 +56,17 @@ class Verdict:
     failed: Sequence[LeftOut] = ()
     num_failed: int = 0
     notes: Sequence[str] = ()
+    scored: bool = False
     pictures: Snapshot | None = field(default=None, repr=False)
 
     @property
     def exceeded(self) -> list[str]:
         """Why the sides count as different, one phrase each."""
-        outcome = self.outcome
-        found = self.thresholds.exceeded(outcome.metrics, num_tokens=outcome.num_tokens) if outcome.num_tokens else []
+        outcome, found = self.outcome, []
+        if outcome.num_tokens:
+            found = self.thresholds.exceeded(
+                outcome.metrics, num_tokens=outcome.num_tokens, nonfinite=_nonfinite(outcome, self.scored)
+            )
         return found + ([f"{self.num_unmatched:,} sequences don't match"] if self.num_unmatched else [])
 
     @property
@@ -87,6 +92,21 @@ class Verdict:
         if outcome.equal:
             return f"the sides agree bit for bit on {size}{left}"
         return f"the sides agree within the thresholds on {size}{left}"
+
+
+def _nonfinite(outcome: Outcome, scored: bool) -> list[str]:
+    """How many log-probs are missing or not finite, and whose they are."""
+    trains, found = outcome.train_nonfinite_count, []
+    if rest := outcome.nonfinite_count - trains:
+        found.append(f"{rest:,} log-probs{' of the dump' if scored else ''} are missing or not finite")
+    if trains and scored:
+        found.append(
+            f"{trains:,} log-probs of the model are not finite where the dump's are (-inf: a token beyond what top-k, "
+            "top-p or min-p leave of the model's own logits)"
+        )
+    elif trains:
+        found.append(f"{trains:,} log-probs of train are not finite where rollout's are")
+    return found
 
 
 def show(verdict: Verdict, console: Console, decode: Decode | None = None) -> None:

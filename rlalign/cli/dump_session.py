@@ -140,6 +140,7 @@ class Session:
             facts=self._facts(),
             failed=tuple(self._failed),
             num_failed=self._num_failed,
+            scored=True,
             notes=[*(note for each in self._distributions.values() for note in each.notes), *notes],
             pictures=None if self._pictures is None else self._pictures.snapshot,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -29,13 +29,18 @@ class Thresholds:
         bounds = (self.max_abs, self.mean_abs, self.mismatch_frac, self.k3)
         return self.max_abs == 0 or all(bound is None for bound in bounds)
 
-    def exceeded(self, metrics: Mapping[str, float], *, num_tokens: int) -> list[str]:
+    def exceeded(
+        self, metrics: Mapping[str, float], *, num_tokens: int, nonfinite: Sequence[str] | None = None
+    ) -> list[str]:
         """What is beyond a bound, one phrase each. metrics: ``align/*`` over ``num_tokens`` > 0 tokens.
 
-        A log-prob that is missing or not finite is beyond any bound.
+        A log-prob that is missing or not finite is beyond any bound. nonfinite: what to say of them, where it is known
+        whose they are.
         """
         count, bad = metrics["align/mismatch_count"], metrics["align/nonfinite_count"]
-        found = [f"{bad:,.0f} log-probs are missing or not finite"] if bad else []
+        if nonfinite is None:
+            nonfinite = [f"{bad:,.0f} log-probs are missing or not finite"] if bad else []
+        found = list(nonfinite)
         if self.bitwise and count:
             found.append(f"{count:,.0f} of {num_tokens:,} tokens differ in their bits")
         values = {

@@ -105,6 +105,30 @@ def test_one_bad_token_is_named(
         assert dump(model, change(plain), tmp_path, "--max-abs", "100")["exit_code"] == 1
 
 
+def test_what_is_not_finite_says_whose_it_is(
+    model: Path, policy: modeling.Policy, plain: list[DumpSequence], tmp_path: Path
+) -> None:
+    """Of the dump, or of the model: a token that the dump gives a log-prob, beyond the model's own top-1."""
+    assert dump(model, with_logprob(np.nan)(plain), tmp_path)["exceeded"][0] == (
+        "1 log-probs of the dump are missing or not finite"
+    )
+    best = _within_support(policy, plain[0], SamplingParams(top_k=1))
+    ids = best.token_ids.copy()
+    ids[-1] = (ids[-1] + 1) % policy.vocab_size
+    cut = replace(best, token_ids=ids, logprobs=np.zeros(6, np.float32), sampling=SamplingParams(top_k=1))
+    result = dump(model, [cut, replace(best, id="x", logprobs=np.full(6, MISSING))], tmp_path)
+    assert result["exceeded"][0] == "6 log-probs of the dump are missing or not finite"
+    assert result["exceeded"][1].startswith("1 log-probs of the model are not finite where the dump's are (-inf: ")
+    # no one's fault between two dumps
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, sequences in zip(files, (plain, with_logprob(-np.inf)(plain)), strict=True):
+        write_dump(path, sequences)
+    found = run(["compare", *map(str, files)], tmp_path)["exceeded"]
+    assert found[0] == "1 log-probs of train are not finite where rollout's are"
+    found = run(["compare", *map(str, files[::-1])], tmp_path)["exceeded"]
+    assert found[0] == "1 log-probs are missing or not finite"
+
+
 def shifted(sequences: list[DumpSequence]) -> list[DumpSequence]:
     return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in sequences]
 

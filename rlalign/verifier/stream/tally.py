@@ -26,7 +26,11 @@ _BLOCK = 256.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was found. metrics: ``align/*``. worst: the worst tokens that have both sides, worst first."""
+    """What was found. metrics: ``align/*``. worst: the worst tokens that have both sides, worst first.
+
+    nonfinite_count: of log-probs that are missing or not finite; train_nonfinite_count: of them those that only train's
+    side has wrong.
+    """
 
     num_sequences: int
     num_tokens: int
@@ -35,6 +39,7 @@ class Outcome:
     missing_count: int
     metrics: dict[str, float]
     worst: tuple[TokenDifference, ...]
+    train_nonfinite_count: int = 0
 
     @property
     def equal(self) -> bool:
@@ -58,7 +63,8 @@ class Tally:
         self._quantiles = {"size": Quantiles(), "ulp": Quantiles()}
         self._max = {name: -math.inf for name in ("size", "ulp", "pdiff", "k3", "ratio", "px", "py")}
         self._min = {name: math.inf for name in ("ratio", "px", "py")}
-        self._num_sequences = self._num_tokens = self._mismatch = self._nonfinite = self._missing = 0
+        self._num_sequences = self._num_tokens = self._mismatch = self._missing = 0
+        self._nonfinite = self._train_nonfinite = 0
 
     def add(self, sides: Sides) -> None:
         """Count one sequence."""
@@ -79,6 +85,7 @@ class Tally:
             missing_count=self._missing,
             metrics=self._metrics(),
             worst=self._worst.read(),
+            train_nonfinite_count=self._train_nonfinite,
         )
 
     def _flush(self) -> None:
@@ -89,6 +96,7 @@ class Tally:
         self._num_tokens += piece.num_tokens
         self._mismatch += int(piece.mismatch.sum())
         self._nonfinite += int(piece.nonfinite.sum())
+        self._train_nonfinite += int((piece.nonfinite & ~piece.missing & np.isfinite(piece.rollout)).sum())
         self._missing += int(piece.missing.sum())
         finite = ~piece.nonfinite
         if finite.any():
