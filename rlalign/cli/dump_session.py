@@ -19,6 +19,7 @@ from rlalign.config import Dtype
 from rlalign.verifier.dumps import DumpSequence, Format, ReadOptions, detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.dumps.ids import Ids
+from rlalign.verifier.dumps.signs import Signs
 from rlalign.verifier.stream.pieces import of_scores
 from rlalign.verifier.stream.tally import Tally
 
@@ -46,7 +47,7 @@ class Session:
         self._policy: Policy | None = None
         self._dtype: Dtype | None = None
         self._distributions: dict[str, Distribution] = {}
-        self._ids = Ids(within_files=True)
+        self._ids, self._signs = Ids(within_files=True), Signs()
         self._failed: list[LeftOut] = []
         self._num_failed = 0
         self._seconds = {"load": 0.0, "score": 0.0}
@@ -94,6 +95,7 @@ class Session:
     def _seen(self, sequences: Iterable[DumpSequence]) -> Iterator[DumpSequence]:
         for sequence in sequences:
             self._ids.add(sequence)
+            self._signs.add(sequence)
             yield sequence
 
     def _model(self) -> Policy:
@@ -141,7 +143,11 @@ class Session:
             failed=tuple(self._failed),
             num_failed=self._num_failed,
             scored=True,
-            notes=[*(note for each in self._distributions.values() for note in each.notes), *notes],
+            notes=[
+                *(note for each in self._distributions.values() for note in each.notes),
+                *([self._signs.note] if self._signs.note else []),
+                *notes,
+            ],
             pictures=None if self._pictures is None else self._pictures.snapshot,
         )
 

@@ -129,6 +129,15 @@ def test_what_is_not_finite_says_whose_it_is(
     assert found[0] == "1 log-probs are missing or not finite"
 
 
+def test_probabilities_are_guessed_in_a_note(
+    model: Path, plain: list[DumpSequence], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = dump(model, [replace(s, logprobs=np.exp(s.logprobs)) for s in plain], tmp_path)
+    assert result["exit_code"] == 1
+    assert [note for note in result["notes"] if "probabilities, not log-probs?" in note]
+    assert "probabilities, not log-probs?" in capsys.readouterr().out
+
+
 def shifted(sequences: list[DumpSequence]) -> list[DumpSequence]:
     return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in sequences]
 
