@@ -30,10 +30,14 @@ def show(outcome: Bisection, facts: Facts, worst: int, console: Console) -> None
     for name in facts["not_recorded"]:
         console.print(f"not compared: {name}: its output has no row per token", markup=False, soft_wrap=True)
     good = facts["exit_code"] == 0
+    lines = [outcome.verdict]
     if outcome.first is not None:
         beyond = "; ".join(facts["exceeded"]) or "within the thresholds"
-        console.print(f"log-probs at the end: {beyond}", markup=False, soft_wrap=True)
-    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if good else "red")
+        lines.insert(1 if good else 0, f"log-probs at the end: {beyond}")  # last is what the exit code is about
+    *before, last = lines
+    for line in before:
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(last, markup=False, soft_wrap=True, style="green" if good else "red")
 
 
 def write_json(outcome: Bisection, facts: Facts, path: Path) -> None:

@@ -91,7 +91,9 @@ class Verdict:
         left = f"; {self.num_failed:,} sequences could not be compared" if self.num_failed else ""
         if outcome.equal:
             return f"the sides agree bit for bit on {size}{left}"
-        return f"the sides agree within the thresholds on {size}{left}"
+        largest = outcome.metrics["align/logp_abs_diff/max"]
+        rest = f"{outcome.mismatch_count:,} of them not bit for bit, max |Δ| {largest:.3g}"
+        return f"the sides agree within the thresholds on {size} ({rest}){left}"
 
 
 def _nonfinite(outcome: Outcome, scored: bool) -> list[str]:

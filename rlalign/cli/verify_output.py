@@ -61,8 +61,10 @@ class Outcome:
         """The verdict in one line: what was found, and why that is too much or not."""
         parts = [self.report.verdict]
         if self.report.num_tokens and not self.report.equal and not self.thresholds.bitwise:
-            beyond = "; ".join(self.exceeded)
-            parts.append(f"beyond the thresholds: {beyond}" if beyond else "within the thresholds")
+            if self.exceeded:
+                parts.append(f"beyond the thresholds: {'; '.join(self.exceeded)}")
+            else:  # first, for what follows would read as a failure
+                parts = [f"within the thresholds: {self.report.verdict}"]
         if self.failed:
             parts.append(f"{len(self.failed):,} prompts could not be served")
         return "; ".join(parts)

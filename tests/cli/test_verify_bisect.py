@@ -118,6 +118,14 @@ def test_rows_are_compared_with_their_own_whatever_axis_they_are_on(gemma3, tmp_
     assert found["not_recorded"] == []
 
 
+@pytest.mark.parametrize(
+    ("bound", "last"), [("1", "log-probs at the end: within the thresholds"), ("0", "first difference at")]
+)
+def test_the_last_line_is_what_the_exit_code_is_about(model, prompts, tmp_path, capsys, bound, last):
+    run(model, prompts, tmp_path, "invariant", "native", "--max-abs", bound)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(last)
+
+
 def test_another_checkpoint_is_a_setting(model, prompts, tmp_path):
     other = tmp_path / "other"
     policy = modeling.load_model(model, dtype="float32", device="cpu")

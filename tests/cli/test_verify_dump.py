@@ -129,6 +129,18 @@ def test_what_is_not_finite_says_whose_it_is(
     assert found[0] == "1 log-probs are missing or not finite"
 
 
+def test_a_difference_within_the_thresholds_reads_as_agreement(
+    model: Path, plain: list[DumpSequence], tmp_path: Path
+) -> None:
+    result = dump(model, one_ulp(plain), tmp_path, "--max-abs", "1e-3")
+    largest = result["metrics"]["align/logp_abs_diff/max"]
+    assert result["exit_code"] == 0
+    assert result["verdict"] == (
+        "the sides agree within the thresholds on 24 tokens of 4 sequences (1 of them not bit for bit, "
+        f"max |Δ| {largest:.3g})"
+    )
+
+
 def test_probabilities_are_guessed_in_a_note(
     model: Path, plain: list[DumpSequence], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
