@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 from rlalign.cli import (
@@ -43,11 +44,29 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _right_form(words: Sequence[str]) -> str:
+    """What to add to an error, where a dump is named as another command takes it; else nothing."""
+    command, *rest = words or [""]
+    named = any(word == "--dump" or word.startswith("--dump=") for word in rest)
+    if command in ("dump", "compare") and named:
+        files = {"dump": "FILE --model DIR", "compare": "A B"}[command]
+        return f"; {command} takes dumps without --dump: rlalign-verify {command} {files}"
+    # what follows an option may be its value
+    free = any(not word.startswith("-") and not before.startswith("-") for before, word in pairwise(words))
+    if command in ("attribute", "bisect") and free and not named:
+        return f"; {command} takes a dump by name: rlalign-verify {command} --dump FILE --model DIR"
+    return ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; ``argv`` None takes the process's own. Returns the exit code."""
 
     def run() -> int:
-        args = make_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        try:
+            args = make_parser().parse_args(words)
+        except ValueError as error:
+            raise ValueError(f"{error}{_right_form(words)}") from error
         return args.run(args)
 
     return run_main(run, traceback="--traceback" in argv if argv is not None else None)

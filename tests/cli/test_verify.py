@@ -308,6 +308,25 @@ def test_an_output_that_would_replace_another_file_of_the_command_is_refused(
     assert path.read_text() == '{"prompt": "sort 1 ->"}\n'
 
 
+@pytest.mark.parametrize(("words", "right"), [
+    (["attribute", "d.jsonl", "--model", "m"], "attribute takes a dump by name: rlalign-verify attribute --dump FILE"),
+    (["bisect", "--model", "m", "d.jsonl"], "bisect takes a dump by name: rlalign-verify bisect --dump FILE"),
+    (["dump", "--dump", "d.jsonl", "--model", "m"], "dump takes dumps without --dump: rlalign-verify dump FILE"),
+    (["dump", "--dump=d.jsonl", "--model", "m"], "dump takes dumps without --dump: rlalign-verify dump FILE"),
+    (["compare", "--dump", "d.jsonl"], "compare takes dumps without --dump: rlalign-verify compare A B"),
+    (["attribute", "--model", "m"], None),
+    (["bisect", "--model", "m", "--prompts", "p", "--dump", "d.jsonl"], None),
+    (["dump", "d.jsonl"], None),
+    ([], None),
+])  # fmt: skip
+def test_a_dump_named_as_another_command_takes_it_is_told_the_right_form(
+    capsys: pytest.CaptureFixture[str], words: list[str], right: str | None
+) -> None:
+    assert main(words) == 2
+    said = one_error_line(capsys)
+    assert right in said if right is not None else "takes" not in said
+
+
 def test_nothing_compared_exits_2(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt_token_ids": [999999]}\n')
