@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
-    path.write_text("".join(f"sort {i} 7 3 ->\n" for i in range(2)))
+    path.write_text("".join(f"sort {i} 7 3 ->\n" for i in range(8)))
     return path
 
 
