@@ -127,6 +127,7 @@ def bisect_settings(
         policy_b = _enter(stack, stores[1], "--b", b)
         places, failed = can_take(sequences, policy_a, policy_b)
         places = [place for place in places if len(sequences[place].token_ids)]
+        names = tuple(sequence.name for sequence in sequences)
         sequences = [sequences[place] for place in places]
         if not sequences:
             return bisect((), Tokens(*[np.zeros(0, np.int64)] * 3)), [], _pair(np.zeros((2, 0), np.float32)), failed
@@ -136,7 +137,7 @@ def bisect_settings(
             sides.append(Side(policy, feeds, named.settings))
         tokens = tokens_of(sides[0].feeds)
         # by their place in the file, whatever was left out
-        tokens = replace(tokens, sequence=np.array(places)[tokens.sequence])
+        tokens = replace(tokens, sequence=np.array(places)[tokens.sequence], names=names)
         targets = np.concatenate([_all_ids(sequence)[1:] for sequence in sequences])
         pairs = recorded_pairs(*sides, targets, head_logprobs, max_bytes=args.memory_mb * 2**20, max_rows=_MAX_ROWS)
         last: list[_Pair] = []
@@ -199,7 +200,8 @@ def _prompts(args: argparse.Namespace) -> Iterator[DumpSequence]:
     none = np.zeros(0, np.int64)
     for prompt in encode_rows(rows, tokenizer):
         name = str(prompt.prompt_id)
-        yield DumpSequence(name, prompt.token_ids, none, np.zeros(0, np.float32), source=f"{args.prompts}:{name}")
+        source = f"{args.prompts}:{name}"
+        yield DumpSequence(name, prompt.token_ids, none, np.zeros(0, np.float32), source=source, numbered=True)
 
 
 def _with_response(sequence: DumpSequence) -> DumpSequence:

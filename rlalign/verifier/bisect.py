@@ -76,11 +76,18 @@ class SiteDifference:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Which token each row is: sequence, position (in the sequence) and token_id, int64 [T]."""
+    """Which token each row is: sequence, position (in the sequence) and token_id, int64 [T]. names: of the sequences,
+    for people; () where they have none but their number."""
 
     sequence: np.ndarray
     position: np.ndarray
     token_id: np.ndarray
+    names: tuple[str, ...] = ()
+
+    def place(self, row: int) -> str:
+        """Sequence and position in words."""
+        number = int(self.sequence[row])
+        return f"sequence {self.names[number] if self.names else number} position {self.position[row]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +126,7 @@ class Bisection:
         count = f"{len(self.sites):,} outputs of {len(self.tokens.sequence):,} tokens"
         if first is None:
             return f"bit for bit equal at all {count}"
-        row = first.token
-        place = f"sequence {self.tokens.sequence[row]} position {self.tokens.position[row]}"
+        place = self.tokens.place(first.token)
         return (
             f"first difference at {first.site}, {place}: {first.differing:,} of {first.elements:,} elements differ, by "
             f"at most {first.max_ulp:,} ULP (max |Δ| {first.max_abs:.3g}); at {last.site.module} max |Δ| is "

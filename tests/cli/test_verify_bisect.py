@@ -291,6 +291,10 @@ def test_a_sequence_that_the_model_cannot_take_is_named_and_the_rest_compared(mo
     assert "token id 9999 is outside the vocabulary" in outputs[1].read_text()
     code, found, _ = run_on(rows, "--b", "position_offset=1")
     assert (code, found["exit_code"], len(found["failed"])) == (1, 1, 4)
+    # by its id, or by its line, not by its number from 0
+    assert "sequence first position 0: " in found["verdict"]
+    _, found, _ = run_on([aliens[0], good], "--b", "position_offset=1")
+    assert f"sequence {file}:2 position 0: " in found["verdict"]
     code, found, shown = run_on(aliens)
     assert (code, found["equal"], found["sites"]) == (2, False, [])
     assert shown.splitlines()[-1].startswith("nothing was compared") and "nothing was" in outputs[1].read_text()
