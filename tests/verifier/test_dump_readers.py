@@ -149,6 +149,9 @@ def test_verl_without_its_mask_takes_what_attention_shows(tmp_path: Path, named:
     del batch["attention_mask"]
     with pytest.raises(ValueError, match="field 'response_mask' is missing, and 'attention_mask' too"):
         list(read_dump(write(tmp_path, batch)))
+    row = {"input_ids": [1, 2], "rollout_log_probs": [-1.0], "response_mask": None}
+    with pytest.raises(ValueError, match="field 'response_mask' is missing, and 'responses' too"):
+        list(read_dump(write(tmp_path, row)))
 
 
 def test_verl_padding_that_cannot_be_told_is_refused(tmp_path: Path) -> None:

@@ -40,12 +40,11 @@ def read_verl(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
     if row.values.get("response_mask") is not None:
         batch = _Batch(row, ("response_mask", name), (*optional, "responses"))
     else:
-        fields.need(row, "responses")
+        for other, where in (("responses", "begin"), ("attention_mask", "end")):
+            if row.values.get(other) is None:
+                why = f"and '{other}' too: one of them has to say where responses {where}"
+                raise row.error(f"field 'response_mask' is missing, {why}")
         batch = _Batch(row, ("responses", name), optional)
-        if not batch.has("attention_mask"):
-            raise row.error(
-                "field 'response_mask' is missing, and 'attention_mask' too: one of them has to say where responses end"
-            )
     members = [batch.member(index) for index in range(batch.size)]
     pad = _pad_id(row, options)
     if pad is None and not batch.has("attention_mask"):
