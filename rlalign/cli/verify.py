@@ -53,7 +53,7 @@ def _right_form(words: Sequence[str]) -> str:
         return f"; {command} takes dumps without --dump: rlalign-verify {command} {files}"
     # what follows an option may be its value
     free = any(not word.startswith("-") and not before.startswith("-") for before, word in pairwise(words))
-    if command in ("attribute", "bisect") and free and not named:
+    if command in ("attribute", "bisect") and free and not named and "--prompts" not in rest:
         return f"; {command} takes a dump by name: rlalign-verify {command} --dump FILE --model DIR"
     return ""
 

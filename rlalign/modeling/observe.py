@@ -128,9 +128,9 @@ def _shapes(policy: Policy, num_rows: int) -> dict[Key, tuple[tuple[int, ...], .
     found: dict[Key, tuple[tuple[int, ...], ...]] = {}
 
     def observe(key: Key, outputs: Sequence[object]) -> None:
-        floats = [isinstance(output, Tensor) and output.is_floating_point() for output in outputs]
         found[key] = tuple(
-            tuple(output.shape) if is_float else () for output, is_float in zip(outputs, floats, strict=True)
+            tuple(output.shape) if isinstance(output, Tensor) and output.is_floating_point() else ()
+            for output in outputs
         )
 
     ids = torch.zeros(num_rows, dtype=torch.int64, device=policy.device)
@@ -143,10 +143,10 @@ def _shapes(policy: Policy, num_rows: int) -> dict[Key, tuple[tuple[int, ...], .
 def _layout(small: Sequence[Sequence[int]], large: Sequence[Sequence[int]]) -> Layout | None:
     axes = []
     for shapes in zip_longest(small, large, fillvalue=()):
-        grown = [axis for axis, sizes in enumerate(zip_longest(*shapes)) if sizes[0] != sizes[1]]
-        if len(grown) != 1 or tuple(shape[grown[0]] for shape in shapes) != _PROBES:
+        changed = [(axis, sizes) for axis, sizes in enumerate(zip_longest(*shapes)) if sizes[0] != sizes[1]]
+        if len(changed) != 1 or changed[0][1] != _PROBES:
             return None
-        axes.append(grown[0])
+        axes.append(changed[0][0])
     features = sum(math.prod(shape) // _PROBES[0] for shape in small)
     return Layout(tuple(axes), features) if axes else None
 

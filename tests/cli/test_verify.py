@@ -316,6 +316,7 @@ def test_an_output_that_would_replace_another_file_of_the_command_is_refused(
     (["compare", "--dump", "d.jsonl"], "compare takes dumps without --dump: rlalign-verify compare A B"),
     (["attribute", "--model", "m"], None),
     (["bisect", "--model", "m", "--prompts", "p", "--dump", "d.jsonl"], None),
+    (["bisect", "--model", "m", "--prompts", "p", "q"], None),
     (["dump", "d.jsonl"], None),
     ([], None),
 ])  # fmt: skip
