@@ -92,7 +92,7 @@ class Verdict:
         if outcome.equal:
             return f"the sides agree bit for bit on {size}{left}"
         largest = outcome.metrics["align/logp_abs_diff/max"]
-        rest = f"{outcome.mismatch_count:,} of them not bit for bit, max |Δ| {largest:.3g}"
+        rest = f"tokens whose bits differ: {outcome.mismatch_count:,}, max |Δ| {largest:.3g}"
         return f"the sides agree within the thresholds on {size} ({rest}){left}"
 
 
