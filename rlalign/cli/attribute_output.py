@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlalign.dashboards.jsonl import to_json
-from rlalign.verifier.attribution import Attribution, Effect, rounding_line
+from rlalign.verifier.attribution import Attribution, Effect, Step, rounding_line
 from rlalign.verifier.dumps import DumpSequence
 from rlalign.verifier.residue import Finding
 
@@ -32,10 +32,10 @@ def show(
     for line in _lines(outcome, facts, sequences):
         console.print(line, markup=False, soft_wrap=True)
     good = facts["exit_code"] == 0
-    if not outcome.equal and outcome.num_tokens:
-        beyond = "; ".join(facts["exceeded"]) or "within the thresholds"
-        console.print(f"the difference as a whole: {beyond}", markup=False, soft_wrap=True)
-    console.print(outcome.verdict, markup=False, soft_wrap=True, style="green" if good else "red")
+    if facts["exceeded"]:
+        console.print(f"the difference as a whole: {'; '.join(facts['exceeded'])}", markup=False, soft_wrap=True)
+    within = "within the thresholds: " if good and not outcome.equal else ""
+    console.print(f"{within}{outcome.verdict}", markup=False, soft_wrap=True, style="green" if good else "red")
 
 
 def write_json(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence], path: Path) -> None:
@@ -54,14 +54,8 @@ def record(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[Dump
         "metrics": dict(outcome.metrics),
         "base": asdict(outcome.base),
         "rest": asdict(outcome.rest),
-        "causes": [
-            {
-                "name": step.cause.name, "kind": step.cause.kind, "what": step.cause.what, "remedy": step.cause.remedy,
-                "before": asdict(step.before), "after": asdict(step.after),
-                "sequences": None if step.sequences is None else [_named(sequences, p) for p in step.sequences],
-            }
-            for step in outcome.steps
-        ],
+        "causes": [_step(step, sequences) for step in outcome.steps],
+        "nearest": None if outcome.nearest is None else _step(outcome.nearest, sequences),
         "alone": [_effect(effect) for effect in outcome.effects],
         "rounding": None if outcome.rounding is None else asdict(outcome.rounding),
         "broken": [_found(finding, sequences) for finding in outcome.broken],
@@ -186,6 +180,15 @@ def _effect(effect: Effect) -> dict[str, Any]:
         "after": asdict(effect.after),
         "moves": effect.moves,
         "same_as": effect.same_as,
+    }
+
+
+def _step(step: Step, sequences: Sequence[DumpSequence]) -> dict[str, Any]:
+    return {
+        **{name: getattr(step.cause, name) for name in ("name", "kind", "what", "remedy")},
+        "before": asdict(step.before),
+        "after": asdict(step.after),
+        "sequences": None if step.sequences is None else [_named(sequences, place) for place in step.sequences],
     }
 
 

@@ -65,7 +65,9 @@ class Verdict:
         outcome, found = self.outcome, []
         if outcome.num_tokens:
             found = self.thresholds.exceeded(
-                outcome.metrics, num_tokens=outcome.num_tokens, nonfinite=_nonfinite(outcome, self.scored)
+                outcome.metrics,
+                num_tokens=outcome.num_tokens,
+                nonfinite=not_finite(outcome.nonfinite_count, outcome.train_nonfinite_count, scored=self.scored),
             )
         return found + ([f"{self.num_unmatched:,} sequences don't match"] if self.num_unmatched else [])
 
@@ -96,10 +98,11 @@ class Verdict:
         return f"the sides agree within the thresholds on {size} ({rest}){left}"
 
 
-def _nonfinite(outcome: Outcome, scored: bool) -> list[str]:
-    """How many log-probs are missing or not finite, and whose they are."""
-    trains, found = outcome.train_nonfinite_count, []
-    if rest := outcome.nonfinite_count - trains:
+def not_finite(count: int, trains: int, *, scored: bool) -> list[str]:
+    """How many log-probs are missing or not finite, and whose they are. trains: of ``count``, those that are finite in
+    the rollout. scored: train is a model's forward."""
+    found = []
+    if rest := count - trains:
         found.append(f"{rest:,} log-probs{' of the dump' if scored else ''} are missing or not finite")
     if trains and scored:
         found.append(

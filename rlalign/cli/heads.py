@@ -34,7 +34,7 @@ def head_logprobs(
     [N, V], ids that could not be drawn.
     """
     step = max(1, _MAX_BYTES // (4 * policy.vocab_size))
-    if settings.logits == "float32" and not settings.filters_first and not settings.slack and banned is None:
+    if settings.logits == "float32" and not settings.filters_first and settings.slack <= 0 and banned is None:
         step = max(step, len(targets))  # the operator holds no logits
     parts = []
     for start in range(0, len(targets), step):
@@ -59,7 +59,7 @@ def _block(
         ones = torch.ones_like(rows.temperature)
         greedy = rows.temperature == 0
         support = _support(policy, hidden, targets, _with(rows, torch.where(greedy, 0.0, ones)), banned)
-    if settings.slack and rows is not None and rows.any_truncated:
+    if settings.slack > 0 and rows is not None and rows.any_truncated:
         kept = support if support is not None else _support(policy, hidden, targets, rows, banned)
         logits = _logits(policy, hidden, settings, rows)
         # neighbours in rank may have changed places, however large the mass between them

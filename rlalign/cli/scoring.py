@@ -24,14 +24,14 @@ from rlalign.modeling import Policy, eos_ids
 from rlalign.modeling.feeds import Feed
 from rlalign.trainer.packing import banned_ids
 from rlalign.verifier.dumps.record import DumpSequence
-from rlalign.verifier.score import ScoreSettings, effective_sampling
+from rlalign.verifier.score import TRANSFORMS, ScoreSettings, effective_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KEPT = 2
 _MAX_KEPT_BYTES = 2**30
-_HEAD_ONLY = ("processed", "ignore", "temperature", "filters_first", "slack", "logits")
+_HEAD_ONLY = ("processed", "ignore", *TRANSFORMS, "filters_first", "slack", "logits")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, th
 from rlalign.config import Dtype, Numerics
 from rlalign.verifier.dumps import FORMATS, DumpSequence, ReadOptions, detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
+from rlalign.verifier.dumps.ids import Ids
+from rlalign.verifier.dumps.signs import Signs
 from rlalign.verifier.score import OPERATORS, ScoreSettings
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from rlalign.cli.dump_scoring import Failed
     from rlalign.verifier.attribution import Attribution
+    from rlalign.verifier.thresholds import Thresholds
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     base, sequences, notes = _sequences(args)
     outcome, facts, sequences = _attribute(args, base, sequences)
-    exceeded = bounds.exceeded(outcome.metrics, num_tokens=outcome.num_tokens) if outcome.num_tokens else []
+    exceeded = _exceeded(outcome, bounds) if outcome.num_tokens else []
     facts |= {"notes": notes, "exceeded": exceeded, "exit_code": exit_code(outcome, exceeded, facts["failed"])}
     show(outcome, facts, sequences, Console(), args.worst)
     if args.json is not None:
@@ -88,6 +91,15 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         write_page(outcome, facts, sequences, args.html)
     return facts["exit_code"]
+
+
+def _exceeded(outcome: Attribution, bounds: Thresholds) -> list[str]:
+    from rlalign.cli.dump_output import not_finite
+
+    count = int(outcome.metrics["align/nonfinite_count"])
+    own = sum(finding.tokens for finding in outcome.broken if finding.name in ("missing", "nan", "-inf"))
+    nonfinite = not_finite(count, count - own, scored=True)
+    return bounds.exceeded(outcome.metrics, num_tokens=outcome.num_tokens, nonfinite=nonfinite)
 
 
 def exit_code(outcome: Attribution, exceeded: Sequence[str], failed: Sequence[Failed] = ()) -> int:
@@ -110,9 +122,13 @@ def _sequences(args: argparse.Namespace) -> tuple[list[ScoreSettings], list[Dump
     format = detect_format(args.dump, args.format)
     distribution = Distribution.of(vars(args), format)
     options = ReadOptions(args.logprobs, args.pad_token_id)
-    read = islice(read_dump(args.dump, format=format.name, options=options), args.limit)
-    decided = [distribution.decided(sequence, _plain(args)) for sequence in read]
-    return [settings for _, settings in decided], [sequence for sequence, _ in decided], distribution.notes
+    decided, ids, signs = [], Ids(within_files=True), Signs()
+    for sequence in islice(read_dump(args.dump, format=format.name, options=options), args.limit):
+        ids.add(sequence)
+        signs.add(sequence)
+        decided.append(distribution.decided(sequence, _plain(args)))
+    notes = distribution.notes + ([signs.note] if signs.note else [])
+    return [settings for _, settings in decided], [sequence for sequence, _ in decided], notes
 
 
 def _plain(args: argparse.Namespace) -> ScoreSettings:
@@ -130,7 +146,7 @@ def _attribute(
     from rlalign.cli.scoring import PolicyScorer
     from rlalign.modeling import load_tokenizer
     from rlalign.verifier.attribute import attribute
-    from rlalign.verifier.causes import config_changes
+    from rlalign.verifier.config_causes import config_changes
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
@@ -147,7 +163,8 @@ def _attribute(
         places, failed = can_take(sequences, policy)
     base, sequences = [base[place] for place in places], [sequences[place] for place in places]
     scorer = PolicyScorer(policies, tokenizer)
-    configs = [_config(folder) for folder in models]
+    configs = [_fields(folder / "config.json") for folder in models]
+    generation = args.model / "generation_config.json"
     with Console(stderr=True).status("scoring") as status:
         outcome = attribute(
             sequences,
@@ -156,6 +173,7 @@ def _attribute(
             dtype=dtype,
             num_previous=len(args.previous_model),
             config_changes=config_changes(configs[0], configs[1:]),
+            generation=_fields(generation) if generation.is_file() else None,
             decode=not args.no_decode,
             progress=lambda what: status.update(f"scoring: {what}"),
         )
@@ -180,8 +198,7 @@ def _round_trips(sequences: Sequence[DumpSequence], tokenizer: PreTrainedTokeniz
     return {"prompts_that_do_not": int((~found[:, 0]).sum()), "responses_that_do_not": int((~found[:, 1]).sum())}
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _fields(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"model folder {folder} has no config.json")
+        raise FileNotFoundError(f"model folder {path.parent} has no {path.name}")
     return json.loads(path.read_text(encoding="utf-8"))

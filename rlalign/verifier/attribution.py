@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlalign.verifier.causes import Cause
-from rlalign.verifier.residue import Finding
+from rlalign.verifier.residue import NO_NUMBERS, Finding
 from rlalign.verifier.scores import Gap
 
 # share of the tokens that rounding touches, below which a difference is something else
@@ -39,7 +39,7 @@ class Effect:
 @dataclass(frozen=True, slots=True)
 class Step:
     """One cause that was kept, on top of those before it. sequences: places among those compared; None for all.
-    ids: theirs in the dump, which may have had more."""
+    ids: what they are called in the dump, which may have had more."""
 
     cause: Cause
     before: Gap
@@ -54,7 +54,8 @@ class Rounding:
     float32 scoring; None where scoring is float32 itself. other_order: mean |Δ| between t and another order of
     summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place: mean of what the
     last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by either of the two.
-    outside: tokens beyond the support by more than that, in no mean. met: a cause of arithmetic was kept, so that
+    outside: tokens beyond the support by more than that, in no mean. beyond: tokens that are off by far more than any
+    other order of summation gives; others: without these. met: a cause of arithmetic was kept, so that
     scoring may be the engine's own but for a few shapes, and few tokens be left. native: scoring is PyTorch's, of which
     the same may be true without a cause."""
 
@@ -66,6 +67,8 @@ class Rounding:
     last_place: float
     largest: float
     outside: int = 0
+    beyond: int = 0
+    others: Gap | None = None
     met: bool = False
     native: bool = False
 
@@ -88,6 +91,11 @@ class Rounding:
         places = rest.mean_abs * rest.tokens / max(1, rest.mismatches) / self.last_place
         return self._few(rest) and self.native and not self.met and places > _LAST_PLACES
 
+    @property
+    def explains_others(self) -> bool:
+        """Whether it explains all but the tokens beyond it, where others differ at all."""
+        return self.beyond > 0 and not self.outside and self.others.mismatches > 0 and _within(self.others, self)
+
     def _few(self, rest: Gap) -> bool:
         return rest.mismatches < _FEW * self.other_mismatches
 
@@ -97,8 +105,9 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
-    """All of it. broken: log-probs that are no numbers. findings: what is left looks like. metrics: ``align/*`` of
-    ``num_tokens``, the dump as rollout against scoring as the dump says, before any cause."""
+    """All of it. broken: log-probs that are no numbers, or of tokens at the edge of a support. findings: what is left
+    looks like. metrics: ``align/*`` of ``num_tokens``, the dump as rollout against scoring as the dump says, before any
+    cause. nearest: a guess that removes much and yet can't be right, and is in no step."""
 
     num_sequences: int
     base: Gap
@@ -110,6 +119,7 @@ class Attribution:
     findings: tuple[Finding, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
     num_tokens: int = 0
+    nearest: Step | None = None
 
     @property
     def equal(self) -> bool:
@@ -117,7 +127,9 @@ class Attribution:
 
     @property
     def explained(self) -> bool:
-        """Nothing is left that a named cause or rounding doesn't account for."""
+        """Nothing is left that a named cause or rounding doesn't account for, and all log-probs are numbers."""
+        if any(finding.name in NO_NUMBERS for finding in self.broken):
+            return False
         if self.rest.mismatches == 0:
             return True
         return self.rounding is not None and within_rounding(self.rest, self.rounding)
@@ -136,6 +148,12 @@ class Attribution:
             f"{step.after.mean_abs:.3g}"
             for step in self.steps
         ]
+        if self.nearest is not None:
+            before, after = self.nearest.before.mean_abs, self.nearest.after.mean_abs
+            parts.append(
+                f"nearest, though it leaves too much to be the cause: {self.nearest.cause.name}, |Δ| {before:.3g} → "
+                f"{after:.3g}"
+            )
         return "; ".join([*parts, self._rest_line()])
 
     def _rest_line(self) -> str:
@@ -165,6 +183,8 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
         parts.append(f"and touches {rounding.other_mismatches:,} tokens, not {rest.mismatches:,}")
     explained = within_rounding(rest, rounding)
     told = "rounding explains it" if explained else "not rounding" if few else "more than rounding"
+    if not explained and rounding.explains_others:
+        told = f"rounding explains all but {_tokens(rounding.beyond)}"
     if explained and rounding.in_doubt(rest):
         told += (
             f", by its size: it touches {rounding.other_mismatches:,} tokens, and a fault as small would look so too"
@@ -174,7 +194,13 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
 
 def within_rounding(rest: Gap, rounding: Rounding) -> bool:
     """Whether two implementations of the same arithmetic may be this far apart, and in as many tokens."""
-    if rounding.outside or rounding.spares(rest):
+    if rounding.outside or rounding.beyond:
+        return False
+    return _within(rest, rounding)
+
+
+def _within(rest: Gap, rounding: Rounding) -> bool:
+    if rounding.spares(rest):
         return False
     if rounding.engine_error is not None and rounding.own_error is not None:
         # each is held against float32 by itself: a dump that rounds as we do is no further from it than we are

@@ -6,8 +6,7 @@ reports, the engine (or the pipeline behind it) did just that.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,42 +19,53 @@ Kind = Literal["data", "sampling", "weights", "tokens", "positions", "numerics"]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How one sequence's log-probs come about. shift: they are those of the token so many places later. partner: they
-    are those of this other sequence, by its place; None for its own. base: of the logarithm; None for e."""
+    """How one sequence's log-probs come about. before: so many of its first tokens are scored in these other settings.
+    shift: they are those of the token so many places later. partner: they are those of this other sequence, by its
+    place; None for its own. base: of the logarithm; None for e. grid: what they are rounded to, as ``scores.on_grid``
+    names it; None for nothing."""
 
     settings: ScoreSettings = field(default_factory=ScoreSettings)
+    before: tuple[int, ScoreSettings] | None = None
     shift: int = 0
     partner: int | None = None
     base: int | None = None
+    grid: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """change: the way of the sequence at a place, with this cause in it."""
+    """change: the way of the sequence at a place, with this cause in it. guessed: its value is one of many that were
+    tried, so that one beside the truth removes much too: it is believed where most tokens then agree."""
 
     name: str
     kind: Kind
     what: str
     remedy: str
     change: Callable[[Way, int], Way]
+    guessed: bool = False
 
 
-def setting_cause(name: str, kind: Kind, what: str, remedy: str, **values: Any) -> Cause:
+def setting_cause(name: str, kind: Kind, what: str, remedy: str, *, guessed: bool = False, **values: Any) -> Cause:
     """A cause that is a change of ``ScoreSettings``, by field."""
 
-    def change(way: Way, _place: int) -> Way:
+    def changed(settings: ScoreSettings) -> ScoreSettings:
         merged = dict(values)
         if "ignore" in merged:
-            merged["ignore"] = way.settings.ignore | frozenset(merged["ignore"])
+            merged["ignore"] = settings.ignore | frozenset(merged["ignore"])
         if "config" in merged:
-            merged["config"] = (*way.settings.config, *merged["config"])
-        return replace(way, settings=replace(way.settings, **merged))
+            merged["config"] = (*settings.config, *merged["config"])
+        return replace(settings, **merged)
 
-    return Cause(name, kind, what, remedy, change)
+    def change(way: Way, _place: int) -> Way:
+        before = None if way.before is None else (way.before[0], changed(way.before[1]))
+        return replace(way, settings=changed(way.settings), before=before)
+
+    return Cause(name, kind, what, remedy, change, guessed)
 
 
 # scoring in float32, the engine in 16 bits
 COARSER = "dtype.bfloat16"
+ONE_OPERATOR = "operator."
 _PROCESSED = "vLLM: logprobs_mode=processed_logprobs; SGLang: leave SGLANG_RETURN_ORIGINAL_LOGPROB unset; or score raw"
 _FILTER = "sample with top_p=1, top_k off, min_p=0; or report log-probs after the filters (vLLM: processed_logprobs)"
 _PROMPT = "hand the engine's own prompt_token_ids to the trainer; never render or encode a prompt twice"
@@ -66,6 +76,10 @@ _OURS = "same numerics on both sides (rlalign: numerics=invariant)"
 FILTERS = setting_cause(
     "filters", "sampling", "temperature is in the log-probs, top-k, top-p and min-p are not", _FILTER,
     ignore=["top_k", "top_p", "min_p"],
+)  # fmt: skip
+ONCE = setting_cause(
+    "once", "numerics", "PyTorch's operators, whole sequences beside each other in one forward", _OURS,
+    native=OPERATORS, phase="prefill", batch="together",
 )  # fmt: skip
 BATCH = setting_cause(
     "batch", "numerics", "PyTorch's operators, one sequence at a time rather than beside others", _OURS,
@@ -127,17 +141,6 @@ def weight_causes(num_previous: int) -> list[Cause]:
     ]  # fmt: skip
 
 
-def config_causes(changes: Sequence[tuple[str, int | float | str, str]]) -> list[Cause]:
-    """One cause per (field of config.json, value, where that value is from)."""
-    return [
-        setting_cause(
-            f"config.{name}={value}", "weights", f"computed with {name}={value} ({origin})",
-            f"give both sides the same config.json: {name} differs", config=[(name, value)],
-        )
-        for name, value, origin in changes
-    ]  # fmt: skip
-
-
 def token_causes() -> list[Cause]:
     """Other tokens than those that were sampled, or another prompt in front of them."""
     c = setting_cause
@@ -173,9 +176,11 @@ def position_causes() -> list[Cause]:
           response_position_offset=-1),
         c("positions[+1]", "positions", "all position ids are one too large", _POSITIONS, position_offset=1),
         c("positions[-1]", "positions", "all position ids are one too small", _POSITIONS, position_offset=-1),
-        c("padding.left", "positions", "padding before the prompt is attended to as if it were text",
+        c("padding.left", "positions",
+          "padding before the prompt, up to the longest one's length, is attended to as if it were text",
           "pass the attention mask with left-padded prompts", padding="left_seen"),
-        c("padding.middle", "positions", "padding between prompt and response is attended to as if it were text",
+        c("padding.middle", "positions",
+          "padding between prompt and response, up to the longest prompt's length, is attended to as if it were text",
           "pad prompts on the left, or pass the attention mask", padding="middle_seen"),
     ]  # fmt: skip
 
@@ -201,7 +206,7 @@ def numeric_causes(dtype: Dtype, *, decode: bool, native: bool = False) -> list[
           "convert logits to float32 before log_softmax", logits="bfloat16_softmax"),
         c(f"dtype.{other}", "numerics", f"the engine computes in {other}, scoring in {dtype}",
           f"one dtype on both sides (vLLM, SGLang: --dtype {dtype})", dtype=other),
-        *(c(f"operator.{name}", "numerics", f"another implementation of {what}", _OURS, native=[name])
+        *(c(f"{ONE_OPERATOR}{name}", "numerics", f"another implementation of {what}", _OURS, native=[name])
           for name, what in operators.items() if not native),
         other_operators(native),
         BATCH,
@@ -222,82 +227,7 @@ def other_operators(native: bool) -> Cause:
 
 def other_orders(native: bool, *, decode: bool) -> list[Cause]:
     """Other orders of summation, the most unlike first: the other implementation; and of PyTorch's operators, where
-    ours can't take the model, other shapes, which they sum in another order."""
+    ours can't take the model, other shapes, which they sum in another order. The one that scoring has is no other."""
     if not native:
         return [other_operators(native)]
-    return [other_operators(native), *([DECODE] if decode else []), BATCH]
-
-
-def shift_causes() -> list[Cause]:
-    """Log-probs stored one place off their tokens."""
-
-    def moved(shift: int) -> Callable[[Way, int], Way]:
-        return lambda way, _place: replace(way, shift=shift)
-
-    remedy = "store the log-prob beside its own token: index i of both lists (TRL, verl: check the shift by one)"
-    return [
-        Cause("shifted_index[+1]", "data", "each token carries the log-prob of the next token", remedy, moved(1)),
-        Cause("shifted_index[-1]", "data", "each token carries the log-prob of the previous token", remedy, moved(-1)),
-    ]
-
-
-def swap_cause(partners: Mapping[int, int], ids: Sequence[str]) -> Cause:
-    """Log-probs that belong to other sequences: partners[i] is whose the i-th sequence, called ids[i], carries."""
-    pairs = ", ".join(f"{ids[a]} carries those of {ids[b]}" for a, b in sorted(partners.items()))
-    return Cause(
-        "swapped_sequences", "data", f"log-probs of other sequences (by id: {pairs})",
-        "match log-probs to sequences by request id, not by order of arrival",
-        lambda way, place: replace(way, partner=partners.get(place)),
-    )  # fmt: skip
-
-
-def base_cause(base: int) -> Cause:
-    """Logarithms to another base than e."""
-    return Cause(
-        f"log_base[{base}]", "data", f"the log-probs are logarithms to base {base}, not to base e",
-        f"report natural logarithms (torch.log, not log{base}), or multiply by ln {base} = {math.log(base):.6g}",
-        lambda way, _place: replace(way, base=base),
-    )  # fmt: skip
-
-
-def temperature_cause(temperature: float) -> Cause:
-    """A temperature that the dump does not name, found by fitting."""
-    return setting_cause(
-        f"temperature={temperature:g}", "sampling", f"the log-probs are at temperature {temperature:g}",
-        "score at the temperature that the engine sampled at (verl: rollout.temperature; TRL: temperature)",
-        temperature=temperature,
-    )  # fmt: skip
-
-
-def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
-    """(field, value, origin) of config.json that may explain a difference: what other checkpoints have instead, then
-    common values of the RoPE base and the norm's epsilon."""
-    mine = _flat(own)
-    found: list[tuple[str, Any, str]] = []
-    for n, other in enumerate(others, start=1):
-        theirs = _flat(other)
-        names = [name for name in theirs if name in mine and theirs[name] != mine[name] and _matters(name)]
-        found += [(name, theirs[name], f"as previous model {n}") for name in names]
-    for ending, values in (("rope_theta", (10_000.0, 500_000.0, 1_000_000.0)), ("_norm_eps", (1e-6, 1e-5))):
-        for name in (name for name in mine if name.endswith(ending)):
-            found += [(name, value, "a common value") for value in values if value != mine[name]]
-    unique = {(name, value): (name, value, origin) for name, value, origin in reversed(found)}
-    return list(reversed(unique.values()))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
-    found: dict[str, int | float | str] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float | str):
-            found[prefix + name] = value
-    return found
-
-
-_IGNORED = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "vocab_size", "hidden_size")
-
-
-def _matters(name: str) -> bool:
-    """Whether a field can change a log-prob of the same weights without changing their shapes."""
-    return not name.startswith(("num_", "max_", "_", "architectures")) and not name.endswith(("_token_id", *_IGNORED))
+    return [other_operators(native), *([DECODE] if decode else []), ONCE, BATCH]

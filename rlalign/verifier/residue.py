@@ -14,12 +14,14 @@ from rlalign.verifier.compare import ulp_distance
 from rlalign.verifier.dumps.record import DumpSequence, missing
 
 _SHOWN = 5
-# a token is far off at so many times what is typical, where most tokens differ a little
-_FAR_OFF = 20.0
 _ONE_SIDED = 0.95
 _MIN_TOKENS = 40
 # a log-prob above 0 by rounding is not one of these
 _POSITIVE = 1e-3
+# a penalty: how many tokens on either side, how many of them the way it moves them, and how much more it moves those
+_LEAST_REPEATED, _MOST, _STRONGER = 5, 0.75, 2.0
+NO_NUMBERS = ("missing", "nan", "-inf", "positive", "scored_nan")
+"""Names of findings that no cause and no rounding accounts for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +67,29 @@ def describe_rest(
     scored: np.ndarray,
     place: np.ndarray,
     counts: np.ndarray,
+    far: np.ndarray,
     *,
     explained: bool = False,
+    grid: str | None = None,
 ) -> tuple[Finding, ...]:
-    """Patterns of what is left. size: |Δ| float64 [N], NaN where a token does not count. scored: float32 [N]. counts:
-    bool [N], tokens that do. explained: by rounding, so that only tokens far beyond it are worth a word."""
+    """Patterns of what is left. size: |Δ| float64 [N], NaN where a token does not count. scored: float32 [N]. counts,
+    far: bool [N], tokens that do, and those that are off by more than rounding where most tokens differ a little.
+    explained: by rounding. grid: what the dump's log-probs all fit into."""
     reported = np.concatenate([*(s.logprobs for s in sequences), np.zeros(0, np.float32)])
     valid = counts & np.isfinite(size)
     differs = valid & (reported.view(np.int32) != scored.view(np.int32))
-    if not differs.any():
+    if not differs.any() or explained:
         return ()
     position = _positions(place)
-    found = [_outside(scored, valid, place, position), None if explained else _stored(reported, valid, place, position)]
+    found = [_outside(scored, valid, place, position), _stored(grid, valid, place, position)]
     valid, differs = valid & ~np.isneginf(scored), differs & ~np.isneginf(scored)
-    exact = not explained and differs.sum() < 0.5 * valid.sum()
-    if not exact and differs.any():
-        # what is off must not raise the bar for itself; rounding is all sizes, and its median may be next to nothing
-        typical = np.mean(size[differs]) if explained else np.median(size[differs])
-        far = differs & (size > _FAR_OFF * float(typical))
-    else:
-        far = differs
+    if (penalty := _penalty(sequences, reported, scored, valid, place, position)) is not None:
+        return tuple(each for each in (*found, penalty) if each is not None)
+    exact = differs.sum() < 0.5 * valid.sum()
+    far = differs if exact else differs & far
     if far.any() and far.sum() < 0.5 * valid.sum():
-        found += _clusters(far, valid, place, position, reported, scored)
-    elif not far.any() and not explained:
+        found += _clusters(far, valid, place, position, reported, scored, exact=exact)
+    elif not far.any():
         # what is no log-probability has no side
         found += _trends(size, scored, reported, valid & ~(reported > _POSITIVE), place, position)
     return tuple(each for each in found if each is not None)
@@ -99,19 +101,40 @@ def _outside(scored: np.ndarray, valid: np.ndarray, place: np.ndarray, position:
     return _finding("outside_support", what, outside, place, position) if outside.any() else None
 
 
-def _stored(reported: np.ndarray, valid: np.ndarray, place: np.ndarray, position: np.ndarray) -> Finding | None:
-    """Log-probs that all lie on a grid: float32 ones of that many values never do by chance."""
-    values = np.unique(reported[valid])
-    if len(values) < _MIN_TOKENS:
+def _stored(grid: str | None, valid: np.ndarray, place: np.ndarray, position: np.ndarray) -> Finding | None:
+    what = f"every log-prob of the dump fits into {grid}: rounded where it was computed or stored"
+    return None if grid is None else _finding("stored", what, valid, place, position)
+
+
+def _penalty(
+    sequences: Sequence[DumpSequence],
+    reported: np.ndarray,
+    scored: np.ndarray,
+    valid: np.ndarray,
+    place: np.ndarray,
+    position: np.ndarray,
+) -> Finding | None:
+    """Tokens that stood in the prompt or the response before are less likely in the dump, and all others more."""
+    repeated = np.concatenate([*(_repeated(s) for s in sequences), np.zeros(0, np.bool_)])
+    delta = np.where(valid, reported.astype(np.float64) - scored, np.nan)
+    again, first = delta[valid & repeated], delta[valid & ~repeated]
+    if len(again) < _LEAST_REPEATED or len(first) < _LEAST_REPEATED:
         return None
-    exact = values.astype(np.float64)
-    grids = {"bfloat16": (values.view(np.int32) & 0xFFFF) == 0, "float16": np.float16(values) == values}
-    grids |= {f"{n} decimals": np.round(exact, n).astype(np.float32) == values for n in range(1, 6)}
-    fits = next((name for name, on_it in grids.items() if on_it.all()), None)
+    lower, higher = float((again < 0).mean()), float((first > 0).mean())
+    if min(lower, higher) < _MOST or abs(again.mean()) < _STRONGER * abs(first.mean()):
+        return None
     what = (
-        f"every log-prob of the dump fits into {fits}: rounded where it was computed or stored, and not to be had back"
+        "tokens that stood before are less likely in the dump, and all others a little more: a repetition, presence or "
+        "frequency penalty, which scoring can't apply; sample without, or ask for raw log-probs"
     )
-    return None if fits is None else _finding("stored", what, valid, place, position)
+    return _finding("penalty", what, valid & repeated, place, position)
+
+
+def _repeated(sequence: DumpSequence) -> np.ndarray:
+    """bool [L]: tokens that are in the prompt, or earlier in the response."""
+    first = np.zeros(len(sequence.token_ids), np.bool_)
+    first[np.unique(sequence.token_ids, return_index=True)[1]] = True
+    return ~first | np.isin(sequence.token_ids, sequence.prompt_token_ids)
 
 
 def _clusters(
@@ -121,8 +144,11 @@ def _clusters(
     position: np.ndarray,
     reported: np.ndarray,
     scored: np.ndarray,
+    *,
+    exact: bool,
 ) -> list[Finding]:
-    """Tokens that are off, one finding per kind: from a position on, whole sequences, or here and there."""
+    """Tokens that are off, one finding per kind: from a position on, whole sequences, or here and there. exact: the
+    others agree bit for bit."""
     groups: dict[str, np.ndarray] = {name: np.zeros_like(far) for name in ("from_position", "sequence", "isolated")}
     for sequence in np.unique(place[far]):
         mine = far & (place == sequence)
@@ -135,8 +161,9 @@ def _clusters(
         "or stale KV block, a prefix-cache hit after a weight update, or a preempted request (bisect --dump shows the "
         "layer)",
         "sequence": "whole sequences differ and the others agree: other prompt, weights or padding in these",
-        "isolated": f"single tokens differ, by up to {_ulp(reported, scored, groups['isolated'])} ULP, and their "
-        "neighbours agree: the log-prob was changed after it was computed (conversion, rounding, storage)",
+        "isolated": f"single tokens differ, by up to {_ulp(reported, scored, groups['isolated'])} ULP, and "
+        + ("most agree" if exact else "most far less")
+        + ": the log-prob was changed after it was computed (conversion, rounding, storage)",
     }
     return [_finding(name, says[name], mask, place, position) for name, mask in groups.items() if mask.any()]
 

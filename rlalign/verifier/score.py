@@ -66,12 +66,16 @@ class ScoreSettings:
     ignore: frozenset[Transform] = frozenset()
     """Transforms left out of the log-prob, although the token was sampled with them."""
     temperature: float | None = Field(None, gt=0)
-    """In place of the dump's."""
+    """In place of the dump's, as are the next three."""
+    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
     filters_first: bool = False
     """top-k, top-p and min-p at temperature 1, and the temperature after them."""
-    slack: float = Field(0.0, ge=0)
+    slack: float = 0.0
     """Filters keep what they might keep if every probability were wrong by a factor of up to e**slack: their bounds are
-    loosened, and what is within ``slack`` of the least likely kept token is kept too."""
+    loosened, and what is within ``slack`` of the least likely kept token is kept too. Negative: bounds are tightened,
+    so that only what is kept in any case is."""
     logits: Literal["float32", "bfloat16", "bfloat16_softmax"] = "float32"
     """What logits are rounded to; bfloat16_softmax: log-softmax and its result too."""
     target_shift: Literal[-1, 0, 1] = 0
@@ -142,9 +146,10 @@ def effective_sampling(sequence: DumpSequence, settings: ScoreSettings) -> Sampl
         params = replace(params, min_tokens=0)
     if not params.greedy:
         params = replace(params, **{name: _OFF[name] for name in off})
-    if settings.slack:
-        params = _loosened(params, math.exp(settings.slack))
-    return params if settings.temperature is None else replace(params, temperature=settings.temperature)
+    instead = {name: value for name in TRANSFORMS if (value := getattr(settings, name)) is not None}
+    if instead:
+        params = replace(params, **instead)
+    return _loosened(params, math.exp(settings.slack)) if settings.slack else params
 
 
 def _loosened(params: SamplingParams, factor: float) -> SamplingParams:
@@ -153,7 +158,7 @@ def _loosened(params: SamplingParams, factor: float) -> SamplingParams:
     return replace(
         params,
         top_p=params.top_p * factor / (params.top_p * factor + (1 - params.top_p)),
-        min_p=params.min_p / factor,
+        min_p=min(1.0, params.min_p / factor),
     )
 
 

@@ -16,7 +16,7 @@ from rlalign.cli.scoring import PolicyScorer
 from rlalign.cli.verify import main
 from rlalign.modeling import load_policy
 from rlalign.verifier.attribute import attribute
-from rlalign.verifier.causes import config_changes
+from rlalign.verifier.config_causes import config_changes
 from rlalign.verifier.dumps import DumpSequence, write_dump
 
 

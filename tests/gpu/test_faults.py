@@ -38,7 +38,7 @@ from rlalign.config import EngineConfig
 from rlalign.modeling import Policy, load_policy
 from rlalign.verifier.attribute import attribute
 from rlalign.verifier.bisect import Bisection, bisect
-from rlalign.verifier.causes import config_changes
+from rlalign.verifier.config_causes import config_changes
 from rlalign.verifier.dumps import DumpSequence, write_dump
 from rlalign.verifier.full_vocabulary import check_full_vocabulary
 from rlalign.verifier.layers import check_layers

@@ -12,14 +12,14 @@ from support.numbers_scorer import BASE, CONFIG, LENGTHS, Numbers, noise, plante
 from rlalign.config import SamplingParams
 from rlalign.verifier import causes as catalogue
 from rlalign.verifier.attribute import attribute
-from rlalign.verifier.causes import config_changes
+from rlalign.verifier.config_causes import config_causes, config_changes
 from rlalign.verifier.dumps.record import MISSING, DumpSequence
 from rlalign.verifier.score import OPERATORS, ScoreSettings
 
 CAUSES = {
     cause.name: cause
     for cause in (
-        *catalogue.sampling_causes(), *catalogue.weight_causes(2), *catalogue.config_causes(CONFIG),
+        *catalogue.sampling_causes(), *catalogue.weight_causes(2), *config_causes(CONFIG),
         *catalogue.token_causes(), *catalogue.position_causes(), *catalogue.numeric_causes("float32", decode=True),
     )
     if cause.name != "processed"

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.numbers_scorer import BASE, LENGTHS, Numbers, reported, sequences
+from support.softmax_scorer import Softmax, dump
 
 from rlalign.config import SamplingParams
 from rlalign.verifier.attribute import attribute
 from rlalign.verifier.attribution import Attribution
 from rlalign.verifier.dumps.record import DumpSequence
-from rlalign.verifier.score import ScoreSettings, effective_sampling
+from rlalign.verifier.score import OPERATORS, ScoreSettings, effective_sampling
 
 
 class Filtered(Numbers):
@@ -101,3 +102,31 @@ def test_a_few_tokens_outside_do_not_hide_what_removes_them():
     outcome = attribute(dump, Stale(), num_previous=1)
     assert [step.cause.name for step in outcome.steps] == ["stale_weights[1]"]
     assert outcome.explained
+
+
+class Narrow(Softmax):
+    """Top-p keeps one more for a token of sequence 1 where filters are loosened: ``wide`` is its log-prob."""
+
+    def __init__(self, place: int, wide: np.float32) -> None:
+        super().__init__()
+        self.place, self.wide = place, wide
+
+    def _one(self, sequence: DumpSequence, settings: ScoreSettings) -> np.ndarray:
+        found = super()._one(sequence, settings)
+        if sequence.id == "r1" and settings.slack > 0:
+            found[self.place] = self.wide
+        return found
+
+
+@pytest.mark.parametrize(("at_the_edge", "name"), [(True, "edge_of_support"), (False, "isolated")])
+def test_another_member_of_the_support_is_no_other_distribution(at_the_edge, name):
+    """It has 1% of the mass on one side, and nothing on the other: all that is left of the token's own moves."""
+    params = SamplingParams(top_p=0.8)
+    made = [replace(s, sampling=params) for s in dump(Softmax(), params, ScoreSettings(native=OPERATORS))]
+    wide = Softmax()([replace(made[1], sampling=SamplingParams(top_p=0.83))], BASE)[0]
+    place = int(np.flatnonzero(wide < made[1].logprobs - 1e-3)[0])
+    values = np.where(np.arange(len(wide)) == place, wide, made[1].logprobs)
+    scorer = Narrow(place, wide[place]) if at_the_edge else Softmax()
+    outcome = attribute([made[0], replace(made[1], logprobs=values), *made[2:]], scorer, decode=False)
+    assert [(f.name, f.where) for f in (*outcome.broken, *outcome.findings)] == [(name, ((1, place),))]
+    assert outcome.explained == at_the_edge

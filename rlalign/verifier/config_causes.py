@@ -1,0 +1,75 @@
+"""Causes that are other fields of a checkpoint's files: config.json, generation_config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlalign.verifier.causes import Cause, setting_cause
+
+_COMMON = "a common value"
+
+
+def config_causes(changes: Sequence[tuple[str, int | float | str, str]]) -> list[Cause]:
+    """One cause per (field of config.json, value, where that value is from)."""
+    return [
+        setting_cause(
+            f"config.{name}={value}", "weights", f"computed with {name}={value} ({origin})",
+            f"give both sides the same config.json: {name} differs", guessed=origin == _COMMON, config=[(name, value)],
+        )
+        for name, value, origin in changes
+    ]  # fmt: skip
+
+
+def generation_causes(defaults: Mapping[str, Any]) -> list[Cause]:
+    """That requests named no sampling parameters and the engine took those of generation_config.json.
+
+    defaults: the file's fields.
+    """
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    values = {name: value for name, none in off.items() if (value := defaults.get(name)) not in (None, none)}
+    if not values:
+        return []
+    shown = ", ".join(f"{name}={value:g}" for name, value in values.items())
+    return [
+        setting_cause(
+            "generation_config", "sampling",
+            f"sampled with generation_config.json's defaults ({shown}), which the dump doesn't name",
+            "put sampling parameters into the dump, or let requests name all of them (vLLM: --generation-config vllm)",
+            **(off | values),
+        )
+    ]  # fmt: skip
+
+
+def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
+    """(field, value, origin) of config.json that may explain a difference: what other checkpoints have instead, then
+    common values of the RoPE base and the norm's epsilon."""
+    mine = _flat(own)
+    found: list[tuple[str, Any, str]] = []
+    for n, other in enumerate(others, start=1):
+        theirs = _flat(other)
+        names = [name for name in theirs if name in mine and theirs[name] != mine[name] and _matters(name)]
+        found += [(name, theirs[name], f"as previous model {n}") for name in names]
+    for ending, values in (("rope_theta", (10_000.0, 500_000.0, 1_000_000.0)), ("_norm_eps", (1e-6, 1e-5))):
+        for name in (name for name in mine if name.endswith(ending)):
+            found += [(name, value, _COMMON) for value in values if value != mine[name]]
+    unique = {(name, value): (name, value, origin) for name, value, origin in reversed(found)}
+    return list(reversed(unique.values()))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
+    found: dict[str, int | float | str] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float | str):
+            found[prefix + name] = value
+    return found
+
+
+_IGNORED = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "vocab_size", "hidden_size")
+
+
+def _matters(name: str) -> bool:
+    """Whether a field can change a log-prob of the same weights without changing their shapes."""
+    return not name.startswith(("num_", "max_", "_", "architectures")) and not name.endswith(("_token_id", *_IGNORED))

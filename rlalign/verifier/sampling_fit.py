@@ -1,0 +1,163 @@
+"""Sampling parameters that a dump does not name: temperature and filters, fitted to its log-probs.
+
+A fit takes whatever comes nearest, so these causes are ``guessed``. Legend: N tokens of all sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from rlalign.verifier.causes import Cause, Way, setting_cause
+from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.score import effective_sampling
+from rlalign.verifier.scores import Scores
+
+_TEMPERATURES = (0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0)
+_CLOSER = (0.05, 0.02, 0.01)
+# coarse values of a filter, and how fine they are then taken
+_FILTERS: dict[str, tuple[tuple[float, ...], float]] = {
+    "top_k": ((1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 1),
+    "top_p": ((0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99), 0.01),
+    "min_p": ((0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5), 0.01),
+}
+_FIT_TOKENS = 512
+# a pair is tried many times
+_PAIR_TOKENS = 128
+_PAIR_ROUNDS = 5
+# share of tokens on one side of scoring, as renormalisation leaves them
+_ONE_SIDED = 0.9
+# share of |Δ| that is left where a fit is worth a try
+_WORTH = 0.9
+# a pair that is true leaves far less than either of the two alone
+_HALF = 0.5
+
+
+@dataclass(slots=True)
+class _Fit:
+    """The first sequences of a dump, and mean |Δ| of scoring them with other sampling parameters."""
+
+    scores: Scores
+    ways: Sequence[Way]
+    known: dict[tuple[tuple[str, float], ...], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scores: Scores, ways: Sequence[Way], num_tokens: int) -> _Fit:
+        few: list[DumpSequence] = []
+        for sequence in scores.sequences:
+            if sum(len(each.token_ids) for each in few) < num_tokens:
+                few.append(sequence)
+        whole = len(few) == len(scores.sequences)
+        return cls(scores if whole else Scores(few, scores.scorer, scores.decode), ways[: len(few)])
+
+    def error(self, **values: float) -> float:
+        """Of these parameters in place of the dump's."""
+        key = tuple(sorted(values.items()))
+        if key not in self.known:
+            self.known[key] = self.scores.gap(self._scored(**values)).mean_abs
+        return self.known[key]
+
+    def floor(self) -> float:
+        """Mean |Δ| that another order of summation gives, at the parameters as they are; 0 if there is no other."""
+        order = self.scores.other_order(self.ways)
+        return 0.0 if order is None else self.scores.apart(order, self._scored()) or 0.0
+
+    def _scored(self, **values: float) -> np.ndarray:
+        return self.scores.of([replace(way, settings=replace(way.settings, **values)) for way in self.ways])
+
+    def temperature(self, near: float | None = None, **others: float) -> float:
+        """The one of least error, to a hundredth; ties go to the one next to 1. near: only some around this one."""
+        start = _TEMPERATURES if near is None else (near - 0.1, near, near + 0.1)
+        tried = {t: self.error(temperature=t, **others) for t in (round(t, 2) for t in start) if t > 0}
+        for width in _CLOSER:
+            middle = min(tried, key=lambda t: (tried[t], abs(t - 1)))
+            around = [round(middle + sign * width, 2) for sign in (-1, 1)]
+            tried |= {t: self.error(temperature=t, **others) for t in around if t > 0 and t not in tried}
+        return min(tried, key=lambda t: (tried[t], abs(t - 1)))
+
+    def filter(self, name: str, **others: float) -> float:
+        """The value of least error: around the best of the coarse ones error falls and then rises."""
+        coarse, step = _FILTERS[name]
+
+        def error(value: float) -> float:
+            return self.error(**{name: value}, **others)
+
+        best = min(range(len(coarse)), key=lambda i: error(coarse[i]))
+        low, high = coarse[max(0, best - 1)], coarse[min(len(coarse) - 1, best + 1)]
+        values = [type(coarse[0])(round(low + step * i, 2)) for i in range(round((high - low) / step) + 1)]
+        return min((_lowest(values, error), coarse[best]), key=error)
+
+
+def _lowest(values: Sequence[float], error: Callable[[float], float]) -> float:
+    """The value of least error, which falls and then rises along ascending values."""
+    low, high = 0, len(values) - 1
+    while high - low > 2:
+        left, right = low + (high - low) // 3, high - (high - low) // 3
+        if error(values[left]) <= error(values[right]):
+            high = right
+        else:
+            low = left
+    return min(values[low : high + 1], key=error)
+
+
+def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:
+    """Causes that are a temperature, a filter, or both at once, other than the dump names; those that fit best.
+
+    A filter is tried where the dump's log-probs are nearly all on one side of scoring's, or some tokens have none;
+    both where a temperature alone leaves more than rounding does.
+    """
+    fit = _Fit.of(scores, ways, _FIT_TOKENS)
+    before, least = fit.error(), 2 * fit.floor()
+    found: list[dict[str, float]] = []
+    temperature = fit.temperature()
+    named = {effective_sampling(s, w.settings).temperature for s, w in zip(scores.sequences, ways, strict=True)}
+    if named != {temperature} and fit.error(temperature=temperature) <= _WORTH * before:
+        found.append({"temperature": temperature})
+    if all(fit.error(**values) > least for values in found):
+        if _one_sided(scores, now):
+            found += [
+                values for name in _FILTERS if fit.error(**(values := {name: fit.filter(name)})) < _WORTH * before
+            ]
+        if found and min(fit.error(**values) for values in found) > least:
+            found += _pairs(_Fit.of(scores, ways, _PAIR_TOKENS), temperature)
+    return [sampling_cause(**values) for values in found]
+
+
+def _one_sided(scores: Scores, now: np.ndarray) -> bool:
+    valid = scores.counts & ~np.isnan(now)
+    higher, lower = (float((valid & side).sum()) for side in (scores.reported > now, scores.reported < now))
+    return max(higher, lower) >= _ONE_SIDED * valid.sum() or bool((valid & np.isneginf(now)).any())
+
+
+def _pairs(fit: _Fit, temperature: float) -> list[dict[str, float]]:
+    """A filter and a temperature, each fitted in turn: the pair of least error, if one halves what either leaves."""
+    alone = min(fit.error(temperature=temperature), *(fit.error(**{name: fit.filter(name)}) for name in _FILTERS))
+    best: dict[str, float] = {}
+    for name in _FILTERS:
+        values = {"temperature": temperature}
+        for _ in range(_PAIR_ROUNDS):
+            previous = dict(values)
+            values[name] = fit.filter(name, temperature=values["temperature"])
+            values["temperature"] = fit.temperature(values["temperature"], **{name: values[name]})
+            if values == previous:
+                break
+        if not best or fit.error(**values) < fit.error(**best):
+            best = values
+    return [best] if fit.error(**best) <= _HALF * alone else []
+
+
+def sampling_cause(**values: float) -> Cause:
+    """Sampling parameters that the dump does not name, found by fitting."""
+    name = ",".join(f"{key}={value:g}" for key, value in values.items())
+    what = " and ".join(
+        f"at temperature {value:g}" if key == "temperature" else f"renormalised over {key}={value:g}"
+        for key, value in values.items()
+    )
+    return setting_cause(
+        name, "sampling", f"the log-probs are {what}, which the dump doesn't name",
+        "put the sampling parameters into the dump (vLLM takes those of generation_config.json where a request names "
+        "none; transformers' generate has top_k=50), and score with them (verl: rollout.temperature; TRL: temperature)",
+        guessed=True, **values,
+    )  # fmt: skip

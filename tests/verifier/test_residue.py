@@ -1,0 +1,65 @@
+"""What is said of a difference that no cause removes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.softmax_scorer import Softmax, dump, log_softmax
+
+from rlalign.config import SamplingParams
+from rlalign.verifier.attribute import attribute
+from rlalign.verifier.dumps.record import MISSING
+from rlalign.verifier.score import OPERATORS, ScoreSettings
+
+NATIVE = ScoreSettings(native=OPERATORS)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.5])
+def test_a_penalty_is_recognised(penalty):
+    """Tokens that were there lose ``penalty`` of their logit, so that all others gain."""
+    scorer = Softmax()
+    made = []
+    for sequence in dump(scorer):
+        # half of the prompt is said again
+        tokens = np.where(np.arange(24) % 3 == 0, sequence.token_ids[0], sequence.token_ids)
+        one = replace(sequence, token_ids=tokens)
+        logits = scorer.logits(one, ScoreSettings())
+        for row in range(len(tokens)):
+            logits[row, list({*one.prompt_token_ids.tolist(), *tokens[:row].tolist()})] -= penalty
+        made.append(replace(one, logprobs=log_softmax(logits)[np.arange(24), tokens].astype(np.float32)))
+    outcome = attribute(made, scorer, decode=False)
+    assert not outcome.explained
+    assert [finding.name for finding in outcome.findings] == ["penalty"]
+
+
+def test_stale_weights_are_no_penalty():
+    outcome = attribute(dump(Softmax(), settings=ScoreSettings(weights=1)), Softmax(), decode=False)
+    assert not outcome.explained
+    assert "penalty" not in [finding.name for finding in outcome.findings]
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, MISSING, np.float32(0.5)])
+def test_what_is_no_log_prob_is_not_explained_by_rounding(value):
+    made = dump(Softmax(), settings=NATIVE)
+    values = made[2].logprobs.copy()
+    values[5] = value
+    outcome = attribute([*made[:2], replace(made[2], logprobs=values), *made[3:]], Softmax(), decode=False)
+    assert outcome.base.mismatches > 0
+    assert not outcome.explained
+    assert [finding.where for finding in outcome.broken] == [((2, 5),)]
+
+
+def test_one_token_beyond_rounding_is_not_explained_by_the_mean():
+    made = dump(Softmax(), SamplingParams(), NATIVE)
+    values = made[3].logprobs.copy()
+    values[7] += np.float32(1e-4)
+    outcome = attribute([*made[:3], replace(made[3], logprobs=values), *made[4:]], Softmax(), base=NATIVE, decode=False)
+    assert not outcome.explained  # bits are equal elsewhere
+    near = [replace(s, logprobs=(s.logprobs - np.float32(1e-6))) for s in made]
+    near[3] = replace(near[3], logprobs=values)
+    outcome = attribute(near, Softmax(), decode=False)
+    assert not outcome.explained
+    assert "rounding explains all but 1 token: unexplained" in outcome.verdict
+    assert [(f.name, f.where) for f in outcome.findings] == [("isolated", ((3, 7),))]

@@ -1,0 +1,114 @@
+"""Sampling parameters that a dump does not name are fitted; a fit that is only the nearest one is no cause."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.softmax_scorer import Softmax, dump, filtered, log_softmax
+
+from rlalign.config import SamplingParams
+from rlalign.verifier.attribute import attribute
+from rlalign.verifier.attribution import Attribution
+from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.score import OPERATORS, ScoreSettings
+
+NATIVE = ScoreSettings(native=OPERATORS)
+
+
+def run(made: Sequence[DumpSequence], **options: object) -> Attribution:
+    return attribute(made, Softmax(), decode=False, **options)
+
+
+def names(outcome: Attribution) -> list[str]:
+    return [step.cause.name for step in outcome.steps]
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        (SamplingParams(temperature=0.7), "temperature=0.7"),
+        (SamplingParams(temperature=1.15), "temperature=1.15"),
+        (SamplingParams(top_k=50), "top_k=50"),
+        (SamplingParams(top_k=7), "top_k=7"),
+        (SamplingParams(top_p=0.95), "top_p=0.95"),
+        (SamplingParams(top_p=0.73), "top_p=0.73"),
+        (SamplingParams(min_p=0.1), "min_p=0.1"),
+        (SamplingParams(temperature=0.7, top_p=0.9), "temperature=0.7,top_p=0.9"),
+        (SamplingParams(temperature=0.85, top_k=20), "temperature=0.85,top_k=20"),
+    ],
+)
+def test_untold_parameters_are_found(params, name):
+    outcome = run(dump(Softmax(), params, NATIVE))
+    assert names(outcome) == [name, "operators.native"]
+    assert outcome.rest.mismatches == 0 and outcome.nearest is None and outcome.findings == ()
+
+
+def test_a_filter_is_found_beside_a_temperature_that_is_named():
+    made = [replace(s, sampling=SamplingParams(temperature=0.7)) for s in dump(Softmax(), SamplingParams(0.7, 8))]
+    assert names(run(made)) == ["top_k=8"]
+
+
+def test_a_filter_other_than_the_named_one_is_found():
+    made = [replace(s, sampling=SamplingParams(top_p=0.6)) for s in dump(Softmax(), SamplingParams(top_p=0.9))]
+    assert names(run(made)) == ["top_p=0.9"]
+
+
+def test_a_temperature_is_fitted_again_to_what_stale_weights_leave():
+    made = dump(Softmax(), SamplingParams(temperature=0.8), ScoreSettings(weights=1))
+    outcome = run(made, num_previous=1)
+    assert sorted(names(outcome)) == ["stale_weights[1]", "temperature=0.8"]
+    assert outcome.rest.mismatches == 0
+
+
+def test_what_generation_config_says_is_one_cause():
+    fields = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 3, "do_sample": True}
+    outcome = run(dump(Softmax(), SamplingParams(0.6, 20, 0.95)), generation=fields)
+    assert names(outcome) == ["generation_config"]
+    assert "temperature=0.6, top_k=20, top_p=0.95" in outcome.steps[0].cause.what
+    assert outcome.rest.mismatches == 0
+    assert names(run(dump(Softmax(), SamplingParams(top_k=9)), generation=fields)) == ["top_k=9"]
+
+
+def ratio_kept(logits: np.ndarray) -> np.ndarray:
+    """A transform that scoring doesn't know: logits pulled together, the more the less likely."""
+    return np.sign(logits) * np.abs(logits) ** 0.8
+
+
+def test_the_nearest_value_is_no_cause_where_much_is_left():
+    scorer = Softmax()
+    made = []
+    for sequence in dump(scorer):
+        log_p = log_softmax(ratio_kept(filtered(scorer.logits(sequence, NATIVE), SamplingParams())))
+        values = log_p[np.arange(len(log_p)), sequence.token_ids].astype(np.float32)
+        made.append(replace(sequence, logprobs=values))
+    outcome = run(made)
+    assert outcome.steps == () and not outcome.explained
+    assert outcome.nearest is not None and outcome.nearest.cause.guessed
+    assert "leaves too much to be the cause" in outcome.verdict
+
+
+def test_a_guess_is_believed_although_some_tokens_are_left():
+    made = dump(Softmax(), SamplingParams(temperature=0.7), NATIVE)
+    values = made[2].logprobs.copy()
+    values[10:] -= np.linspace(0.5, 1.5, len(values) - 10, dtype=np.float32)
+    outcome = run([*made[:2], replace(made[2], logprobs=values), *made[3:]])
+    assert names(outcome) == ["temperature=0.7"]
+    assert not outcome.explained
+    assert [(f.name, f.where[0]) for f in outcome.findings] == [("from_position", (2, 10))]
+    assert "rounding explains all but 14 tokens" in outcome.verdict
+
+
+def test_a_common_value_of_the_config_is_a_guess_and_another_checkpoints_is_none():
+    changes = [("rope_theta", 500000.0, "a common value"), ("rms_norm_eps", 1e-3, "as previous model 1")]
+    other_base = ScoreSettings(config=(("rope_theta", 500000.0),))
+    made = []
+    for sequence, other in zip(dump(Softmax()), dump(Softmax(), settings=other_base), strict=True):
+        [plain] = Softmax()([replace(other, id=sequence.id)], ScoreSettings())
+        made.append(replace(other, logprobs=np.float32(0.3) * plain + np.float32(0.7) * other.logprobs))
+    outcome = run(made, config_changes=changes)
+    assert outcome.steps == ()
+    assert outcome.nearest is not None and outcome.nearest.cause.name == "config.rope_theta=500000.0"
+    assert names(run(dump(Softmax(), settings=other_base), config_changes=changes)) == ["config.rope_theta=500000.0"]
