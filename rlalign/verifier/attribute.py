@@ -1,7 +1,7 @@
 """Why do the log-probs of a dump differ from a model's? By scoring in other ways, until one of them agrees.
 
-Every cause is a change to how a sequence is scored (causes.py, config_causes.py, data_causes.py, in_flight.py); some are
-fitted (sampling_fit.py). Each is tried alone, and then on top of what was kept before (greedy.py). The rest is set
+Every cause is a change to how a sequence is scored (causes.py, config_causes.py, data_causes.py, in_flight.py); a few
+are fitted (sampling_fit.py). Each is tried alone, and then on top of what was kept before (greedy.py). The rest is set
 beside what rounding alone gives. Legend: N tokens that count, of all sequences one after another; r reported log-probs,
 t those of scoring, both float32 [N]; Δ = t - r.
 """
@@ -111,7 +111,7 @@ def _search(
     dtype: Dtype,
     progress: Callable[[str], None],
 ) -> tuple[list[Step], list[Way], np.ndarray, Step | None]:
-    """Causes that were kept, ways of scoring with them, log-probs float32 [N] of these; and a guess that was not kept."""
+    """Causes that were kept, ways of scoring with them, log-probs float32 [N] of these; a guess that was not kept."""
     counts = scores.counts.copy()
     steps, kept, after = greedily(scores, ways, now, tries, progress)
     nearest = None
