@@ -26,7 +26,7 @@ from rlalign.verifier.edge import moved_by_edge, outside_by_rounding
 from rlalign.verifier.greedy import greedily
 from rlalign.verifier.in_flight import in_flight_causes
 from rlalign.verifier.metrics import align_metrics
-from rlalign.verifier.residue import at_the_edge, broken, describe_rest
+from rlalign.verifier.residue import at_the_edge, broken, describe_rest, lean
 from rlalign.verifier.sampling_fit import fitted_sampling
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
 from rlalign.verifier.scores import Gap, Scores, last_place
@@ -90,11 +90,13 @@ def attribute(
     far = _beyond(scores, after, rounding)
     met = any(step.cause.kind == "numerics" for step in steps)
     beyond, others = int(far.sum()), scores.gap(after, ~far)
-    rounding = replace(rounding, met=met, native=native, beyond=beyond, others=others)
+    valid = scores.counts & np.isfinite(after) & ~far
+    side = lean(scores.reported[valid].astype(np.float64) - after[valid], 2 * rounding.last_place)
+    rounding = replace(rounding, met=met, native=native, beyond=beyond, others=others, lean=side)
     sure = not rest.mismatches or (within_rounding(rest, rounding) and not rounding.in_doubt(rest))
     findings = describe_rest(
         sequences, scores.distance(after), after, scores.place, scores.counts, far,
-        explained=sure, grid=stored_grid(scores),
+        explained=sure, grid=None if any(way.grid for way in kept) else stored_grid(scores),
     )  # fmt: skip
     damaged += at_the_edge(counted & ~scores.counts, scores.place)
     return Attribution(
@@ -243,14 +245,15 @@ def _rounding(
     dtype = next((way.settings.dtype for way in ways if way.settings.dtype is not None), dtype)
     order, single = scores.other_order(ways), scores.beside(ways, _FLOAT32) if dtype != "float32" else None
     other = Gap(0, 0, 0.0, 0.0) if order is None else scores.between(order, now)
+    own = Gap(0, 0, 0.0, 0.0) if single is None else scores.between(single, now)
     units = last_place(now[scores.counts & np.isfinite(now)])
     return Rounding(
         dtype=dtype,
         other_order=other.mean_abs if other.tokens else None,
         other_mismatches=other.mismatches,
         last_place=float(units.mean()) if len(units) else 0.0,
-        largest=max(other.max_abs, float(units.max(initial=0.0))),
+        largest=max(other.max_abs, own.max_abs, float(units.max(initial=0.0))),
         engine_error=None if single is None else scores.apart(single, scores.reported),
-        own_error=None if single is None else scores.apart(single, now),
+        own_error=own.mean_abs if own.tokens else None,
         outside=int((scores.counts & np.isneginf(now)).sum()),
     )

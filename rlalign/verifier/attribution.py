@@ -53,11 +53,11 @@ class Rounding:
     """What arithmetic alone gives, with all kept causes in place. engine_error, own_error: mean |Δ| of r and of t to
     float32 scoring; None where scoring is float32 itself. other_order: mean |Δ| between t and another order of
     summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place: mean of what the
-    last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by either of the two.
-    outside: tokens beyond the support by more than that, in no mean. beyond: tokens that are off by far more than any
-    other order of summation gives; others: without these. met: a cause of arithmetic was kept, so that
-    scoring may be the engine's own but for a few shapes, and few tokens be left. native: scoring is PyTorch's, of which
-    the same may be true without a cause."""
+    last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by any of these. outside:
+    tokens beyond the support by more than that, in no mean. beyond: tokens that are off by far more than any other
+    order of summation gives; others: without these. lean: mean of r - t where it is no chance, else 0. met: a cause of
+    arithmetic was kept, so that scoring may be the engine's own but for a few shapes, and few tokens be left. native:
+    scoring is PyTorch's, of which the same may be true without a cause."""
 
     dtype: str
     other_order: float | None
@@ -69,6 +69,7 @@ class Rounding:
     outside: int = 0
     beyond: int = 0
     others: Gap | None = None
+    lean: float = 0.0
     met: bool = False
     native: bool = False
 
@@ -94,7 +95,13 @@ class Rounding:
     @property
     def explains_others(self) -> bool:
         """Whether it explains all but the tokens beyond it, where others differ at all."""
-        return self.beyond > 0 and not self.outside and self.others.mismatches > 0 and _within(self.others, self)
+        return (
+            self.beyond > 0
+            and not self.outside
+            and not self.lean
+            and self.others.mismatches > 0
+            and _within(self.others, self)
+        )
 
     def _few(self, rest: Gap) -> bool:
         return rest.mismatches < _FEW * self.other_mismatches
@@ -183,7 +190,10 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
         parts.append(f"and touches {rounding.other_mismatches:,} tokens, not {rest.mismatches:,}")
     explained = within_rounding(rest, rounding)
     told = "rounding explains it" if explained else "not rounding" if few else "more than rounding"
-    if not explained and rounding.explains_others:
+    if rounding.lean:
+        side = "higher" if rounding.lean > 0 else "lower"
+        told = f"not rounding, which has no side: the dump's are {side} by {abs(rounding.lean):.3g} on average"
+    if rounding.explains_others:
         told = f"rounding explains all but {_tokens(rounding.beyond)}"
     if explained and rounding.in_doubt(rest):
         told += (
@@ -194,7 +204,7 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
 
 def within_rounding(rest: Gap, rounding: Rounding) -> bool:
     """Whether two implementations of the same arithmetic may be this far apart, and in as many tokens."""
-    if rounding.outside or rounding.beyond:
+    if rounding.outside or rounding.beyond or rounding.lean:
         return False
     return _within(rest, rounding)
 

@@ -27,6 +27,7 @@ _OF_A_SIZE = 1.5
 # one sequence by itself can be lucky: it needs some tokens, and to have been far off
 _MIN_TOKENS = 4
 _FAR_OFF = 3.0
+_SOME = 0.05
 
 # what there is to try, given the ways so far and their log-probs; the flag: also what is fitted to what is left
 Tries = Callable[[Sequence[Way], np.ndarray, bool], list[Cause]]
@@ -51,8 +52,9 @@ def greedily(
             for changed, chosen in _candidates(scores, ways, now, cause, floor):
                 other = without_edge(scores, changed)
                 gain = _gain(scores, now, other, cause)
-                # a cause further down the list must be better, not as good
-                if gain > 0 and (best is None or gain > best[0] * (1 + 1e-9)):
+                # a cause further down the list must be better, not as good; a guess of some sequences clearly so
+                more = _SOME if cause.guessed and chosen is not None else 1e-9
+                if gain > 0 and (best is None or gain > best[0] * (1 + more)):
                     best = (gain, cause, changed, other, chosen)
         if best is None:
             break

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlalign.verifier.causes import Cause, Way, setting_cause
 from rlalign.verifier.dumps.record import DumpSequence
+from rlalign.verifier.edge import without_edge
 from rlalign.verifier.score import effective_sampling
 from rlalign.verifier.scores import Scores
 
@@ -23,12 +24,17 @@ _FILTERS: dict[str, tuple[tuple[float, ...], float]] = {
     "top_p": ((0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99), 0.01),
     "min_p": ((0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5), 0.01),
 }
+# values of few digits, which people choose, and how much more error is no more than rounding's
+_TIDY = {"top_k": 5, "top_p": 0.05, "min_p": 0.05}
+_TIDY_TEMPERATURE = 0.1
+_EQUAL = 1.1
 _FIT_TOKENS = 512
 # a pair is tried many times
 _PAIR_TOKENS = 128
 _PAIR_ROUNDS = 5
-# share of tokens on one side of scoring, as renormalisation leaves them
-_ONE_SIDED = 0.9
+# as renormalisation leaves them: share of tokens on one side of scoring; or how far their mean is, in standard errors
+# and of the mean |Δ|
+_ONE_SIDED, _STANDARD_ERRORS, _OF_SIZE = 0.9, 4.0, 0.2
 # share of |Δ| that is left where a fit is worth a try
 _WORTH = 0.9
 # a pair that is true leaves far less than either of the two alone
@@ -56,29 +62,29 @@ class _Fit:
         """Of these parameters in place of the dump's."""
         key = tuple(sorted(values.items()))
         if key not in self.known:
-            self.known[key] = self.scores.gap(self._scored(**values)).mean_abs
+            ways = [replace(way, settings=replace(way.settings, **values)) for way in self.ways]
+            self.known[key] = self.scores.gap(without_edge(self.scores, ways)).mean_abs
         return self.known[key]
 
     def floor(self) -> float:
         """Mean |Δ| that another order of summation gives, at the parameters as they are; 0 if there is no other."""
         order = self.scores.other_order(self.ways)
-        return 0.0 if order is None else self.scores.apart(order, self._scored()) or 0.0
-
-    def _scored(self, **values: float) -> np.ndarray:
-        return self.scores.of([replace(way, settings=replace(way.settings, **values)) for way in self.ways])
+        return 0.0 if order is None else self.scores.apart(order, self.scores.of(self.ways)) or 0.0
 
     def temperature(self, near: float | None = None, **others: float) -> float:
-        """The one of least error, to a hundredth; ties go to the one next to 1. near: only some around this one."""
+        """The one of least error, to a hundredth; of equals one of few digits. near: only some around this one."""
         start = _TEMPERATURES if near is None else (near - 0.1, near, near + 0.1)
         tried = {t: self.error(temperature=t, **others) for t in (round(t, 2) for t in start) if t > 0}
         for width in _CLOSER:
             middle = min(tried, key=lambda t: (tried[t], abs(t - 1)))
             around = [round(middle + sign * width, 2) for sign in (-1, 1)]
             tried |= {t: self.error(temperature=t, **others) for t in around if t > 0 and t not in tried}
-        return min(tried, key=lambda t: (tried[t], abs(t - 1)))
+        best = min(tried, key=lambda t: (tried[t], abs(t - 1)))
+        return _tidy(best, _TIDY_TEMPERATURE, lambda t: self.error(temperature=t, **others))
 
     def filter(self, name: str, **others: float) -> float:
-        """The value of least error: around the best of the coarse ones error falls and then rises."""
+        """The value of least error: around the best of the coarse ones error falls and then rises. Of equals a common
+        one."""
         coarse, step = _FILTERS[name]
 
         def error(value: float) -> float:
@@ -87,7 +93,14 @@ class _Fit:
         best = min(range(len(coarse)), key=lambda i: error(coarse[i]))
         low, high = coarse[max(0, best - 1)], coarse[min(len(coarse) - 1, best + 1)]
         values = [type(coarse[0])(round(low + step * i, 2)) for i in range(round((high - low) / step) + 1)]
-        return min((_lowest(values, error), coarse[best]), key=error)
+        lowest = min((_lowest(values, error), coarse[best]), key=error)
+        return coarse[best] if error(coarse[best]) <= _EQUAL * error(lowest) else _tidy(lowest, _TIDY[name], error)
+
+
+def _tidy(value: float, step: float, error: Callable[[float], float]) -> float:
+    """The nearest multiple of ``step`` if rounding can't tell it from ``value``."""
+    tidy = type(value)(round(round(value / step) * step, 2))
+    return tidy if tidy > 0 and error(tidy) <= _EQUAL * error(value) else value
 
 
 def _lowest(values: Sequence[float], error: Callable[[float], float]) -> float:
@@ -127,8 +140,13 @@ def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> lis
 
 def _one_sided(scores: Scores, now: np.ndarray) -> bool:
     valid = scores.counts & ~np.isnan(now)
-    higher, lower = (float((valid & side).sum()) for side in (scores.reported > now, scores.reported < now))
-    return max(higher, lower) >= _ONE_SIDED * valid.sum() or bool((valid & np.isneginf(now)).any())
+    if (valid & np.isneginf(now)).any():
+        return True
+    delta = scores.reported[valid].astype(np.float64) - now[valid]
+    if not len(delta) or max((delta > 0).mean(), (delta < 0).mean()) >= _ONE_SIDED:
+        return len(delta) > 0
+    least = max(_STANDARD_ERRORS * delta.std() / len(delta) ** 0.5, _OF_SIZE * np.abs(delta).mean())
+    return bool(abs(delta.mean()) > least)
 
 
 def _pairs(fit: _Fit, temperature: float) -> list[dict[str, float]]:

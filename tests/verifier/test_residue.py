@@ -57,9 +57,22 @@ def test_one_token_beyond_rounding_is_not_explained_by_the_mean():
     values[7] += np.float32(1e-4)
     outcome = attribute([*made[:3], replace(made[3], logprobs=values), *made[4:]], Softmax(), base=NATIVE, decode=False)
     assert not outcome.explained  # bits are equal elsewhere
-    near = [replace(s, logprobs=(s.logprobs - np.float32(1e-6))) for s in made]
+    noise = np.random.default_rng(0).normal(0, 1e-6, (len(made), 24)).astype(np.float32)
+    near = [replace(s, logprobs=s.logprobs + more) for s, more in zip(made, noise, strict=True)]
     near[3] = replace(near[3], logprobs=values)
     outcome = attribute(near, Softmax(), decode=False)
     assert not outcome.explained
     assert "rounding explains all but 1 token: unexplained" in outcome.verdict
     assert [(f.name, f.where) for f in outcome.findings] == [("isolated", ((3, 7),))]
+
+
+def test_a_mean_on_one_side_is_no_rounding_although_it_hides_in_it():
+    """Renormalised by 3% of the mass in every row, which is no more than rounding moves a token."""
+    scorer = Softmax(0.05)
+    made = [replace(s, logprobs=s.logprobs + np.float32(0.03)) for s in dump(scorer, settings=NATIVE)]
+    outcome = attribute(made, scorer, decode=False)
+    assert outcome.rest.mean_abs < 2 * outcome.rounding.other_order
+    assert not outcome.explained
+    assert "not rounding, which has no side: the dump's are higher by 0.0" in outcome.verdict
+    assert [finding.name for finding in outcome.findings] == ["one_sided"]
+    assert attribute(dump(scorer, settings=NATIVE), scorer, decode=False).explained

@@ -46,6 +46,18 @@ def test_untold_parameters_are_found(params, name):
     assert outcome.rest.mismatches == 0 and outcome.nearest is None and outcome.findings == ()
 
 
+@pytest.mark.parametrize(
+    ("params", "name"), [(SamplingParams(top_k=30), "top_k=30"), (SamplingParams(0.7, top_p=0.95), "top_p=0.95")]
+)
+def test_within_rounding_the_value_of_few_digits_is_taken(params, name):
+    """And tokens that rounding puts outside of a support don't widen it."""
+    scorer = Softmax(0.03)
+    made = [replace(s, sampling=SamplingParams(params.temperature)) for s in dump(scorer, params, NATIVE)]
+    outcome = attribute(made, scorer, decode=False)
+    assert names(outcome)[0] == name
+    assert outcome.explained
+
+
 def test_a_filter_is_found_beside_a_temperature_that_is_named():
     made = [replace(s, sampling=SamplingParams(temperature=0.7)) for s in dump(Softmax(), SamplingParams(0.7, 8))]
     assert names(run(made)) == ["top_k=8"]
