@@ -15,6 +15,7 @@ from rlalign.verifier.preflight import check, not_stated, read_sides
 VLLM = {
     "model": "m", "dtype": "bfloat16", "seed": 0, "enforce_eager": True, "enable_prefix_caching": False,
     "enable_chunked_prefill": False, "logprobs_mode": "processed_logprobs", "max_model_len": 4096,
+    "generation_config": "vllm",
 }  # fmt: skip
 TRL = {"model_name_or_path": "m", "bf16": True, "use_vllm": True, "num_generations": 8}
 
@@ -34,6 +35,11 @@ OPERATORS = {("differs", "numerics")}
 
 def test_the_quiet_pair_differs_only_in_its_operators(tmp_path: Path) -> None:
     assert found(tmp_path, VLLM, TRL) == OPERATORS
+
+
+def test_vllm_takes_the_checkpoints_sampling_parameters_unless_told_otherwise(tmp_path: Path) -> None:
+    told = {name: value for name, value in VLLM.items() if name != "generation_config"}
+    assert found(tmp_path, told, TRL) - OPERATORS == {("note", "sampling_defaults")}
 
 
 @pytest.mark.parametrize(("rollout", "train", "expected"), [

@@ -177,7 +177,8 @@ VLLM = Format(
     marks=("gpu_memory_utilization", "max_model_len", "enforce_eager", "tensor_parallel_size", "enable_prefix_caching",
            "logprobs_mode", "max_num_seqs"),
     keys={**_engine(), **_sampling(), **_sampling("sampling_params."), **_ENVIRONMENT},
-    defaults={"rollout": _ENGINE_DEFAULTS},
+    # verl and TRL name all settings in every request; others' requests get the checkpoint's
+    defaults={"rollout": _ENGINE_DEFAULTS | {"sampling_defaults": "auto"}},
     harmless=tuple(_VLLM_HARMLESS.split()),
 )  # fmt: skip
 
