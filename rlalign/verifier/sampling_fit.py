@@ -31,7 +31,9 @@ _EQUAL = 1.1
 _FIT_TOKENS = 512
 # a pair is tried many times
 _PAIR_TOKENS = 128
-_PAIR_ROUNDS = 5
+_PAIR_ROUNDS = 4
+# what either of a true pair leaves alone, at most, of |Δ|
+_PROMISING = 0.75
 # as renormalisation leaves them: share of tokens on one side of scoring; or how far their mean is, in standard errors
 # and of the mean |Δ|
 _ONE_SIDED, _STANDARD_ERRORS, _OF_SIZE = 0.9, 4.0, 0.2
@@ -130,9 +132,8 @@ def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> lis
         found.append({"temperature": temperature})
     if all(fit.error(**values) > least for values in found):
         if _one_sided(scores, now):
-            found += [
-                values for name in _FILTERS if fit.error(**(values := {name: fit.filter(name)})) < _WORTH * before
-            ]
+            filters = [{name: fit.filter(name)} for name in _FILTERS]
+            found += [values for values in filters if fit.error(**values) <= _WORTH * before]
         if found and min(fit.error(**values) for values in found) > least:
             found += _pairs(_Fit.of(scores, ways, _PAIR_TOKENS), temperature)
     return [sampling_cause(**values) for values in found]
@@ -152,18 +153,23 @@ def _one_sided(scores: Scores, now: np.ndarray) -> bool:
 def _pairs(fit: _Fit, temperature: float) -> list[dict[str, float]]:
     """A filter and a temperature, each fitted in turn: the pair of least error, if one halves what either leaves."""
     alone = min(fit.error(temperature=temperature), *(fit.error(**{name: fit.filter(name)}) for name in _FILTERS))
-    best: dict[str, float] = {}
-    for name in _FILTERS:
-        values = {"temperature": temperature}
-        for _ in range(_PAIR_ROUNDS):
-            previous = dict(values)
-            values[name] = fit.filter(name, temperature=values["temperature"])
-            values["temperature"] = fit.temperature(values["temperature"], **{name: values[name]})
-            if values == previous:
-                break
-        if not best or fit.error(**values) < fit.error(**best):
-            best = values
+    if alone > _PROMISING * fit.error():
+        return []
+    begun = [_in_turn(fit, name, {"temperature": temperature}) for name in _FILTERS]
+    best = min(begun, key=lambda values: fit.error(**values))
+    [name] = best.keys() & _FILTERS.keys()
+    for _ in range(_PAIR_ROUNDS):
+        better = _in_turn(fit, name, best)
+        if better == best:
+            break
+        best = better
     return [best] if fit.error(**best) <= _HALF * alone else []
+
+
+def _in_turn(fit: _Fit, name: str, values: dict[str, float]) -> dict[str, float]:
+    """The filter fitted at this temperature, and the temperature then to that."""
+    value = fit.filter(name, temperature=values["temperature"])
+    return {"temperature": fit.temperature(values["temperature"], **{name: value}), name: value}
 
 
 def sampling_cause(**values: float) -> Cause:
