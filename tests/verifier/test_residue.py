@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support import softmax_scorer
 from support.softmax_scorer import Softmax, dump, log_softmax
 
 from rlalign.config import SamplingParams
@@ -76,3 +77,13 @@ def test_a_mean_on_one_side_is_no_rounding_although_it_hides_in_it():
     assert "not rounding, which has no side: the dump's are higher by 0.0" in outcome.verdict
     assert [finding.name for finding in outcome.findings] == ["one_sided"]
     assert attribute(dump(scorer, settings=NATIVE), scorer, decode=False).explained
+
+
+def test_tokens_that_another_model_sampled_are_likelier_under_it(monkeypatch):
+    """Their mean is on one side, and says nothing of filters or temperatures."""
+    monkeypatch.setitem(softmax_scorer._MOVES, "config", 1.0)
+    other = ScoreSettings(config=(("rope_theta", 77777.0),))
+    outcome = attribute(dump(Softmax(), settings=other), Softmax(), decode=False)
+    assert outcome.metrics["align/k1"] > 0.5 * outcome.base.mean_abs
+    assert not outcome.explained
+    assert "one_sided" not in [finding.name for finding in outcome.findings]
