@@ -174,6 +174,12 @@ def test_no_key_passes_without_a_word(tmp_path: Path) -> None:
     assert stated | {*rollout.not_judged, *rollout.harmless} == {*VLLM, *keys}
 
 
+def test_an_automatic_dtype_is_the_checkpoints_and_therefore_not_stated(tmp_path: Path) -> None:
+    rollout, train = sides(tmp_path, VLLM | {"dtype": "auto"}, TRL)
+    assert {(one.severity, one.setting) for one in check(rollout, train)} == OPERATORS
+    assert dict(not_stated(rollout, train))["dtype"] == "rollout"
+
+
 def test_what_nobody_states_is_listed(tmp_path: Path) -> None:
     silent = dict(not_stated(*sides(tmp_path, VLLM, TRL)))
     assert silent["max_length"] == "train"

@@ -48,10 +48,11 @@ def top_k(key: str, value: Any) -> int:
     return max(0, count(key, value)) if value is not None else 0
 
 
-def dtype(key: str, value: Any) -> str:
+def dtype(key: str, value: Any) -> str | None:
+    """``auto`` is the checkpoint's, which the file doesn't tell."""
     names = {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "fp32": "float32", "float": "float32"}
     text = str(value).removeprefix("torch.").lower()
-    return names.get(text, text)
+    return None if text == "auto" else names.get(text, text)
 
 
 def dtype_if(name: str) -> Read:
