@@ -104,6 +104,23 @@ def test_what_a_trl_file_says_of_its_model_and_its_batches_is_known(tmp_path: Pa
     assert set(train.harmless) == {"per_device_train_batch_size", "gradient_checkpointing"}
 
 
+@pytest.mark.parametrize(("content", "updates"), [
+    ({"gradient_accumulation_steps": 8, "steps_per_generation": 8, "num_iterations": 1}, 1),
+    ({"gradient_accumulation_steps": 8, "steps_per_generation": 32, "num_iterations": 4}, 16),
+    ({"gradient_accumulation_steps": 8, "num_iterations": 2}, 2),  # steps_per_generation is the accumulation's
+    ({"gradient_accumulation_steps": 8, "steps_per_generation": 12}, 2),
+    ({"gradient_accumulation_steps": 8}, 1),
+    ({"generation_batch_size": 64, "num_iterations": 2}, None),  # for that, the processes must be known
+])  # fmt: skip
+def test_trls_updates_are_counted_in_what_one_update_accumulates(
+    tmp_path: Path, content: dict[str, int], updates: int | None
+) -> None:
+    (tmp_path / "trl.yaml").write_text(yaml.safe_dump(TRL | content))
+    train = read_sides(tmp_path / "trl.yaml")["train"]
+    assert train.get("updates_per_sync") == updates
+    assert set(train.not_judged) == (set(content) if updates is None else set())
+
+
 def test_batch_invariance_silences_the_schedule_but_not_the_other_kernels(tmp_path: Path) -> None:
     invariant = VLLM | {"enforce_eager": False, "enable_prefix_caching": True, "env": {"VLLM_BATCH_INVARIANT": 1}}
     (finding,) = check(*sides(tmp_path, invariant, TRL))
@@ -194,6 +211,7 @@ def test_what_nobody_states_is_listed(tmp_path: Path) -> None:
     ("{}", "is a mapping of settings"),
     ("color: red\n", "not recognised as rlalign, verl, trl, vllm"),
     ("enforce_eager: maybe\n", "enforce_eager='maybe': must be true or false"),
+    ("use_vllm: true\ngradient_accumulation_steps: 0\n", "gradient_accumulation_steps=0: must be at least 1"),
     ("tensor_parallel_size: 1.5\n", "tensor_parallel_size=1.5: must be a whole number"),
     ("logprobs_mode: cooked\n", "logprobs_mode='cooked': must be raw_logprobs"),
     ("numerics: exact\n", "Input should be 'invariant' or 'native'"),

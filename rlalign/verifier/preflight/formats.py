@@ -62,17 +62,28 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
     found: dict[Role, dict[Name, Setting]] = {role: {} for role in table.roles}
     rest: list[str] = []
     harmless: list[str] = []
+    parts: dict[str, Setting] = {}
     for raw, value in _flat(values, whole=table.keys).items():
         key = _snake(raw)
         if key in table.keys:
             if value is None:  # written down, and left to the framework
                 continue
             for role, name, read in _targets(table, key):
-                _put(found[role], name, Setting(_read(path, raw, value, read), raw))
+                setting = Setting(_read(path, raw, value, read), raw)
+                if name == "updates_per_sync":
+                    parts[key.rpartition(".")[2]] = setting
+                else:
+                    _put(found[role], name, setting)
         elif any(_covers(pattern, key) for pattern in table.harmless):
             harmless.append(raw)
         else:
             rest.append(raw)
+    updates, used = table.updates({name: part.value for name, part in parts.items()})
+    if updates is not None:
+        found["train"]["updates_per_sync"] = Setting(
+            updates, ", ".join(parts[name].key for name in parts if name in used)
+        )
+    rest += [part.key for name, part in parts.items() if name not in used]
     for role, defaults in table.defaults.items():
         for name, value in defaults.items():
             if role in found and name not in found[role]:
@@ -83,12 +94,10 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
 
 
 def _put(settings: dict[Name, Setting], name: Name, setting: Setting) -> None:
-    """Several keys may feed one setting: edits of logits add up, of update counts the larger one tells."""
+    """Several keys may feed one setting: edits of logits add up."""
     before = settings.get(name)
     if before is not None and isinstance(before.value, tuple) and isinstance(setting.value, tuple):
         setting = Setting((*before.value, *setting.value), f"{before.key}, {setting.key}")
-    elif before is not None and name == "updates_per_sync":
-        setting = max(before, setting, key=lambda one: one.value)
     elif before is not None and setting.value is None:  # a switch that is off takes nothing back
         return
     settings[name] = setting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,12 @@ def count(key: str, value: Any) -> int:
     if number(key, value) != int(float(value)):
         raise ValueError("must be a whole number")
     return int(float(value))
+
+
+def positive(key: str, value: Any) -> int:
+    if count(key, value) < 1:
+        raise ValueError("must be at least 1")
+    return count(key, value)
 
 
 def top_k(key: str, value: Any) -> int:
@@ -83,10 +90,38 @@ def present(key: str, value: Any) -> bool:
     return value not in (None, "", False, 0, {}, [])
 
 
+def trl_updates(parts: Mapping[str, float]) -> tuple[float | None, set[str]]:
+    """Micro-steps that one generation serves, over those that one update takes.
+
+    A generation_batch_size says the same as steps_per_generation only with the number of processes, which isn't told.
+    """
+    accumulation = parts.get("gradient_accumulation_steps", 1)
+    if "generation_batch_size" in parts and "steps_per_generation" not in parts:
+        return None, set()
+    steps = parts.get("steps_per_generation", accumulation) * parts.get("num_iterations", 1)
+    return math.ceil(steps / accumulation), set(parts)
+
+
+def verl_updates(parts: Mapping[str, float]) -> tuple[float | None, set[str]]:
+    """Mini-batches of one batch, or those between two syncs of the fully asynchronous trainer, by the epochs."""
+    used = parts.keys() & {"ppo_epochs"}
+    updates = parts.get("ppo_epochs", 1)
+    batch, mini = (parts.get(name, 0) for name in ("train_batch_size", "ppo_mini_batch_size"))
+    if "trigger_parameter_sync_step" in parts:  # that trainer's batches are require_batches mini-batches each
+        updates *= parts["trigger_parameter_sync_step"] * math.ceil(parts.get("require_batches", 1))
+        used = set(parts)
+    elif batch and mini:
+        updates *= math.ceil(batch / mini)
+        used |= {"train_batch_size", "ppo_mini_batch_size"}
+    return (updates, set(used)) if used else (None, set())
+
+
 @dataclass(frozen=True)
 class Format:
     """keys: dotted key to (side, setting, how to read it). marks: keys that only this framework has. harmless: patterns
-    of keys that change no log-prob. defaults: of settings that its documentation gives one."""
+    of keys that change no log-prob. defaults: of settings that its documentation gives one. updates: how many updates
+    there are between two syncs of weights, by the last words of the keys of ``updates_per_sync``, and which of them
+    tell it."""
 
     name: str
     roles: tuple[str, ...]
@@ -94,6 +129,7 @@ class Format:
     keys: Mapping[str, tuple[str, Name, Read]]
     defaults: Mapping[str, Mapping[Name, Any]] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
+    updates: Callable[[Mapping[str, float]], tuple[float | None, set[str]]] = lambda parts: (None, set())
 
     def finish(self, found: Found) -> None:
         """A value of None says nothing; a reader gives it for a switch that is off."""
@@ -211,6 +247,8 @@ TRL = Format(
         "use_peft": ("train", "lora", flag),
         "steps_per_generation": ("train", "updates_per_sync", count),
         "num_iterations": ("train", "updates_per_sync", count),
+        "gradient_accumulation_steps": ("train", "updates_per_sync", positive),
+        "generation_batch_size": ("train", "updates_per_sync", count),
         "vllm_importance_sampling_correction": ("train", "correction", flag),
         "model_name_or_path": (BOTH, "model", as_is),
         "temperature": (BOTH, "temperature", number),
@@ -223,6 +261,7 @@ TRL = Format(
         "train": _TRAIN_DEFAULTS,
     },
     harmless=tuple(_TRL_HARMLESS.split()),
+    updates=trl_updates,
 )  # fmt: skip
 
 _ROLLOUT, _ACTOR, _MODEL = (f"actor_rollout_ref.{part}." for part in ("rollout", "actor", "model"))
@@ -261,9 +300,12 @@ VERL = Format(
         f"{_MODEL}tokenizer_path": (BOTH, "tokenizer", as_is),
         f"{_MODEL}custom_chat_template": (BOTH, "chat_template", as_is),
         f"{_ROLLOUT}temperature": (BOTH, "temperature", number),
-        "actor_rollout_ref.actor.ppo_epochs": ("train", "updates_per_sync", count),
+        "data.train_batch_size": ("train", "updates_per_sync", count),
+        f"{_ACTOR}ppo_mini_batch_size": ("train", "updates_per_sync", positive),
+        f"{_ACTOR}ppo_epochs": ("train", "updates_per_sync", count),
         "async_training.staleness_threshold": ("train", "staleness", number),
         "async_training.trigger_parameter_sync_step": ("train", "updates_per_sync", count),
+        "async_training.require_batches": ("train", "updates_per_sync", number),
         "algorithm.rollout_correction.rollout_is": ("train", "correction", present),
         "algorithm.rollout_is": ("train", "correction", present),
         **{f"{where}.{key}": value for where in ("env", "ray_init.runtime_env.env_vars",
@@ -277,6 +319,7 @@ VERL = Format(
         "train": _TRAIN_DEFAULTS,
     },
     harmless=tuple(_VERL_HARMLESS.split()),
+    updates=verl_updates,
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {"verl": VERL, "trl": TRL, "vllm": VLLM}
