@@ -166,7 +166,28 @@ def test_one_file_of_verl_is_both_sides(tmp_path: Path, key: str, value: Any, ex
 def test_staleness_is_told_from_numerics(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(VERL | {"async_training": {"staleness_threshold": 0.5}}))
     both = read_sides(tmp_path / "a.yaml")
-    assert check(both["rollout"], both["train"])[0].setting == "staleness"
+    finding = check(both["rollout"], both["train"])[0]
+    assert (finding.setting, finding.train) == ("staleness", "0.5")
+    assert "a share of 0.5 of those between two syncs" in finding.why  # no versions: verl bounds how many, not how old
+
+
+@pytest.mark.parametrize(("batch", "actor", "asynchronous", "updates"), [
+    (256, {"ppo_mini_batch_size": 64}, None, 4),
+    (256, {"ppo_mini_batch_size": 64, "ppo_epochs": 3}, None, 12),
+    (256, {"ppo_mini_batch_size": 256, "ppo_epochs": 1}, None, 1),
+    (256, {}, None, None),
+    (0, {"ppo_mini_batch_size": 64}, {"trigger_parameter_sync_step": 4, "require_batches": 2}, 8),
+    (256, {"ppo_mini_batch_size": 64, "ppo_epochs": 2}, {"trigger_parameter_sync_step": 4}, 8),
+])  # fmt: skip
+def test_verls_updates_are_the_mini_batches_between_two_syncs(
+    tmp_path: Path, batch: int, actor: dict[str, int], asynchronous: dict[str, int] | None, updates: int | None
+) -> None:
+    values = {"data": {"train_batch_size": batch}, "actor_rollout_ref": {"actor": actor or {"grad_clip": 1}}}
+    values |= {"async_training": asynchronous} if asynchronous else {}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    train = read_sides(tmp_path / "a.yaml")["train"]
+    assert train.get("updates_per_sync") == updates
+    assert train.not_judged == (("data.train_batch_size",) if updates is None else ())
 
 
 def test_our_settings_have_no_findings_and_native_ones_have(tmp_path: Path) -> None:

@@ -172,8 +172,11 @@ def _weights(rollout: Side, train: Side) -> Iterator[Finding]:
         remedy = "compare before the first update of a batch, or look at policy age"
         yield _finding("note", "updates_per_sync", rollout, train, why, remedy)
     if (stale := train.get("staleness") or 0) > 0:
-        why = f"samples may be up to {stale:g} versions old: a difference of weights, not of arithmetic"
-        yield _finding("wrong", "staleness", rollout, train, why, "staleness 0 while looking for a mismatch")
+        why = (
+            f"samples of older weights are used, up to a share of {stale:g} of those between two syncs: a difference "
+            "of weights, not of arithmetic"
+        )
+        yield _finding("wrong", "staleness", rollout, train, why, "staleness_threshold 0 while looking for a mismatch")
     if bool(rollout.get("lora")) or bool(train.get("lora")):
         why = "merged into the weights on one side and added beside them on the other, an adapter rounds differently"
         yield _finding("differs", "lora", rollout, train, why, "merge on both sides, or on neither")
