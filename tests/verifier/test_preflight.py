@@ -68,7 +68,15 @@ def test_vllm_takes_the_checkpoints_sampling_parameters_unless_told_otherwise(tm
     ({}, {"cast_lm_head_to_fp32": True}, {("note", "logits_dtype")}),
     ({}, {"use_liger_kernel": True}, {("differs", "fused_kernels")}),
     ({}, {"torch_compile": True}, {("differs", "compile")}),
-    ({"hf_overrides": {"rope_scaling": {"factor": 2}}}, {}, {("note", "model_overrides")}),
+    ({"hf_overrides": {"rope_scaling": {"factor": 2}}}, {}, {("wrong", "model_overrides")}),
+    ({"hf-overrides": {"rope_parameters": {"rope_theta": 5000000}}}, {}, {("wrong", "model_overrides")}),
+    ({"hf_overrides": '{"rope_theta": 5e6}'}, {"model_init_kwargs": {"rope_theta": "5e6"}}, set()),
+    ({"hf_overrides": {"rope_theta": 5e6}}, {"model_init_kwargs": {"rope_theta": 1e6}}, {("wrong", "model_overrides")}),
+    ({"hf_overrides": {"head_dtype": "float32"}}, {}, {("note", "model_overrides")}),
+    ({"hf_overrides": {"head_dtype": "float32", "num_hidden_layers": 2}}, {}, {("wrong", "model_overrides")}),
+    ({"hf_overrides": {}}, {}, set()),
+    ({"logprobs_mode": "processed_logits"}, {}, {("wrong", "logprobs")}),
+    ({"logprobs_mode": "raw_logits"}, {}, {("wrong", "logprobs")}),
     ({}, {"num_iterations": 1, "steps_per_generation": 4}, {("note", "updates_per_sync")}),
     ({}, {"vllm_importance_sampling_correction": True}, {("note", "correction")}),
     ({"enable_lora": True}, {}, {("differs", "lora")}),
@@ -150,6 +158,7 @@ VERL = {
     ("actor.ulysses_sequence_parallel_size", 4, ("differs", "sequence_parallel")),
     ("actor.ppo_epochs", 2, ("note", "updates_per_sync")),
     ("model.override_config", {"rope_theta": 1e6}, None),
+    ("rollout.engine_kwargs", {"vllm": {"hf_overrides": {"rope_theta": 1e6}}}, ("wrong", "model_overrides")),
     ("rollout.max_model_len", None, None),  # null leaves it to the framework
     ("rollout.logprobs_mode", None, None),  # verl asks for processed ones where nobody says
 ])  # fmt: skip
@@ -161,6 +170,25 @@ def test_one_file_of_verl_is_both_sides(tmp_path: Path, key: str, value: Any, ex
     both = read_sides(tmp_path / "a.yaml")
     findings = {(one.severity, one.setting) for one in check(both["rollout"], both["train"])}
     assert findings == OPERATORS | ({expected} if expected else set())
+
+
+def test_the_engines_changes_of_verls_model_may_be_the_trainers_too(tmp_path: Path) -> None:
+    values = yaml.safe_load(yaml.safe_dump(VERL))
+    values["actor_rollout_ref"]["model"]["override_config"] = {"rope_scaling": {"type": "yarn", "factor": 4}}
+    same = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    values["actor_rollout_ref"]["rollout"]["engine_kwargs"] = {"vllm": {"hf_overrides": same}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    both = read_sides(tmp_path / "a.yaml")
+    assert {(one.severity, one.setting) for one in check(both["rollout"], both["train"])} == OPERATORS
+
+
+def test_the_dtype_of_verls_master_weights_is_known_to_be_harmless(tmp_path: Path) -> None:
+    values = yaml.safe_load(yaml.safe_dump(VERL))
+    values["actor_rollout_ref"]["actor"]["fsdp_config"]["model_dtype"] = "fp32"
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    train = read_sides(tmp_path / "a.yaml")["train"]
+    assert (train.not_judged, train.get("dtype")) == ((), "bfloat16")
+    assert "actor_rollout_ref.actor.fsdp_config.model_dtype" in train.harmless
 
 
 def test_staleness_is_told_from_numerics(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ vLLM 0.10 and later, TRL 0.20 and later, and verl 0.5 and later; a key that they
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Container, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -84,6 +85,11 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
             updates, ", ".join(parts[name].key for name in parts if name in used)
         )
     rest += [part.key for name, part in parts.items() if name not in used]
+    if table.overrides is not None:
+        fields = {_snake(key): value for key, value in _flat(values).items()}
+        fields = {key.removeprefix(table.overrides): fields[key] for key in fields if key.startswith(table.overrides)}
+        text = json.dumps(fields, default=str) if fields else None
+        found["train"]["model_overrides"] = Setting(text, table.overrides.rstrip("."))
     for role, defaults in table.defaults.items():
         for name, value in defaults.items():
             if role in found and name not in found[role]:

@@ -6,7 +6,9 @@ by ``not_stated``, so that silence is never mistaken for agreement.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rlalign.verifier.preflight.side import NAMES, OFF, Finding, Name, Severity, Side
 
@@ -72,6 +74,58 @@ def _quantization(rollout: Side, train: Side) -> Iterator[Finding]:
     if (cache := rollout.get("kv_cache_dtype")) not in (None, "auto", rollout.get("dtype")):
         why = f"keys and values are rounded to {cache} in the cache, but never in the trainer's forward"
         yield _finding("wrong", "kv_cache_dtype", rollout, train, why, "kv_cache_dtype: auto")
+
+
+def _model_overrides(rollout: Side, train: Side) -> Iterator[Finding]:
+    """Fields of config.json that the engine alone changes; what only the trainer changes is listed as not judged."""
+    ours = _config_fields(rollout.get("model_overrides"))
+    theirs = _config_fields(train.get("model_overrides"))
+    for name in ("rope_scaling", "rope_theta"):  # settings of their own, wherever a trainer has them
+        theirs |= _config_fields({name: value} if (value := train.get(name)) is not None else None)
+    if differing := [name for name, value in ours.items() if theirs.get(name) != value]:
+        # the head's dtype is no other model: it only rounds logits elsewhere
+        only_head = differing == ["head_dtype"]
+        why = (
+            "the engine's head computes in another precision than the checkpoint's config.json says"
+            if only_head
+            else f"the engine runs another model than the checkpoint's config.json: {', '.join(differing)}"
+        )
+        remedy = "the same overrides in the trainer, or none"
+        yield _finding("note" if only_head else "wrong", "model_overrides", rollout, train, why, remedy)
+
+
+def _config_fields(overrides: Any) -> dict[str, Any]:
+    """Flat fields of overrides, an object or its JSON; RoPE's by one name, whichever object a version keeps them in."""
+    if isinstance(overrides, str):
+        try:
+            overrides = json.loads(overrides)
+        except ValueError:
+            return {overrides: None}  # a callable's name, for one: nothing equals it
+    fields: dict[str, Any] = {}
+    for name, value in (overrides or {}).items():
+        value = _parsed(value)
+        if isinstance(value, dict) and value:
+            rope = name in ("rope_scaling", "rope_parameters")
+            fields |= {key if rope else f"{name}.{key}": inner for key, inner in _config_fields(value).items()}
+        else:
+            name = name.removeprefix("rope_scaling.").removeprefix("rope_parameters.")
+            fields["rope_type" if name == "type" else name] = value
+    return fields
+
+
+def _parsed(value: Any) -> Any:
+    """A value that was written as text: YAML reads 5e6 as such, and a command line all of them."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _logprobs(rollout: Side, train: Side) -> Iterator[Finding]:
+    if (reported := rollout.get("logprobs")) in ("raw_logits", "processed_logits"):
+        why = "logits, not log-probs: what is reported lacks the normalisation over the vocabulary"
+        remedy = f"logprobs_mode: {reported.replace('logits', 'logprobs')}"
+        yield _finding("wrong", "logprobs", rollout, train, why, remedy)
 
 
 def _temperature(rollout: Side, train: Side) -> Iterator[Finding]:
@@ -200,8 +254,8 @@ RULES: tuple[Rule, ...] = (
     _equal("rope_theta", "wrong", "positions turn by other angles", "the same rope_theta on both sides"),
     _equal("dtype", "wrong", "weights and activations have another precision", "the same dtype on both sides"),
     _quantization,
-    _only_off("model_overrides", "note", "the engine runs another config.json than the checkpoint's",
-              "the same overrides in the trainer, or none"),
+    _model_overrides,
+    _logprobs,
     _temperature,
     _truncation,
     _sampler_only,

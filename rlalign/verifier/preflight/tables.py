@@ -79,7 +79,7 @@ def logprobs(key: str, value: Any) -> str:
     text = str(value)
     if text.partition("_")[0] not in ("raw", "processed"):
         raise ValueError("must be raw_logprobs, processed_logprobs, raw_logits or processed_logits")
-    return text.partition("_")[0]
+    return text if text.endswith("_logits") else text.partition("_")[0]
 
 
 def invariant_flag(key: str, value: Any) -> str | None:
@@ -121,7 +121,7 @@ class Format:
     """keys: dotted key to (side, setting, how to read it). marks: keys that only this framework has. harmless: patterns
     of keys that change no log-prob. defaults: of settings that its documentation gives one. updates: how many updates
     there are between two syncs of weights, by the last words of the keys of ``updates_per_sync``, and which of them
-    tell it."""
+    tell it. overrides: where a trainer changes fields of the checkpoint's config.json."""
 
     name: str
     roles: tuple[str, ...]
@@ -129,6 +129,7 @@ class Format:
     keys: Mapping[str, tuple[str, Name, Read]]
     defaults: Mapping[str, Mapping[Name, Any]] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
+    overrides: str | None = None
     updates: Callable[[Mapping[str, float]], tuple[float | None, set[str]]] = lambda parts: (None, set())
 
     def finish(self, found: Found) -> None:
@@ -201,7 +202,8 @@ _VERL_HARMLESS = """
     trainer.* data.train_* data.val_* data.prompt_key data.return_* data.shuffle critic.* reward_model.*
     custom_reward_function.* actor_rollout_ref.ref.* actor_rollout_ref.actor.optim.* actor_rollout_ref.actor.clip_*
     actor_rollout_ref.actor.*kl_* actor_rollout_ref.actor.entropy_coeff actor_rollout_ref.actor.grad_clip
-    actor_rollout_ref.actor.checkpoint.* actor_rollout_ref.rollout.gpu_memory_utilization actor_rollout_ref.rollout.n
+    actor_rollout_ref.actor.checkpoint.* actor_rollout_ref.actor.fsdp_config.model_dtype
+    actor_rollout_ref.rollout.gpu_memory_utilization actor_rollout_ref.rollout.n
     actor_rollout_ref.rollout.name actor_rollout_ref.rollout.mode actor_rollout_ref.rollout.val_kwargs.*
     actor_rollout_ref.rollout.free_cache_engine actor_rollout_ref.rollout.calculate_log_probs
     actor_rollout_ref.rollout.prompt_length actor_rollout_ref.rollout.response_length algorithm.adv_estimator
@@ -261,6 +263,7 @@ TRL = Format(
         "train": _TRAIN_DEFAULTS,
     },
     harmless=tuple(_TRL_HARMLESS.split()),
+    overrides="model_init_kwargs.",
     updates=trl_updates,
 )  # fmt: skip
 
@@ -319,6 +322,7 @@ VERL = Format(
         "train": _TRAIN_DEFAULTS,
     },
     harmless=tuple(_VERL_HARMLESS.split()),
+    overrides=f"{_MODEL}override_config.",
     updates=verl_updates,
 )  # fmt: skip
 
