@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Thresholds:
     """Upper bounds; None: not asked for. max_abs=0 demands equal bits, +0 and -0 told apart.
 
-    With no bound at all, max_abs is 0. Raises ValueError for a bound that is negative or NaN.
+    With no bound at all, max_abs is 0. Raises ValueError for a bound that is negative or NaN, or a share above 1.
     """
 
     max_abs: float | None = None
@@ -22,6 +22,9 @@ class Thresholds:
         for name in Thresholds.__slots__:
             if (bound := getattr(self, name)) is not None and not bound >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} {bound}: a threshold is a number >= 0")
+        # a share that no dump exceeds would accept every one, most likely because a percentage was meant
+        if self.mismatch_frac is not None and self.mismatch_frac > 1:
+            raise ValueError(f"--mismatch-frac {self.mismatch_frac}: a share is at most 1")
 
     @property
     def bitwise(self) -> bool:

@@ -225,6 +225,7 @@ def test_a_sequence_the_model_cannot_take_is_named_and_the_rest_compared(
     (("FILE", "--watch", "."), "dump takes either FILE or --watch DIR"),
     (("FILE", "--watch-seconds", "1"), "--watch-seconds belongs to --watch"),
     (("FILE", "--max-abs", "-1"), "--max-abs -1.0: a threshold is a number >= 0"),
+    (("FILE", "--mismatch-frac", "5"), "--mismatch-frac 5.0: a share is at most 1"),
     (("FILE", "--temperature", "-1"), "temperature=-1.0: Input should be"),
     (("FILE", "--raw", "--processed"), "not allowed with argument"),
     (("FILE", "--format", "vllm", "--logprobs", "x"), "vllm dumps have one field of log-probs"),
