@@ -38,16 +38,22 @@ class NamedSetting:
 
 
 def parse_setting(option: str, text: str) -> NamedSetting:
-    """Raises ValueError naming ``option`` and what is known, for a word or key that isn't, or a value out of bounds."""
+    """Raises ValueError naming ``option``: for a word or key that is unknown, with those that are; for a value out of
+    bounds; for two parts that contradict each other."""
     values: dict[str, Any] = {}
     config: list[tuple[str, Any]] = []
     model: Path | None = None
+    said: dict[str, tuple[str, str]] = {}
     for part in (piece.strip() for piece in text.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
             if part not in _WORDS:
                 raise ValueError(f"{option} {text!r}: {part!r} is unknown; a setting is one of: {HELP}")
             key, value = _WORDS[part]
+        # numerics and native are one switch, by its word or by its operators
+        before = said.setdefault("native" if key == "numerics" else key, (value, part))
+        if before[0] != value:
+            raise ValueError(f"{option} {text!r}: {before[1]!r} and {part!r} contradict each other")
         if key == "model":
             model = Path(value)
         elif key.startswith("config."):

@@ -214,6 +214,10 @@ def test_a_wrong_kv_block_is_named(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--a", "invariant,native"], "--a 'invariant,native': 'invariant' and 'native' contradict each other"),
+        (["--b", "native, native=norm"], "'native' and 'native=norm' contradict each other"),
+        (["--b", "bfloat16,dtype=float32"], "'bfloat16' and 'dtype=float32' contradict each other"),
+        (["--b", "config.rms_norm_eps=1,config.rms_norm_eps=2"], "contradict each other"),
         (["--a", "nativ"], "--a 'nativ': 'nativ' is unknown; a setting is one of: native, invariant"),
         (["--b", "batch=both"], "--b 'batch=both': batch='both'"),
         (["--b", "config.colour=1"], "config.json has no such field\n"),
