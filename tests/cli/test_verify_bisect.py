@@ -135,6 +135,17 @@ def test_another_checkpoint_is_a_setting(model, prompts, tmp_path):
     assert (found["first"]["layer"], found["first"]["module"]) == (1, "model.layers.1.mlp.up_proj")
 
 
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, capsys):
+    """Also where the modules of both have the same names and widths, as Llama's and Mistral's do."""
+    for kind in ("llama", "mistral"):
+        tiny_model(kind).save_pretrained(tmp_path / kind)
+    command = ["bisect", "--model", str(tmp_path / "llama"), "--prompts", str(tokens(tmp_path))]
+    assert main([*command, "--b", f"model={tmp_path / 'mistral'}"]) == 2
+    error = capsys.readouterr().err
+    assert "llama is of type llama" in error
+    assert "mistral of type mistral; bisect compares two settings of one architecture" in error
+
+
 def test_windows_of_memory_change_nothing(model, prompts, tmp_path, monkeypatch):
     from rlalign.cli import recording
 
