@@ -35,7 +35,8 @@ def contents(
     """Prompt and response of every sequence under ``settings.prompt`` and ``settings.tokens``.
 
     A sequence for which the change is impossible (no token to drop, another number of tokens) keeps its own. Raises
-    UnsupportedSetting where no sequence is changed at all, or a tokenizer is missing.
+    UnsupportedSetting where no sequence is changed at all, a tokenizer is missing, or it gives an id that the model's
+    vocabulary doesn't have.
     """
     own = [Content(sequence.prompt_token_ids, sequence.token_ids) for sequence in sequences]
     prompts = _prompts(own, settings, tokenizer, config)
@@ -51,7 +52,16 @@ def contents(
     )
     if not changed and (settings.prompt, settings.tokens) != ("as_dumped", "as_dumped"):
         raise UnsupportedSetting("changes no sequence here")
+    if changed:
+        _check_ids(used, getattr(config, "vocab_size", None))
     return used
+
+
+def _check_ids(used: Sequence[Content], vocab_size: int | None) -> None:
+    """A tokenizer may have ids that the model has no row for: they matter only once a text is encoded to one."""
+    largest = max((int(ids.max()) for one in used for ids in (one.prompt, one.response) if len(ids)), default=-1)
+    if vocab_size is not None and largest >= vocab_size:
+        raise UnsupportedSetting(f"the tokenizer gives id {largest}, the model's vocabulary has {vocab_size}")
 
 
 def round_trips(sequence: DumpSequence, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:

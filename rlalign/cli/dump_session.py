@@ -118,7 +118,8 @@ class Session:
         self._dtype = args.dtype or checkpoint_dtype(args.model)
         self._policy = load_policy(args.model, dtype=self._dtype, numerics=args.numerics, device=args.device)
         try:
-            self.decode = load_tokenizer(args.model).decode
+            # only to show tokens: the dump's own ids are checked as they are scored
+            self.decode = load_tokenizer(args.model, extra_ids=True).decode
         except FileNotFoundError:
             self.decode = None  # tokens are then shown as ids
         self._seconds["load"] = round(time.perf_counter() - start, 3)

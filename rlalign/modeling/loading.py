@@ -76,8 +76,12 @@ def load_model(path: Path | str, *, dtype: Dtype, device: torch.device | str) ->
     return model.to(device).eval()
 
 
-def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises ValueError if it has more ids than the model, or can't be read."""
+def load_tokenizer(path: Path | str, *, extra_ids: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises ValueError if it has more ids than the model, or can't be read.
+
+    extra_ids: take one with more ids too, for whoever reads ids that are there already: a padding token that was added
+    is common. Special tokens of such ids are dropped, so that nobody pads or stops with what the model has no row for.
+    """
     folder = _checkpoint_folder(path)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         # transformers would make one up from the model's type, with ids of its own.
@@ -88,11 +92,19 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder}: no usable tokenizer ({_first_line(error)})") from error
     vocab_size = AutoConfig.from_pretrained(folder, local_files_only=True).vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
+    if extra_ids:
+        _drop_special_tokens(tokenizer, vocab_size)
+    elif largest >= vocab_size:
         raise ValueError(
             f"{folder}: wrong tokenizer: its largest id is {largest}, but the model's vocabulary has {vocab_size}"
         )
     return tokenizer
+
+
+def _drop_special_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if (found := getattr(tokenizer, f"{name}_id", None)) is not None and found >= vocab_size:
+            setattr(tokenizer, name, None)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path | str) -> None:

@@ -101,3 +101,11 @@ def test_without_a_bos_id_it_is_said():
 
 def test_a_template_that_is_there_is_taken_away():
     assert changed([4, 3, 1, 5, 6], [1], prompt="chat_template") == ([3, 1], [1])
+
+
+def test_an_id_that_the_model_does_not_have_is_refused_once_it_turns_up() -> None:
+    """The template's last token is id 6, of which a vocabulary of 6 has no row; the dump's own ids are within it."""
+    small, one = SimpleNamespace(vocab_size=6), sequence([1, 2], [1])
+    with pytest.raises(UnsupportedSetting, match="the tokenizer gives id 6, the model's vocabulary has 6"):
+        contents([one], ScoreSettings(prompt="generation_prompt"), Merging(), small)
+    assert contents([one], ScoreSettings(prompt="reencoded"), Merging(), small)[0].prompt.tolist() == [3]

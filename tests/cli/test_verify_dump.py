@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,18 @@ def test_a_sequence_the_model_cannot_take_is_named_and_the_rest_compared(
     result = dump(model, [alien], tmp_path)
     assert (result["exit_code"], result["num_tokens"]) == (2, 0)
     assert result["verdict"].startswith("nothing was compared: 1 sequences could not be")
+
+
+def test_a_token_added_to_the_tokenizer_alone_is_no_hindrance(
+    model: Path, plain: list[DumpSequence], tmp_path: Path
+) -> None:
+    """Every id of the dump is within the model's vocabulary, whatever else the tokenizer has."""
+    padded = tmp_path / "padded"
+    shutil.copytree(model, padded)
+    tokenizer = modeling.load_tokenizer(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(padded)
+    assert dump(padded, plain, tmp_path)["exit_code"] == 0
 
 
 @pytest.mark.parametrize(("more", "message"), [

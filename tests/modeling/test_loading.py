@@ -50,6 +50,19 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_ids_beyond_the_vocabulary_can_be_allowed_but_are_no_special_tokens(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    tokenizer = make_sort_tokenizer(max_value=9)
+    tokenizer.add_tokens([f"<x{i}>" for i in range(97 - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"largest id is 97, but the model's vocabulary has 97"):
+        load_tokenizer(tmp_path)
+    found = load_tokenizer(tmp_path, extra_ids=True)
+    assert (found.pad_token_id, found.eos_token_id) == (None, tokenizer.eos_token_id)
+    assert found.decode([97]) == "[PAD]"
+
+
 def test_tiny_model_is_made_alike_every_time(tmp_path: Path) -> None:
     tokenizer = make_sort_tokenizer(max_value=9)
     state = torch.random.get_rng_state()
