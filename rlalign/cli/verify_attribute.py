@@ -155,7 +155,7 @@ def _attribute(
     dtype = args.dtype or checkpoint_dtype(args.model)
     models = [args.model, *args.previous_model]
     try:
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, extra_ids=True)
     except FileNotFoundError:
         tokenizer = None
     policies = Policies(models, dtype, args.device)

@@ -8,7 +8,7 @@ t those of scoring, both float32 [N]; Δ = t - r.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,12 +29,14 @@ from rlalign.verifier.metrics import align_metrics
 from rlalign.verifier.residue import at_the_edge, broken, describe_rest, lean
 from rlalign.verifier.sampling_fit import fitted_sampling
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
-from rlalign.verifier.scores import Gap, Scores, last_place
+from rlalign.verifier.scores import Gap, Scores, grid_step, last_place
 
 # what the verdict on a rest compares with, beside another order of summation
 _FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
-# a guessed value that leaves no more is at least next to the truth
-_NEXT_TO = 0.1
+# what a cause may leave where the rest is unexplained
+_NEXT_TO, _HALF = 0.05, 0.5
+# share of the sequences that is as good as all
+_MANY = 0.75
 # of other orders of summation: a token that is off by more than so many times their largest is not one of theirs
 _BEYOND, _TYPICAL = 3.0, 20.0
 
@@ -77,9 +79,10 @@ def attribute(
     tries = _Tries(
         scores,
         num_previous,
-        [*shift_causes(), *swaps(scores, now), *catalogue.sampling_causes(), *generation_causes(generation or {}),
-         *catalogue.weight_causes(num_previous)],
-        [*config_causes(config_changes), *catalogue.token_causes(), *catalogue.position_causes()],
+        [*shift_causes(), *swaps(scores, now), *catalogue.sampling_causes(), *generation_causes(generation or {})],
+        # a checkpoint that is only configured in another way is both, and the way is what to set
+        [*config_causes(config_changes), *catalogue.weight_causes(num_previous), *catalogue.token_causes(),
+         *catalogue.position_causes()],
         catalogue.numeric_causes(dtype, decode=decode, native=native),
     )  # fmt: skip
     effects = _alone(scores, ways, now, tries(ways, now, True), progress)
@@ -94,9 +97,10 @@ def attribute(
     side = lean(scores.reported[valid].astype(np.float64) - after[valid], 2 * rounding.last_place)
     rounding = replace(rounding, met=met, native=native, beyond=beyond, others=others, lean=side)
     sure = not rest.mismatches or (within_rounding(rest, rounding) and not rounding.in_doubt(rest))
+    grid = None if rounding.on_grid else stored_grid(scores)
     findings = describe_rest(
         sequences, scores.distance(after), after, scores.place, scores.counts, far,
-        explained=sure, grid=None if any(way.grid for way in kept) else stored_grid(scores),
+        explained=sure, others=rounding.explains_others, typical=rounding.alone, grid=grid,
     )  # fmt: skip
     damaged += at_the_edge(counted & ~scores.counts, scores.place)
     return Attribution(
@@ -113,36 +117,50 @@ def _search(
     dtype: Dtype,
     progress: Callable[[str], None],
 ) -> tuple[list[Step], list[Way], np.ndarray, Step | None]:
-    """Causes that were kept, ways of scoring with them, log-probs float32 [N] of these; a guess that was not kept."""
-    counts = scores.counts.copy()
-    steps, kept, after = greedily(scores, ways, now, tries, progress)
-    nearest = None
-    if any(step.cause.guessed for step in steps):
-        nearest = _disbelieved(scores, steps, after, _rounding(scores, kept, after, dtype, progress))
-    if nearest is not None:
-        scores.counts, tries.guesses = counts, False
+    """Causes that were kept, ways of scoring with them, log-probs float32 [N] of these; one that came near, no more.
+
+    Whatever can't be right is left out, one by one, and the search begun again: what stood on it may go too.
+    """
+    counts, nearest = scores.counts.copy(), None
+    while True:
         steps, kept, after = greedily(scores, ways, now, tries, progress)
-    return steps, kept, after, nearest
+        wrong = _superseded(steps, tries)
+        if wrong is None:
+            wrong = _disbelieved(scores, steps, after, _rounding(scores, kept, after, dtype, progress))
+            nearest = nearest or wrong
+        if wrong is None:
+            return steps, kept, after, nearest
+        scores.counts = counts.copy()
+        tries.without.add(wrong.cause.name)
+
+
+def _superseded(steps: Sequence[Step], tries: _Tries) -> Step | None:
+    """A fitted value that another took the place of, once a cause beside it was known: that one stays to be tried."""
+    fitted = [step for step in steps if step.cause.guessed and step.cause.kind == "sampling"]
+    if not fitted or fitted[0].cause.name == fitted[-1].cause.name:
+        return None
+    tries.kept.append(fitted[-1].cause)
+    return fitted[0]
 
 
 @dataclass(slots=True)
 class _Tries:
     """Causes in the order in which equals are preferred, some of them fitted to what is left. without: names of those
-    that can't be tried. guesses: False leaves out what is guessed."""
+    that can't be, or were in vain. kept: fitted to what another cause left, and tried from the beginning."""
 
     scores: Scores
     num_previous: int
     first: Sequence[Cause]
     then: Sequence[Cause]
     last: Sequence[Cause]
-    without: Set[str] = frozenset()
-    guesses: bool = True
+    without: set[str] = field(default_factory=set)
+    kept: list[Cause] = field(default_factory=list)
     _fitted: dict[bytes, list[Cause]] = field(default_factory=dict)
 
     def __call__(self, ways: Sequence[Way], now: np.ndarray, more: bool) -> list[Cause]:
         fitted = self._fits(ways, now) if more else []
-        found = [*self.first, *fitted, *self.then, *self.last]
-        return [one for one in found if one.name not in self.without and (self.guesses or not one.guessed)]
+        found = [*self.first, *self.kept, *fitted, *self.then, *self.last]
+        return [one for one in found if one.name not in self.without]
 
     def _fits(self, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:
         # the first are asked for twice: alone, and as a step
@@ -157,16 +175,27 @@ class _Tries:
 
 
 def _disbelieved(scores: Scores, steps: Sequence[Step], now: np.ndarray, rounding: Rounding) -> Step | None:
-    """The guess that removed most although its value can't be the right one; None if there is none.
+    """The first step whose cause can't be right; None if there is none.
 
-    Of the right one most tokens are left with rounding, whatever else is wrong with the others.
+    Of right ones most tokens are left with rounding, whatever else is wrong with the others. A cause that holds of few
+    sequences has brought each of them close.
     """
     size = scores.distance(now)
-    size = size[np.isfinite(size)]
-    if not len(size) or float(np.median(size)) <= 2 * max(rounding.alone, rounding.last_place):
+    valid = np.isfinite(size) & np.isfinite(now)
+    if not valid.any():
         return None
-    wrong = [s for s in steps if s.cause.guessed and s.after.mean_abs > _NEXT_TO * s.before.mean_abs]
-    return max(wrong, key=lambda s: s.before.mean_abs - s.after.mean_abs, default=None)
+    near = float(np.median(size[valid])) <= 2 * max(rounding.alone, rounding.last_place)
+    side = lean(scores.reported[valid].astype(np.float64) - now[valid], 2 * rounding.last_place)
+    for step in steps:
+        cause, left = step.cause, step.after.mean_abs / step.before.mean_abs
+        few = step.sequences is not None and len(step.sequences) < _MANY * len(scores.sequences)
+        if cause.kind == "numerics" or few:
+            continue
+        # weights of the version before explain what they can, beside whatever scoring can't imitate
+        most = _HALF if cause.kind == "weights" and not cause.guessed else _NEXT_TO
+        if (not near and left > most) or (cause.guessed and side and left > _NEXT_TO):
+            return step
+    return None
 
 
 def _beyond(scores: Scores, now: np.ndarray, rounding: Rounding) -> np.ndarray:
@@ -243,17 +272,28 @@ def _rounding(
     progress("what rounding alone gives")
     # one of the causes that were kept may be another one
     dtype = next((way.settings.dtype for way in ways if way.settings.dtype is not None), dtype)
+    grid = next((way.grid for way in ways if way.grid is not None), None)
+    finite = scores.counts & np.isfinite(now)
+    step = 0.0
+    if grid is not None:  # a token that rounding moves over the middle of a step is off by all of it
+        step = float(grid_step(now[finite], grid).max(initial=0.0))
+        ways = [replace(way, grid=None) for way in ways]
+        now = scores.of(ways)
     order, single = scores.other_order(ways), scores.beside(ways, _FLOAT32) if dtype != "float32" else None
-    other = Gap(0, 0, 0.0, 0.0) if order is None else scores.between(order, now)
-    own = Gap(0, 0, 0.0, 0.0) if single is None else scores.between(single, now)
-    units = last_place(now[scores.counts & np.isfinite(now)])
+    nothing = Gap(0, 0, 0.0, 0.0)
+    other = nothing if order is None else scores.between(order, now)
+    own, engine = (nothing if single is None else scores.between(single, of) for of in (now, scores.reported))
+    units = last_place(now[finite])
+    largest = max(other.max_abs, own.max_abs, float(units.max(initial=0.0)), step)
     return Rounding(
         dtype=dtype,
         other_order=other.mean_abs if other.tokens else None,
         other_mismatches=other.mismatches,
         last_place=float(units.mean()) if len(units) else 0.0,
-        largest=max(other.max_abs, own.max_abs, float(units.max(initial=0.0))),
-        engine_error=None if single is None else scores.apart(single, scores.reported),
+        largest=largest,
+        engine_error=engine.mean_abs if engine.tokens else None,
+        engine_spread=engine.spread,
         own_error=own.mean_abs if own.tokens else None,
         outside=int((scores.counts & np.isneginf(now)).sum()),
+        on_grid=grid is not None,
     )

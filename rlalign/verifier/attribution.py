@@ -13,6 +13,8 @@ from rlalign.verifier.scores import Gap
 _FEW = 0.25
 # both sides err: one may be as far off as the other, the other way
 _TWICE = 2.0
+# standard errors that a mean may be off by chance: a router of experts moves few tokens by much
+_SPREADS, _BY_CHANCE = 2.0, 3.0
 # so many last places of a float32 log-prob a forward in float32 loses at a token, if any
 _LAST_PLACES = 4.0
 
@@ -50,8 +52,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What arithmetic alone gives, with all kept causes in place. engine_error, own_error: mean |Δ| of r and of t to
-    float32 scoring; None where scoring is float32 itself. other_order: mean |Δ| between t and another order of
+    """What arithmetic alone gives, with all kept causes in place, before the log-probs are put on a coarser grid if
+    they are (on_grid). engine_error, own_error: mean |Δ| of r and of t to float32 scoring; None where that is scoring's
+    own dtype. engine_spread: standard error of the first. other_order: mean |Δ| between t and another order of
     summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place: mean of what the
     last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by any of these. outside:
     tokens beyond the support by more than that, in no mean. beyond: tokens that are off by far more than any other
@@ -64,12 +67,14 @@ class Rounding:
     other_mismatches: int
     engine_error: float | None
     own_error: float | None
+    engine_spread: float
     last_place: float
     largest: float
     outside: int = 0
     beyond: int = 0
     others: Gap | None = None
     lean: float = 0.0
+    on_grid: bool = False
     met: bool = False
     native: bool = False
 
@@ -78,10 +83,15 @@ class Rounding:
         """Mean |Δ| that two correct implementations may have."""
         return max(self.other_order or 0.0, self.own_error or 0.0)
 
+    def at_least(self, mean: float, spread: float) -> float:
+        """What a mean |Δ| is without what chance may have added. Of values that were put on a grid, few are off, each
+        by a whole step of it, and their mean is all chance."""
+        return max(mean - _SPREADS * spread, 0.0 if self.on_grid else mean / _BY_CHANCE)
+
     def spares(self, rest: Gap) -> bool:
         """Whether ``rest`` is of far fewer tokens than rounding touches, which spares hardly any. It may where scoring
         is all but the engine's own: then few are no sign as long as none of them is off by more than rounding gives."""
-        return self._few(rest) and not ((self.met or self.native) and self._holds(rest))
+        return self._few(rest) and not ((self.met or self.native or self.on_grid) and self._holds(rest))
 
     def is_last_place(self, rest: Gap) -> bool:
         """Whether ``rest`` is what float32 itself loses, and no token more: too little for two orders to show it."""
@@ -90,7 +100,7 @@ class Rounding:
     def in_doubt(self, rest: Gap) -> bool:
         """Whether few tokens are taken for rounding by their size alone, where a fault of that size would look so."""
         places = rest.mean_abs * rest.tokens / max(1, rest.mismatches) / self.last_place
-        return self._few(rest) and self.native and not self.met and places > _LAST_PLACES
+        return self._few(rest) and self.native and not (self.met or self.on_grid) and places > _LAST_PLACES
 
     @property
     def explains_others(self) -> bool:
@@ -156,10 +166,9 @@ class Attribution:
             for step in self.steps
         ]
         if self.nearest is not None:
-            before, after = self.nearest.before.mean_abs, self.nearest.after.mean_abs
+            name, before, after = self.nearest.cause.name, self.nearest.before.mean_abs, self.nearest.after.mean_abs
             parts.append(
-                f"nearest, though it leaves too much to be the cause: {self.nearest.cause.name}, |Δ| {before:.3g} → "
-                f"{after:.3g}"
+                f"nearest, though it leaves too much to be the whole cause: {name}, |Δ| {before:.3g} → {after:.3g}"
             )
         return "; ".join([*parts, self._rest_line()])
 
@@ -214,8 +223,9 @@ def _within(rest: Gap, rounding: Rounding) -> bool:
         return False
     if rounding.engine_error is not None and rounding.own_error is not None:
         # each is held against float32 by itself: a dump that rounds as we do is no further from it than we are
-        return rounding.engine_error <= 1.5 * rounding.alone
-    return rest.mean_abs <= _TWICE * rounding.alone or rounding.is_last_place(rest)
+        return rounding.at_least(rounding.engine_error, rounding.engine_spread) <= 1.5 * rounding.alone
+    least = rounding.at_least(rest.mean_abs, rest.spread)
+    return least <= _TWICE * rounding.alone or rounding.is_last_place(rest)
 
 
 def _tokens(count: int) -> str:

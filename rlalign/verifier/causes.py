@@ -65,6 +65,8 @@ def setting_cause(name: str, kind: Kind, what: str, remedy: str, *, guessed: boo
 
 # scoring in float32, the engine in 16 bits
 COARSER = "dtype.bfloat16"
+# scoring in bfloat16, the engine in float32
+FINER = "dtype.float32"
 ONE_OPERATOR = "operator."
 _PROCESSED = "vLLM: logprobs_mode=processed_logprobs; SGLang: leave SGLANG_RETURN_ORIGINAL_LOGPROB unset; or score raw"
 _FILTER = "sample with top_p=1, top_k off, min_p=0; or report log-probs after the filters (vLLM: processed_logprobs)"
@@ -76,6 +78,10 @@ _OURS = "same numerics on both sides (rlalign: numerics=invariant)"
 FILTERS = setting_cause(
     "filters", "sampling", "temperature is in the log-probs, top-k, top-p and min-p are not", _FILTER,
     ignore=["top_k", "top_p", "min_p"],
+)  # fmt: skip
+CHUNKS = setting_cause(
+    "chunks", "numerics", "PyTorch's operators, a few tokens at a time against a cache", _OURS,
+    native=OPERATORS, chunk=8,
 )  # fmt: skip
 ONCE = setting_cause(
     "once", "numerics", "PyTorch's operators, whole sequences beside each other in one forward", _OURS,
@@ -96,9 +102,12 @@ def sampling_causes() -> list[Cause]:
     c = setting_cause
     return [
         c("temperature", "sampling", "the log-probs leave the temperature out", _PROCESSED, ignore=["temperature"]),
-        c("top_p", "sampling", "the log-probs are not renormalised over the top-p set", _FILTER, ignore=["top_p"]),
-        c("top_k", "sampling", "the log-probs are not renormalised over the top-k set", _FILTER, ignore=["top_k"]),
-        c("min_p", "sampling", "the log-probs are not renormalised over the min-p set", _FILTER, ignore=["min_p"]),
+        c("top_p", "sampling", "the log-probs are not renormalised over the top-p set, if it was used", _FILTER,
+          ignore=["top_p"]),
+        c("top_k", "sampling", "the log-probs are not renormalised over the top-k set, if it was used", _FILTER,
+          ignore=["top_k"]),
+        c("min_p", "sampling", "the log-probs are not renormalised over the min-p set, if it was used", _FILTER,
+          ignore=["min_p"]),
         FILTERS,
         c("raw", "sampling", "the log-probs are those of the raw logits, before any transform", _PROCESSED,
           processed=False),
@@ -230,4 +239,4 @@ def other_orders(native: bool, *, decode: bool) -> list[Cause]:
     ours can't take the model, other shapes, which they sum in another order. The one that scoring has is no other."""
     if not native:
         return [other_operators(native)]
-    return [other_operators(native), *([DECODE] if decode else []), ONCE, BATCH]
+    return [other_operators(native), DECODE if decode else CHUNKS, ONCE, BATCH]

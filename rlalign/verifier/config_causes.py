@@ -7,15 +7,17 @@ from typing import Any
 
 from rlalign.verifier.causes import Cause, setting_cause
 
-_COMMON = "a common value"
+_COMMON, _OFF = "a common value", "switched off"
+_SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 
 
-def config_causes(changes: Sequence[tuple[str, int | float | str, str]]) -> list[Cause]:
+def config_causes(changes: Sequence[tuple[str, int | float | str | None, str]]) -> list[Cause]:
     """One cause per (field of config.json, value, where that value is from)."""
     return [
         setting_cause(
             f"config.{name}={value}", "weights", f"computed with {name}={value} ({origin})",
-            f"give both sides the same config.json: {name} differs", guessed=origin == _COMMON, config=[(name, value)],
+            f"give both sides the same config.json: {name} differs", guessed=origin in (_COMMON, _OFF),
+            config=[(name, value)],
         )
         for name, value, origin in changes
     ]  # fmt: skip
@@ -43,7 +45,7 @@ def generation_causes(defaults: Mapping[str, Any]) -> list[Cause]:
 
 def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
     """(field, value, origin) of config.json that may explain a difference: what other checkpoints have instead, then
-    common values of the RoPE base and the norm's epsilon."""
+    common values of the RoPE base and the norm's epsilon, then windows and soft caps switched off."""
     mine = _flat(own)
     found: list[tuple[str, Any, str]] = []
     for n, other in enumerate(others, start=1):
@@ -53,6 +55,7 @@ def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) 
     for ending, values in (("rope_theta", (10_000.0, 500_000.0, 1_000_000.0)), ("_norm_eps", (1e-6, 1e-5))):
         for name in (name for name in mine if name.endswith(ending)):
             found += [(name, value, _COMMON) for value in values if value != mine[name]]
+    found += [(name, None, _OFF) for name in mine if name.rpartition(".")[2] in _SWITCHES]
     unique = {(name, value): (name, value, origin) for name, value, origin in reversed(found)}
     return list(reversed(unique.values()))
 

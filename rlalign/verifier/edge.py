@@ -50,7 +50,8 @@ def moved_by_edge(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> np.nd
         return np.zeros_like(off)
     widest, narrowest = _with_slack(scores, ways, slack), _with_slack(scores, ways, -slack)
     narrowest = np.where(np.isneginf(narrowest), now, narrowest)
-    return off & (scores.reported >= widest - slack) & (scores.reported <= narrowest + slack)
+    other = widest < narrowest
+    return off & other & (scores.reported >= widest - slack) & (scores.reported <= narrowest + slack)
 
 
 def _slack(scores: Scores, ways: Sequence[Way]) -> float:

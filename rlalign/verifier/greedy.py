@@ -24,6 +24,10 @@ _MIN_STANDARD_ERRORS = 4.0
 _MAX_STEPS = 5
 # at most so many times another
 _OF_A_SIZE = 1.5
+# times the median
+_LARGE = 3.0
+# what a finer dtype removes where the engine has it: all but the last places of float32
+_MOST = 0.95
 # one sequence by itself can be lucky: it needs some tokens, and to have been far off
 _MIN_TOKENS = 4
 _FAR_OFF = 3.0
@@ -94,7 +98,9 @@ def _helps(scores: Scores, now: np.ndarray, other: np.ndarray, place: int, floor
     if both.sum() < _MIN_TOKENS:
         return False
     start, end = float(before[both].mean()), float(after[both].mean())
-    return end <= 0.5 * start and (start > _FAR_OFF * floor)
+    # the mean may be one token's
+    typical = np.median(after[both]) <= 0.5 * np.median(before[both])
+    return bool(end <= 0.5 * start and typical) and start > _FAR_OFF * floor
 
 
 def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> float:
@@ -104,13 +110,14 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
     if not both.any():
         return 0.0
     better = before[both] - after[both]
+    numerics = cause.kind == "numerics"
     total, share = float(better.sum()), float(better.sum()) / max(float(before[both].sum()), 1e-300)
     if cause.name == catalogue.COARSER and share > 0:
         fine = both & np.isfinite(now) & np.isfinite(other)
         error, moved = (values[fine].astype(np.float64) - now[fine] for values in (scores.reported, other))
         if _same_errors(error, moved):
             return total
-    if share < (MIN_NUMERIC_SHARE if cause.kind == "numerics" else MIN_SHARE):
+    if share < (_MOST if cause.name == catalogue.FINER else MIN_NUMERIC_SHARE if numerics else MIN_SHARE):
         return 0.0
     # tokens that the cause leaves as they are, of other sequences for instance, say nothing of whether it is chance
     touched = better[now[both] != other[both]]
@@ -119,15 +126,22 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
     sure = total > _MIN_STANDARD_ERRORS * float(touched.std()) * root
     sure |= float(np.sign(touched).sum()) > _MIN_STANDARD_ERRORS * root
     old, new = (scores.gap(values, both).mismatches for values in (now, other))
-    exact = old >= _MIN_TOKENS and (new == 0 or (new < old // 2 and old - new > _MIN_STANDARD_ERRORS * old**0.5))
-    # one operator of many is named where it is the only other one; else it is one more order of summation
-    sure &= not cause.name.startswith(catalogue.ONE_OPERATOR)
+    exact = new == 0 or (new < old // 2 and old - new > _MIN_STANDARD_ERRORS * old**0.5)
+    # one operator of many, or another batch, is named where it is all; else it is one more order of summation
+    one = cause.name.startswith(catalogue.ONE_OPERATOR)
+    sure &= not one and cause.name != catalogue.BATCH.name
+    # few tokens that differ in arithmetic are arithmetic's; of anything else they would be chance
+    exact &= old >= _MIN_TOKENS or (numerics and not one)
     return total if exact or (sure and len(touched) >= _MIN_TOKENS) else 0.0
 
 
 def _same_errors(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether errors [n] are of a size, and correlated as chance does not give."""
-    if len(a) < _MIN_TOKENS or a.std() == 0 or b.std() == 0:
+    if len(a) < _MIN_TOKENS:
         return False
-    ratio, correlation = np.abs(a).mean() / np.abs(b).mean(), np.corrcoef(a, b)[0, 1]
-    return 1 / _OF_A_SIZE <= ratio <= _OF_A_SIZE and correlation * len(a) ** 0.5 > _MIN_STANDARD_ERRORS
+    sizes = [[float(of(np.abs(errors))) for of in (np.mean, np.median)] for errors in (a, b)]
+    if 0 in (*sizes[0], *sizes[1]) or any(max(x, y) > _OF_A_SIZE * min(x, y) for x, y in zip(*sizes, strict=True)):
+        return False
+    # a few large ones would make a correlation by themselves
+    a, b = (np.clip(e, -_LARGE * middle, _LARGE * middle) for e, (_, middle) in zip((a, b), sizes, strict=True))
+    return float(np.corrcoef(a, b)[0, 1]) * len(a) ** 0.5 > _MIN_STANDARD_ERRORS

@@ -18,8 +18,10 @@ _ONE_SIDED = 0.95
 _MIN_TOKENS = 40
 # a log-prob above 0 by rounding is not one of these
 _POSITIVE = 1e-3
-# a penalty: how many tokens on either side, how many of them the way it moves them, and how much more it moves those
-_LEAST_REPEATED, _MOST, _STRONGER = 5, 0.75, 2.0
+# a penalty: how many tokens on either side, and how many of them the way it moves them
+_LEAST_REPEATED, _MOST = 5, 0.85
+# sequences: tokens to tell by; times rounding within which they agree, beyond which not; how many must be either
+_LEAST_TOKENS, _NEAR, _OFF, _NEARLY_ALL = 4, 3.0, 10.0, 0.8
 # a mean: how far from 0, in standard errors and of the mean |Δ|
 _LEAN_ERRORS, _LEAN = 5.0, 0.5
 NO_NUMBERS = ("missing", "nan", "-inf", "positive", "scored_nan")
@@ -72,11 +74,14 @@ def describe_rest(
     far: np.ndarray,
     *,
     explained: bool = False,
+    others: bool = False,
+    typical: float = 0.0,
     grid: str | None = None,
 ) -> tuple[Finding, ...]:
     """Patterns of what is left. size: |Δ| float64 [N], NaN where a token does not count. scored: float32 [N]. counts,
     far: bool [N], tokens that do, and those that are off by more than rounding where most tokens differ a little.
-    explained: by rounding. grid: what the dump's log-probs all fit into."""
+    explained: by rounding; others: all but those that are far. typical: mean |Δ| that rounding gives. grid: what the
+    dump's log-probs all fit into."""
     reported = np.concatenate([*(s.logprobs for s in sequences), np.zeros(0, np.float32)])
     valid = counts & np.isfinite(size)
     differs = valid & (reported.view(np.int32) != scored.view(np.int32))
@@ -89,9 +94,11 @@ def describe_rest(
         return tuple(each for each in (*found, penalty) if each is not None)
     exact = differs.sum() < 0.5 * valid.sum()
     far = differs if exact else differs & far
-    if far.any() and far.sum() < 0.5 * valid.sum():
+    # of tokens that all differ by more than rounding, the far ones are the ends of one distribution
+    if (exact or others) and 0 < far.sum() < 0.5 * valid.sum():
         found += _clusters(far, valid, place, position, reported, scored, exact=exact)
-    elif not far.any():
+    elif not exact:
+        found.append(_some_sequences(size, valid, place, position, typical))
         # what is no log-probability has no side
         found += _trends(size, scored, reported, valid & ~(reported > _POSITIVE), place, position)
     return tuple(each for each in found if each is not None)
@@ -106,6 +113,20 @@ def _outside(scored: np.ndarray, valid: np.ndarray, place: np.ndarray, position:
 def _stored(grid: str | None, valid: np.ndarray, place: np.ndarray, position: np.ndarray) -> Finding | None:
     what = f"every log-prob of the dump fits into {grid}: rounded where it was computed or stored"
     return None if grid is None else _finding("stored", what, valid, place, position)
+
+
+def _some_sequences(
+    size: np.ndarray, valid: np.ndarray, place: np.ndarray, position: np.ndarray, typical: float
+) -> Finding | None:
+    """Sequences that are far off, where the others are within rounding."""
+    means = {int(p): size[valid & (place == p)] for p in np.unique(place)}
+    means = {p: float(values.mean()) for p, values in means.items() if len(values) >= _LEAST_TOKENS}
+    near = [p for p, mean in means.items() if mean <= _NEAR * typical]
+    off = [p for p, mean in means.items() if mean > _OFF * typical]
+    if not near or not off or len(near) + len(off) < _NEARLY_ALL * len(means):
+        return None
+    what = "whole sequences differ and the others agree to rounding: other prompt, weights or sampling in these"
+    return _finding("sequence", what, valid & np.isin(place, off), place, position)
 
 
 def _penalty(
@@ -123,7 +144,7 @@ def _penalty(
     if len(again) < _LEAST_REPEATED or len(first) < _LEAST_REPEATED:
         return None
     lower, higher = float((again < 0).mean()), float((first > 0).mean())
-    if min(lower, higher) < _MOST or abs(again.mean()) < _STRONGER * abs(first.mean()):
+    if min(lower, higher) < _MOST:
         return None
     what = (
         "tokens that stood before are less likely in the dump, and all others a little more: a repetition, presence or "
@@ -160,8 +181,8 @@ def _clusters(
         groups["isolated" if not whole else "sequence" if first <= 1 else "from_position"] |= mine
     says = {
         "from_position": "agrees up to a token and differs from there on: what it attends to changed, such as a wrong "
-        "or stale KV block, a prefix-cache hit after a weight update, or a preempted request (bisect --dump shows the "
-        "layer)",
+        "or stale KV block, a prefix-cache hit after a weight update, a preempted request, or another token there than "
+        "was sampled (bisect --dump shows the layer)",
         "sequence": "whole sequences differ and the others agree: other prompt, weights or padding in these",
         "isolated": f"single tokens differ, by up to {_ulp(reported, scored, groups['isolated'])} ULP, and "
         + ("most agree" if exact else "most far less")

@@ -173,14 +173,14 @@ def _in_turn(fit: _Fit, name: str, values: dict[str, float]) -> dict[str, float]
 
 
 def sampling_cause(**values: float) -> Cause:
-    """Sampling parameters that the dump does not name, found by fitting."""
+    """Sampling parameters other than the dump names, if it names any, found by fitting."""
     name = ",".join(f"{key}={value:g}" for key, value in values.items())
     what = " and ".join(
         f"at temperature {value:g}" if key == "temperature" else f"renormalised over {key}={value:g}"
         for key, value in values.items()
     )
     return setting_cause(
-        name, "sampling", f"the log-probs are {what}, which the dump doesn't name",
+        name, "sampling", f"the log-probs are {what}, other than the dump says",
         "put the sampling parameters into the dump (vLLM takes those of generation_config.json where a request names "
         "none; transformers' generate has top_k=50), and score with them (verl: rollout.temperature; TRL: temperature)",
         guessed=True, **values,

@@ -41,7 +41,7 @@ class ScoreSettings:
 
     weights: int = Field(0, ge=0)
     """0: the model; n: the n-th of the previous models."""
-    config: tuple[tuple[str, int | float | str], ...] = ()
+    config: tuple[tuple[str, int | float | str | None], ...] = ()
     """Fields of config.json that are replaced, such as ("rms_norm_eps", 1e-5); a dot steps into an object."""
     dtype: Dtype | None = None
     """Of weights and activations; None: the scorer's own."""

@@ -24,12 +24,14 @@ CAP = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Difference over some tokens. mean_abs, max_abs: of |Δ|, counted as ``CAP`` at most. mismatches: other bits."""
+    """Difference over some tokens. mean_abs, max_abs: of |Δ|, counted as ``CAP`` at most; spread: standard error of the
+    mean. mismatches: other bits."""
 
     tokens: int
     mismatches: int
     mean_abs: float
     max_abs: float
+    spread: float = 0.0
 
 
 @dataclass(slots=True)
@@ -153,12 +155,22 @@ def on_grid(values: np.ndarray, grid: str) -> np.ndarray:
     return np.round(values.astype(np.float64), int(grid.split()[0])).astype(np.float32)
 
 
+def grid_step(values: np.ndarray, grid: str) -> np.ndarray:
+    """float64 [N], how far apart values of ``on_grid`` lie at float32 [N]."""
+    if grid == "bfloat16":
+        return np.spacing(np.abs(values)).astype(np.float64) * 2**16
+    if grid == "float16":
+        return np.spacing(np.abs(values).astype(np.float16)).astype(np.float64)
+    return np.full(len(values), 10.0 ** -int(grid.split()[0]))
+
+
 def _gap(a: np.ndarray, b: np.ndarray) -> Gap:
     """Of float32 [n] each, none of them NaN and not both -inf."""
     if not len(a):
         return Gap(0, 0, 0.0, 0.0)
     size = np.minimum(np.abs(a.astype(np.float64) - b.astype(np.float64)), CAP)
-    return Gap(len(a), int((a.view(np.int32) != b.view(np.int32)).sum()), float(size.mean()), float(size.max()))
+    mismatches, spread = int((a.view(np.int32) != b.view(np.int32)).sum()), float(size.std()) / len(a) ** 0.5
+    return Gap(len(a), mismatches, float(size.mean()), float(size.max()), spread)
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

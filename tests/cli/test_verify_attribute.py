@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from rlalign.cli.policies import Policies
 from rlalign.cli.scoring import PolicyScorer
 from rlalign.cli.verify import main
 from rlalign.modeling import PagedContext, Policy, load_policy
+from rlalign.tasks.sort import make_sort_tokenizer
 from rlalign.verifier.attribute import attribute
 from rlalign.verifier.attribution import Attribution
 from rlalign.verifier.config_causes import config_changes
@@ -245,6 +247,17 @@ def test_an_equal_dump_exits_0_and_an_unusable_one_2(folder, plain, dump_file, t
     for more in (["--dump", str(tmp_path / "nowhere")], ["--dump", str(tmp_path / "dump.jsonl"), "--top-p", "0"]):
         assert main(["attribute", *more, *options]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_is_no_obstacle(folder, plain, dump_file, tmp_path):
+    """An added padding token, as many checkpoints have; the dump has ids already."""
+    shutil.copytree(folder / "model", tmp_path / "padded")
+    tokenizer = make_sort_tokenizer(max_value=9)
+    tokenizer.add_tokens([f"<x{i}>" for i in range(97 - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    options = ["--dump", str(dump_file(plain)), "--model", str(tmp_path / "padded"), "--no-decode"]
+    assert main(["attribute", *options]) == 0
 
 
 def test_a_sequence_that_the_model_cannot_take_is_named_and_the_rest_compared(

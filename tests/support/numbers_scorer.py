@@ -22,7 +22,15 @@ SAMPLING = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, min_p=0.1)
 BASE = ScoreSettings()
 CONFIG = [("rope_theta", 5e5, "a common value"), ("rms_norm_eps", 1e-5, "as previous model 1")]
 # how far a switch moves a log-prob, at most
-_SIZE = {"native": 1e-4, "logits": 1e-2, "dtype": 1e-3, "batch": 1e-5, "phase": 1e-5, "position_offset": 1e-4}
+_SIZE = {
+    "native": 1e-4,
+    "logits": 1e-2,
+    "dtype": 1e-3,
+    "batch": 1e-5,
+    "phase": 1e-5,
+    "chunk": 1e-5,
+    "position_offset": 1e-4,
+}
 
 
 class Numbers:

@@ -352,7 +352,7 @@ def test_rounding_beside_pytorchs_operators_is_that_of_ours():
     scored = scorer(found, replace(BASE, native=OPERATORS, batch="alone"))
     rest = [noise(s.id, "rest", len(values)) * 2e-5 for s, values in zip(found, scored, strict=True)]
     result = attribute(reported(found, [a + b for a, b in zip(scored, rest, strict=True)]), scorer, decode=False)
-    assert [step.cause.name for step in result.steps] == ["batch"]
+    assert [step.cause.name for step in result.steps] == ["operators.native"]
     assert result.rounding.other_order > 0
     assert result.explained
 

@@ -87,3 +87,31 @@ def test_tokens_that_another_model_sampled_are_likelier_under_it(monkeypatch):
     assert outcome.metrics["align/k1"] > 0.5 * outcome.base.mean_abs
     assert not outcome.explained
     assert "one_sided" not in [finding.name for finding in outcome.findings]
+
+
+def test_far_tokens_among_others_that_rounding_does_not_explain_are_no_single_ones():
+    """Weights that are older: a few tokens are far off, as the ends of what all tokens are."""
+    made = dump(Softmax(), settings=ScoreSettings(weights=1))
+    for sequence in made:
+        sequence.logprobs[::12] -= 3
+    outcome = attribute(made, Softmax(), decode=False)
+    assert outcome.rounding.beyond > 0
+    assert not {finding.name for finding in outcome.findings} & {"isolated", "from_position"}
+
+
+def test_sequences_of_another_model_are_named_where_the_others_have_rounding():
+    old, new = dump(Softmax(), settings=ScoreSettings(weights=2)), dump(Softmax(), settings=NATIVE)
+    outcome = attribute([*new[:2], *old[2:4], *new[4:]], Softmax(), decode=False)
+    assert not outcome.explained  # one of 48 tokens agrees by chance
+    assert [(f.name, f.tokens, f.where[0]) for f in outcome.findings] == [("sequence", 47, (2, 0))]
+
+
+def test_without_filters_nothing_is_at_the_edge_of_a_support():
+    """A token that is just as far off as tokens at an edge may be."""
+    made = dump(Softmax(), settings=NATIVE)
+    gaps = np.concatenate([a.logprobs - b for a, b in zip(made, Softmax()(made, ScoreSettings()), strict=True)])
+    for size in np.linspace(0.9, 1.1, 21):
+        values = made[0].logprobs.copy()
+        values[3] += np.float32(8 * np.abs(gaps).mean() * size)
+        outcome = attribute([replace(made[0], logprobs=values), *made[1:]], Softmax(), decode=False)
+        assert outcome.broken == ()

@@ -75,6 +75,12 @@ def test_a_temperature_is_fitted_again_to_what_stale_weights_leave():
     assert outcome.rest.mismatches == 0
 
 
+def test_a_filter_that_was_fitted_before_the_weights_were_known_is_replaced():
+    outcome = run(dump(Softmax(), SamplingParams(top_k=20), ScoreSettings(weights=1)), num_previous=1)
+    assert names(outcome) == ["stale_weights[1]", "top_k=20"]
+    assert outcome.rest.mismatches == 0
+
+
 def test_what_generation_config_says_is_one_cause():
     fields = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 3, "do_sample": True}
     outcome = run(dump(Softmax(), SamplingParams(0.6, 20, 0.95)), generation=fields)
@@ -99,7 +105,7 @@ def test_the_nearest_value_is_no_cause_where_much_is_left():
     outcome = run(made)
     assert outcome.steps == () and not outcome.explained
     assert outcome.nearest is not None and outcome.nearest.cause.guessed
-    assert "leaves too much to be the cause" in outcome.verdict
+    assert "leaves too much to be the whole cause" in outcome.verdict
 
 
 def test_a_guess_is_believed_although_some_tokens_are_left():
@@ -116,11 +122,31 @@ def test_a_guess_is_believed_although_some_tokens_are_left():
 def test_a_common_value_of_the_config_is_a_guess_and_another_checkpoints_is_none():
     changes = [("rope_theta", 500000.0, "a common value"), ("rms_norm_eps", 1e-3, "as previous model 1")]
     other_base = ScoreSettings(config=(("rope_theta", 500000.0),))
-    made = []
-    for sequence, other in zip(dump(Softmax()), dump(Softmax(), settings=other_base), strict=True):
-        [plain] = Softmax()([replace(other, id=sequence.id)], ScoreSettings())
-        made.append(replace(other, logprobs=np.float32(0.3) * plain + np.float32(0.7) * other.logprobs))
-    outcome = run(made, config_changes=changes)
+    outcome = run(mixed(other_base, 0.7), config_changes=changes)
     assert outcome.steps == ()
     assert outcome.nearest is not None and outcome.nearest.cause.name == "config.rope_theta=500000.0"
     assert names(run(dump(Softmax(), settings=other_base), config_changes=changes)) == ["config.rope_theta=500000.0"]
+
+
+def mixed(settings: ScoreSettings, share: float) -> list[DumpSequence]:
+    """Log-probs between those of ``settings`` and the plain ones: no way of scoring gives them."""
+    other = dump(Softmax(), settings=settings)
+    plain = Softmax()(other, ScoreSettings())
+    return [
+        replace(s, logprobs=np.float32(share) * s.logprobs + np.float32(1 - share) * values)
+        for s, values in zip(other, plain, strict=True)
+    ]
+
+
+def test_a_cause_that_leaves_much_unexplained_is_only_the_nearest():
+    padding = ScoreSettings(padding="left_seen")
+    outcome = run(mixed(padding, 0.8))
+    assert outcome.steps == () and not outcome.explained
+    assert outcome.nearest is not None and outcome.nearest.cause.name == "padding.left"
+    assert names(run(mixed(padding, 1.0))) == ["padding.left"]
+
+
+def test_older_weights_are_kept_where_half_of_the_difference_is_theirs():
+    stale = ScoreSettings(weights=1)
+    assert names(run(mixed(stale, 0.8), num_previous=1)) == ["stale_weights[1]"]
+    assert names(run(mixed(stale, 0.55), num_previous=1)) == []
