@@ -32,6 +32,8 @@ _FIT_TOKENS = 512
 # a pair is tried many times
 _PAIR_TOKENS = 128
 _PAIR_ROUNDS = 4
+# pairs of one round that go on, by their error
+_CLOSE = 2.0
 # what either of a true pair leaves alone, at most, of |Δ|
 _PROMISING = 0.75
 # as renormalisation leaves them: share of tokens on one side of scoring; or how far their mean is, in standard errors
@@ -155,14 +157,15 @@ def _pairs(fit: _Fit, temperature: float) -> list[dict[str, float]]:
     alone = min(fit.error(temperature=temperature), *(fit.error(**{name: fit.filter(name)}) for name in _FILTERS))
     if alone > _PROMISING * fit.error():
         return []
-    begun = [_in_turn(fit, name, {"temperature": temperature}) for name in _FILTERS]
-    best = min(begun, key=lambda values: fit.error(**values))
-    [name] = best.keys() & _FILTERS.keys()
+    pairs = {name: _in_turn(fit, name, {"temperature": temperature}) for name in _FILTERS}
     for _ in range(_PAIR_ROUNDS):
-        better = _in_turn(fit, name, best)
-        if better == best:
+        least = min(fit.error(**values) for values in pairs.values())
+        pairs = {name: values for name, values in pairs.items() if fit.error(**values) <= _CLOSE * least}
+        better = {name: _in_turn(fit, name, values) for name, values in pairs.items()}
+        if better == pairs:
             break
-        best = better
+        pairs = better
+    best = min(pairs.values(), key=lambda values: fit.error(**values))
     return [best] if fit.error(**best) <= _HALF * alone else []
 
 
