@@ -91,11 +91,14 @@ def attribute(
     scores.leave_out(moved_by_edge(scores, kept, after))
     rest, rounding = scores.gap(after), _rounding(scores, kept, after, dtype, progress)
     far = _beyond(scores, after, rounding)
-    met = any(step.cause.kind == "numerics" for step in steps)
-    beyond, others = int(far.sum()), scores.gap(after, ~far)
-    valid = scores.counts & np.isfinite(after) & ~far
-    side = lean(scores.reported[valid].astype(np.float64) - after[valid], 2 * rounding.last_place)
-    rounding = replace(rounding, met=met, native=native, beyond=beyond, others=others, lean=side)
+    rounding = replace(
+        rounding,
+        met=any(step.cause.kind == "numerics" for step in steps),
+        native=native,
+        beyond=int(far.sum()),
+        others=scores.gap(after, ~far),
+        lean=_lean(scores, after, rounding, ~far),
+    )
     sure = not rest.mismatches or (within_rounding(rest, rounding) and not rounding.in_doubt(rest))
     grid = None if rounding.on_grid else stored_grid(scores)
     findings = describe_rest(
@@ -105,7 +108,7 @@ def attribute(
     damaged += at_the_edge(counted & ~scores.counts, scores.place)
     return Attribution(
         len(sequences), whole, tuple(effects), tuple(steps), rest, rounding if rest.mismatches else None, damaged,
-        findings, metrics, num_tokens, nearest,
+        findings, metrics, num_tokens, None if sure else nearest,
     )  # fmt: skip
 
 
@@ -181,11 +184,9 @@ def _disbelieved(scores: Scores, steps: Sequence[Step], now: np.ndarray, roundin
     sequences has brought each of them close.
     """
     size = scores.distance(now)
-    valid = np.isfinite(size) & np.isfinite(now)
-    if not valid.any():
-        return None
-    near = float(np.median(size[valid])) <= 2 * max(rounding.alone, rounding.last_place)
-    side = lean(scores.reported[valid].astype(np.float64) - now[valid], 2 * rounding.last_place)
+    size = size[np.isfinite(size)]
+    near = not len(size) or float(np.median(size)) <= 2 * max(rounding.alone, rounding.last_place)
+    side = _lean(scores, now, rounding)
     for step in steps:
         cause, left = step.cause, step.after.mean_abs / step.before.mean_abs
         few = step.sequences is not None and len(step.sequences) < _MANY * len(scores.sequences)
@@ -196,6 +197,13 @@ def _disbelieved(scores: Scores, steps: Sequence[Step], now: np.ndarray, roundin
         if (not near and left > most) or (cause.guessed and side and left > _NEXT_TO):
             return step
     return None
+
+
+def _lean(scores: Scores, now: np.ndarray, rounding: Rounding, among: np.ndarray | None = None) -> float:
+    """The mean of r - t, where it is no chance; among: bool [N], None for all tokens that count."""
+    valid = scores.counts & np.isfinite(now)
+    valid &= True if among is None else among
+    return lean(scores.reported[valid].astype(np.float64) - now[valid], 2 * rounding.last_place)
 
 
 def _beyond(scores: Scores, now: np.ndarray, rounding: Rounding) -> np.ndarray:

@@ -124,7 +124,7 @@ class Rounding:
 class Attribution:
     """All of it. broken: log-probs that are no numbers, or of tokens at the edge of a support. findings: what is left
     looks like. metrics: ``align/*`` of ``num_tokens``, the dump as rollout against scoring as the dump says, before any
-    cause. nearest: a guess that removes much and yet can't be right, and is in no step."""
+    cause. nearest: where much is left unexplained, the cause that removes most and yet can't be right; in no step."""
 
     num_sequences: int
     base: Gap

@@ -231,10 +231,10 @@ def _trends(
     start, end = (size[valid & part] for part in (relative < 0.25, relative >= 0.75))
     if min(len(start), len(end)) >= _MIN_TOKENS // 4:
         if start.mean() > 3 * end.mean():
-            what = "largest at the start of responses: another prompt or chat template"
+            what = "largest at the start of responses, as with another prompt or chat template"
             found.append(_finding("at_the_start", what, valid & (relative < 0.25), place, position))
         elif end.mean() > 3 * start.mean():
-            what = "grows along responses: positions, RoPE scaling, or what is in the KV cache (such as its dtype)"
+            what = "grows along responses, as with other positions, RoPE scaling, or KV cache (such as its dtype)"
             found.append(_finding("grows", what, valid & (relative >= 0.75), place, position))
     return found
 
