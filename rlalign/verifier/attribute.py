@@ -35,6 +35,8 @@ from rlalign.verifier.scores import Gap, Scores, grid_step, last_place
 _FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
 # what a cause may leave where the rest is unexplained
 _NEXT_TO, _HALF = 0.05, 0.5
+# so many causes that can't be right, and no more values are fitted
+_MOST_WRONG = 5
 # share of the sequences that is as good as all
 _MANY = 0.75
 # of other orders of summation: a token that is off by more than so many times their largest is not one of theirs
@@ -48,7 +50,7 @@ def attribute(
     base: ScoreSettings | Sequence[ScoreSettings] | None = None,
     dtype: Dtype = "float32",
     num_previous: int = 0,
-    config_changes: Sequence[tuple[str, int | float | str, str]] = (),
+    config_changes: Sequence[tuple[str, int | float | str | None, str]] = (),
     generation: Mapping[str, Any] | None = None,
     decode: bool = True,
     progress: Callable[[str], None] = lambda _what: None,
@@ -124,32 +126,50 @@ def _search(
 
     Whatever can't be right is left out, one by one, and the search begun again: what stood on it may go too.
     """
-    counts, nearest = scores.counts.copy(), None
+    counts = scores.counts.copy()
+    wrong: list[Step] = []
     while True:
         steps, kept, after = greedily(scores, ways, now, tries, progress)
-        wrong = _superseded(steps, tries)
-        if wrong is None:
-            wrong = _disbelieved(scores, steps, after, _rounding(scores, kept, after, dtype, progress))
-            nearest = nearest or wrong
-        if wrong is None:
-            return steps, kept, after, nearest
+        step = _disbelieved(scores, steps, after, _rounding(scores, kept, after, dtype, progress))
+        if step is None:
+            nearest = min(wrong, key=lambda one: one.after.mean_abs, default=None)
+            return _without_replaced(scores, ways, steps, kept), kept, after, nearest
+        wrong.append(step)
         scores.counts = counts.copy()
-        tries.without.add(wrong.cause.name)
+        tries.without.add(step.cause.name)
+        # there is always another value beside the one that was left out
+        tries.guesses = len(wrong) < _MOST_WRONG
 
 
-def _superseded(steps: Sequence[Step], tries: _Tries) -> Step | None:
-    """A fitted value that another took the place of, once a cause beside it was known: that one stays to be tried."""
-    fitted = [step for step in steps if step.cause.guessed and step.cause.kind == "sampling"]
-    if not fitted or fitted[0].cause.name == fitted[-1].cause.name:
-        return None
-    tries.kept.append(fitted[-1].cause)
-    return fitted[0]
+def _without_replaced(scores: Scores, ways: list[Way], steps: list[Step], kept: list[Way]) -> list[Step]:
+    """The steps without those that make no difference to ``kept``: a value was fitted again beside a later cause."""
+    for step in steps:
+        others = [one for one in steps if one is not step]
+        if step.cause.guessed and _composed(ways, others) == kept:
+            told, now = [], ways
+            for one in others:
+                after = _composed(now, [one])
+                gaps = scores.gap(scores.of(now)), scores.gap(scores.of(after))
+                told.append(replace(one, before=gaps[0], after=gaps[1]))
+                now = after
+            return _without_replaced(scores, ways, told, kept)
+    return steps
+
+
+def _composed(ways: Sequence[Way], steps: Sequence[Step]) -> list[Way]:
+    """Ways with the causes of ``steps`` in them, one after another."""
+    found = list(ways)
+    for step in steps:
+        touched = range(len(found)) if step.sequences is None else step.sequences
+        for place in touched:
+            found[place] = step.cause.change(found[place], place)
+    return found
 
 
 @dataclass(slots=True)
 class _Tries:
     """Causes in the order in which equals are preferred, some of them fitted to what is left. without: names of those
-    that can't be, or were in vain. kept: fitted to what another cause left, and tried from the beginning."""
+    that can't be, or were in vain. guesses: False leaves out what is fitted to nothing but the log-probs."""
 
     scores: Scores
     num_previous: int
@@ -157,13 +177,13 @@ class _Tries:
     then: Sequence[Cause]
     last: Sequence[Cause]
     without: set[str] = field(default_factory=set)
-    kept: list[Cause] = field(default_factory=list)
+    guesses: bool = True
     _fitted: dict[bytes, list[Cause]] = field(default_factory=dict)
 
     def __call__(self, ways: Sequence[Way], now: np.ndarray, more: bool) -> list[Cause]:
         fitted = self._fits(ways, now) if more else []
-        found = [*self.first, *self.kept, *fitted, *self.then, *self.last]
-        return [one for one in found if one.name not in self.without]
+        found = [*self.first, *fitted, *self.then, *self.last]
+        return [one for one in found if one.name not in self.without and (self.guesses or not one.guessed)]
 
     def _fits(self, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:
         # the first are asked for twice: alone, and as a step
@@ -172,9 +192,15 @@ class _Tries:
                 *grid_causes(self.scores),
                 *fitted_base(self.scores, ways, now),
                 *in_flight_causes(self.scores, ways, now, self.num_previous),
-                *fitted_sampling(self.scores, ways, now),
+                *self._sampling(ways, now),
             ]
         return self._fitted[now.tobytes()]
+
+    def _sampling(self, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:
+        try:
+            return fitted_sampling(self.scores, ways, now) if self.guesses else []
+        except (ValueError, NotImplementedError):  # a scorer that can't imitate them: nothing to list by name
+            return []
 
 
 def _disbelieved(scores: Scores, steps: Sequence[Step], now: np.ndarray, rounding: Rounding) -> Step | None:

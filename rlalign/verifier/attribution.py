@@ -52,10 +52,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What arithmetic alone gives, with all kept causes in place, before the log-probs are put on a coarser grid if
-    they are (on_grid). engine_error, own_error: mean |Δ| of r and of t to float32 scoring; None where that is scoring's
-    own dtype. engine_spread: standard error of the first. other_order: mean |Δ| between t and another order of
-    summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place: mean of what the
+    """What arithmetic alone gives, with all kept causes in place, before scoring's log-probs are put on a coarser
+    grid if they are (on_grid). engine_error, own_error: mean |Δ| of r and of t to float32 scoring; None where that is
+    scoring's own dtype. engine_spread: standard error of the first. other_order: mean |Δ| between t and another order
+    of summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place: mean of what the
     last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by any of these. outside:
     tokens beyond the support by more than that, in no mean. beyond: tokens that are off by far more than any other
     order of summation gives; others: without these. lean: mean of r - t where it is no chance, else 0. met: a cause of
@@ -91,7 +91,7 @@ class Rounding:
     def spares(self, rest: Gap) -> bool:
         """Whether ``rest`` is of far fewer tokens than rounding touches, which spares hardly any. It may where scoring
         is all but the engine's own: then few are no sign as long as none of them is off by more than rounding gives."""
-        return self._few(rest) and not ((self.met or self.native or self.on_grid) and self._holds(rest))
+        return not self.on_grid and self._few(rest) and not ((self.met or self.native) and self._holds(rest))
 
     def is_last_place(self, rest: Gap) -> bool:
         """Whether ``rest`` is what float32 itself loses, and no token more: too little for two orders to show it."""
@@ -221,7 +221,7 @@ def within_rounding(rest: Gap, rounding: Rounding) -> bool:
 def _within(rest: Gap, rounding: Rounding) -> bool:
     if rounding.spares(rest):
         return False
-    if rounding.engine_error is not None and rounding.own_error is not None:
+    if rounding.engine_error is not None and rounding.own_error is not None and not rounding.on_grid:
         # each is held against float32 by itself: a dump that rounds as we do is no further from it than we are
         return rounding.at_least(rounding.engine_error, rounding.engine_spread) <= 1.5 * rounding.alone
     least = rounding.at_least(rest.mean_abs, rest.spread)

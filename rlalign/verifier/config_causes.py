@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlalign.config import SamplingParams
 from rlalign.verifier.causes import Cause, setting_cause
 
 _COMMON, _OFF = "a common value", "switched off"
@@ -30,9 +31,15 @@ def generation_causes(defaults: Mapping[str, Any]) -> list[Cause]:
     """
     off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     values = {name: value for name, none in off.items() if (value := defaults.get(name)) not in (None, none)}
-    if not values:
+    if values.get("top_k") == -1:
+        del values["top_k"]
+    try:
+        useful = bool(values) and not SamplingParams(**values).greedy
+    except ValueError:  # whatever an engine made of these, it is not ours to guess
+        useful = False
+    if not useful:
         return []
-    shown = ", ".join(f"{name}={value:g}" for name, value in values.items())
+    shown = ", ".join(f"{name}={value}" for name, value in values.items())
     return [
         setting_cause(
             "generation_config", "sampling",

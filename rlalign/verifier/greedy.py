@@ -57,8 +57,8 @@ def greedily(
                 other = without_edge(scores, changed)
                 gain = _gain(scores, now, other, cause)
                 # a cause further down the list must be better, not as good; a guess of some sequences clearly so
-                more = _SOME if cause.guessed and chosen is not None else 1e-9
-                if gain > 0 and (best is None or gain > best[0] * (1 + more)):
+                least = _SOME if cause.guessed and chosen is not None else 1e-9
+                if gain > 0 and (best is None or gain > best[0] * (1 + least)):
                     best = (gain, cause, changed, other, chosen)
         if best is None:
             break

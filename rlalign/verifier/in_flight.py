@@ -27,7 +27,10 @@ def in_flight_causes(scores: Scores, ways: Sequence[Way], now: np.ndarray, num_p
     found = []
     for version in range(1, num_previous + 1):
         older = [replace(way.settings, weights=version) for way in ways]
-        scored = scores.of([replace(way, settings=one) for way, one in zip(ways, older, strict=True)])
+        try:
+            scored = scores.of([replace(way, settings=one) for way, one in zip(ways, older, strict=True)])
+        except (ValueError, NotImplementedError):  # as stale weights this version is listed with the reason
+            continue
         cuts = [
             _cut(scores.distance(scored)[mine], scores.distance(now)[mine])
             for mine in (scores.place == place for place in range(len(ways)))

@@ -197,7 +197,7 @@ def lean(delta: np.ndarray, least: float = 0.0) -> float:
 
     Tokens are likelier under what sampled them than under any other distribution, by about half the mean square.
     """
-    if not len(delta):
+    if not len(delta) or (delta != 0).mean() < _LEAN:  # few tokens that differ may be on any side
         return 0.0
     errors = _LEAN_ERRORS * float(delta.std()) / len(delta) ** 0.5
     least = max(least, errors, _LEAN * float(np.abs(delta).mean()), float(np.square(delta).mean()))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from rlalign.verifier.causes import Cause, Way, setting_cause
-from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.edge import without_edge
 from rlalign.verifier.score import effective_sampling
 from rlalign.verifier.scores import Scores
@@ -55,15 +54,22 @@ class _Fit:
 
     @classmethod
     def of(cls, scores: Scores, ways: Sequence[Way], num_tokens: int) -> _Fit:
-        few: list[DumpSequence] = []
-        for sequence in scores.sequences:
-            if sum(len(each.token_ids) for each in few) < num_tokens:
-                few.append(sequence)
-        whole = len(few) == len(scores.sequences)
-        return cls(scores if whole else Scores(few, scores.scorer, scores.decode), ways[: len(few)])
+        places, found = [], 0
+        for place in range(len(scores.sequences)):
+            count = int(scores.counts[scores.place == place].sum())
+            if count and found < num_tokens:
+                places.append(place)
+                found += count
+        # other sequences' log-probs or prompts are looked up by place
+        apart = all(way.partner is None and way.settings.prompt not in ("next", "previous") for way in ways)
+        if not apart or len(places) == len(scores.sequences):
+            return cls(scores, ways)
+        few = Scores([scores.sequences[place] for place in places], scores.scorer, scores.decode)
+        few.counts = scores.counts[np.isin(scores.place, places)]
+        return cls(few, [ways[place] for place in places])
 
     def error(self, **values: float) -> float:
-        """Of these parameters in place of the dump's."""
+        """Of these parameters in place of those that ``ways`` have."""
         key = tuple(sorted(values.items()))
         if key not in self.known:
             ways = [replace(way, settings=replace(way.settings, **values)) for way in self.ways]
@@ -158,6 +164,7 @@ def _pairs(fit: _Fit, temperature: float) -> list[dict[str, float]]:
     if alone > _PROMISING * fit.error():
         return []
     pairs = {name: _in_turn(fit, name, {"temperature": temperature}) for name in _FILTERS}
+    seen = list(pairs.values())
     for _ in range(_PAIR_ROUNDS):
         least = min(fit.error(**values) for values in pairs.values())
         pairs = {name: values for name, values in pairs.items() if fit.error(**values) <= _CLOSE * least}
@@ -165,7 +172,8 @@ def _pairs(fit: _Fit, temperature: float) -> list[dict[str, float]]:
         if better == pairs:
             break
         pairs = better
-    best = min(pairs.values(), key=lambda values: fit.error(**values))
+        seen += pairs.values()
+    best = min(seen, key=lambda values: fit.error(**values))
     return [best] if fit.error(**best) <= _HALF * alone else []
 
 

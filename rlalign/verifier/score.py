@@ -54,7 +54,7 @@ class ScoreSettings:
     batch: Literal["together", "alone"] = "together"
     """Sequences beside each other in one forward, or one by one."""
     chunk: int | None = Field(None, ge=1)
-    """Most prompt tokens of a sequence in one forward, against a cache; None: all at once."""
+    """Most tokens of a sequence in one forward, against a cache; of its prompt if it is decoded. None: all at once."""
     padding: Literal["none", "left_seen", "middle_seen"] = "none"
     """Padding that attention sees, as without a mask: before the prompt, or between prompt and response."""
     position_offset: int = 0

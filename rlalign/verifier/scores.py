@@ -89,13 +89,16 @@ class Scores:
             return None
 
     def other_order(self, ways: Sequence[Way]) -> np.ndarray | None:
-        """Log-probs float32 [N] in another order of summation than ``ways`` have; None if the scorer has no other."""
-        native = any(way.settings.numerics == "native" for way in ways)
+        """Log-probs float32 [N] in another order of summation than ``ways`` have, if it can one that
+        gives other bits; None if the scorer has no other."""
+        native, same = any(way.settings.numerics == "native" for way in ways), None
         for cause in catalogue.other_orders(native, decode=self.decode):
             changed = [cause.change(way, place) for place, way in enumerate(ways)]
             if changed != list(ways) and (scored := self.beside(ways, cause)) is not None:
-                return scored
-        return None
+                if scored.tobytes() != self.of(ways).tobytes():
+                    return scored
+                same = scored
+        return same
 
     def pairs(self, scored: np.ndarray) -> list[LogprobPair]:
         """Reported and scored log-probs of every sequence, for ``compare``; ``scored`` float32 [N]."""

@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support import softmax_scorer
+from support.numbers_scorer import Numbers, planted
 from support.softmax_scorer import Softmax, dump, filtered, log_softmax
 
 from rlalign.config import SamplingParams
+from rlalign.verifier import causes as catalogue
 from rlalign.verifier.attribute import attribute
 from rlalign.verifier.attribution import Attribution
 from rlalign.verifier.dumps.record import DumpSequence
@@ -150,3 +153,38 @@ def test_older_weights_are_kept_where_half_of_the_difference_is_theirs():
     stale = ScoreSettings(weights=1)
     assert names(run(mixed(stale, 0.8), num_previous=1)) == ["stale_weights[1]"]
     assert names(run(mixed(stale, 0.55), num_previous=1)) == []
+
+
+def test_values_that_complete_each_other_are_kept():
+    outcome = run(dump(Softmax(), SamplingParams(1.2, top_k=20, min_p=0.05)))
+    assert names(outcome) == ["top_k=20", "temperature=1.2,min_p=0.05"]
+    assert outcome.rest.mismatches == 0 and outcome.nearest is None
+
+
+def test_tokens_that_do_not_count_are_not_fitted_to(monkeypatch):
+    monkeypatch.setattr(softmax_scorer, "COUNT", 30)
+    made = dump(Softmax(), SamplingParams(temperature=0.8))
+    hidden = [replace(s, mask=np.zeros(len(s.token_ids), np.bool_)) for s in made[:22]]
+    assert names(run([*hidden, *made[22:]])) == ["temperature=0.8"]
+
+
+def test_swapped_sequences_are_fitted_as_a_whole(monkeypatch):
+    monkeypatch.setattr(softmax_scorer, "COUNT", 30)
+    made = dump(Softmax(), SamplingParams(temperature=0.8))
+    swapped = [replace(s, logprobs=made[(i + 15) % 30].logprobs) for i, s in enumerate(made)]
+    assert sorted(names(run(swapped))) == ["swapped_sequences", "temperature=0.8"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0.0}, {"top_k": -1}, {"top_p": 0}, {"temperature": "warm"}, {"min_p": None}], ids=str
+)
+def test_an_odd_generation_config_is_no_cause_and_no_error(fields):
+    assert names(run(dump(Softmax(), SamplingParams(top_k=9)), generation=fields)) == ["top_k=9"]
+
+
+@pytest.mark.parametrize("refused", ["weights", "temperature", "top_k"])
+def test_what_the_scorer_refuses_is_not_fitted(refused):
+    outcome = attribute(planted(), Numbers([refused]), num_previous=1, decode=False)
+    assert outcome.equal
+    rounded = planted(catalogue.numeric_causes("float32", decode=False)[0])
+    assert names(attribute(rounded, Numbers([refused]), num_previous=1)) == ["logits.bfloat16"]
