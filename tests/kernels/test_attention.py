@@ -90,6 +90,22 @@ def test_any_chunking_and_any_cache_give_the_packed_bits(settings, heads, dims):
         assert same_bits(packed(q[keep], k, v, last, LENGTHS, **settings)[0], whole[keep])
 
 
+def test_columns_that_no_row_tile_is_free_with_are_filled_up(monkeypatch):
+    from rlalign_kernels.reference import attention as reference
+
+    q, k, v = make(LENGTHS, heads=(4, 2), dims=(32, 24), seed=5)
+    plain, plain_lse = packed(q, k, v, LENGTHS, LENGTHS)
+    known = reference.batch_bases
+    monkeypatch.setattr(reference, "batch_bases", lambda depth, width, t: () if width == 25 else known(depth, width, t))
+    assert reference.products(32, 24).columns == 32
+    whole, whole_lse = packed(q, k, v, LENGTHS, LENGTHS)
+    torch.testing.assert_close(whole, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole_lse, plain_lse, rtol=1e-5, atol=1e-6)
+    for page_size in (1, 24):
+        out, lse = paged(q, k, v, LENGTHS, LENGTHS, page_size=page_size)
+        assert same_bits(out, whole) and same_bits(lse, whole_lse)
+
+
 def test_autocast_rounds_nothing_of_the_reference():
     q, k, cu = normal(33, 4, 32, seed=1), normal(33, 2, 32, seed=2), torch.tensor([0, 33])
     known = {"cu_seqlens_q": cu, "scale": 0.2, "backend": "reference"}

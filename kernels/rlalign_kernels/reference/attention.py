@@ -28,21 +28,23 @@ ROW_UNITS = (1, 4)
 # A decoding item has a group's heads as rows; where the probe refuses so few, the next of these.
 FEW_ROWS = (4, 8)
 KEY_WIDTHS = (16, 32, 48, KV_TILE)
+# the columns of [v, 1] are filled up to a multiple of so many where they must be
+_COLUMNS = 16
 
 
 @dataclass(frozen=True)
 class Products:
-    """q @ k.T and p @ [v, 1] of one head shape, on one base tile of rows."""
+    """q @ k.T and p @ [v, 1, 0 …] of one head shape, on one base tile of rows. columns: of the second."""
 
     base: int
     head_dim: int
     value_dim: int
+    columns: int
 
     def schedules(self, rows: int, keys: int) -> tuple[BatchSchedule, BatchSchedule]:
         """Proven batches of both products for items of ``rows`` rows, over the first ``keys`` of a tile."""
-        columns = self.value_dim + 1
         scores = batch_schedule(self.base, rows, (self.head_dim, keys), (self.head_dim, KV_TILE), True)
-        return scores, batch_schedule(self.base, rows, (keys, columns), (KV_TILE, columns), False)
+        return scores, batch_schedule(self.base, rows, (keys, self.columns), (KV_TILE, self.columns), False)
 
     def _proven(self, rows: int, keys: int) -> bool:
         return all(schedule.proven for schedule in self.schedules(rows, keys))
@@ -58,11 +60,17 @@ class Products:
 
 
 def products(head_dim: int, value_dim: int) -> Products:
-    """Both products on the first base tile that is position free. Raises RuntimeError if there is none."""
-    values = batch_bases(KV_TILE, value_dim + 1, False)
-    for base in batch_bases(head_dim, KV_TILE, True):
-        if base in values:
-            return Products(base, head_dim, value_dim)
+    """Both products on the first base tile that is position free. Raises RuntimeError if there is none.
+
+    Where the second one is not with as many columns as it needs (nine, on an AMD EPYC), it has some of zeros too.
+    """
+    bases = batch_bases(head_dim, KV_TILE, True)
+    needed = value_dim + 1
+    for columns in (needed, -(-needed // _COLUMNS) * _COLUMNS):
+        values = batch_bases(KV_TILE, columns, False)
+        for base in bases:
+            if base in values:
+                return Products(base, head_dim, value_dim, columns)
     raise RuntimeError(
         f"attention: on this machine no row tile is free of position in float32 products with head_dim={head_dim}, "
         f"value_dim={value_dim}; no invariant schedule is known for it"
@@ -107,13 +115,13 @@ def _in_order(parts: list[torch.Tensor], order: torch.Tensor | None) -> torch.Te
 
 
 class _State:
-    """What n items have seen so far: highest score [n, used, 1]; acc [n, used, Dv + 1], weighted sum of the values and,
-    in the last column, sum of the weights."""
+    """What n items have seen so far: highest score [n, used, 1]; acc [n, used, C], weighted sum of the Dv values, then
+    sum of the weights; what there is behind it, of ``Products.columns``, is zeros."""
 
-    def __init__(self, chunk: Chunk, value_dim: int, device: torch.device) -> None:
+    def __init__(self, chunk: Chunk, products: Products, device: torch.device) -> None:
         self.count = chunk.count
         self.shape = (chunk.count, chunk.used)
-        self.value_dim, self.device = value_dim, device
+        self.value_dim, self.columns, self.device = products.value_dim, products.columns, device
         self.highest: torch.Tensor | None = None
         self.acc: torch.Tensor | None = None
 
@@ -138,7 +146,7 @@ class _State:
         """With the items that have no key at all."""
         active = highest.shape[0]
         all_highest = torch.full((*self.shape, 1), FLOOR, device=self.device)
-        acc = torch.zeros(*self.shape, self.value_dim + 1, device=self.device)
+        acc = torch.zeros(*self.shape, self.columns, device=self.device)
         all_highest[:active], acc[:active] = highest, weighted
         return all_highest, acc
 
@@ -147,20 +155,23 @@ class _State:
         if self.highest is None:
             nothing = torch.empty(0, device=self.device)
             self.highest, self.acc = self._filled(
-                nothing.view(0, self.shape[1], 1), nothing.view(0, self.shape[1], self.value_dim + 1)
+                nothing.view(0, self.shape[1], 1), nothing.view(0, self.shape[1], self.columns)
             )
         return self
 
     def output(self) -> torch.Tensor:
         """[n * used, Dv]; a row that saw no key is 0."""
-        total = self.acc[..., -1:]
+        total = self._total()
         # + 0.0: a skipped tile leaves -0.0 as it is, a masked one adds +0.0 to it; both end as +0.0.
-        values = (self.acc[..., :-1] / total).add_(scalar(0.0, total.device)).masked_fill_(total == 0, 0.0)
+        values = (self.acc[..., : self.value_dim] / total).add_(scalar(0.0, total.device)).masked_fill_(total == 0, 0.0)
         return values.reshape(-1, self.value_dim)
+
+    def _total(self) -> torch.Tensor:
+        return self.acc[..., self.value_dim : self.value_dim + 1]
 
     def lse(self) -> torch.Tensor:
         """[n * used]; a row that saw no key has -inf."""
-        total = self.acc[..., -1:]
+        total = self._total()
         return (self.highest + elementwise("log", total)).masked_fill_(total == 0, -torch.inf).reshape(-1)
 
 
@@ -187,7 +198,7 @@ class _Run:
         return self._attend(chunk, shielded=True)
 
     def _attend(self, chunk: Chunk, *, shielded: bool) -> _State:
-        state = _State(chunk, self.v_rows.shape[1], self.q_rows.device)
+        state = _State(chunk, self.products, self.q_rows.device)
         q = self.q_rows if chunk.q_rows is None else self.q_rows.index_select(0, chunk.q_rows)
         q = q.float().view(chunk.count, chunk.rows, -1)
         for number in range(chunk.num_steps):
@@ -205,7 +216,7 @@ class _Run:
         return state.finish()
 
     def _gather(self, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """k [n, w, D], [v, 1] [n, w, Dv + 1], float32, and bool [n, w] of keys that ``key_mask`` hides."""
+        """k [n, w, D], [v, 1, 0 …] [n, w, C], float32, and bool [n, w] of keys that ``key_mask`` hides."""
         shape = (step.active, step.width, -1)
         k = self.k_rows.index_select(0, step.index).view(shape).float()
         v = self.v_rows.index_select(0, step.index).view(shape).float()
@@ -214,7 +225,9 @@ class _Run:
             hidden = ~self.key_mask[step.index // self.num_kv_heads].view(step.active, step.width)
             # 0 * NaN is not 0.
             k, v = (x.masked_fill_(hidden.unsqueeze(2), 0.0) for x in (k, v))
-        return k, torch.constant_pad_nd(v, (0, 1), 1.0), hidden
+        values = torch.constant_pad_nd(v, (0, 1), 1.0)
+        more = self.products.columns - values.shape[2]
+        return k, torch.constant_pad_nd(values, (0, more)) if more else values, hidden
 
     def _transform(self, s: torch.Tensor, used: int, step: Step, hidden: torch.Tensor | None) -> torch.Tensor:
         """Scores [n, used, w]: scaled, capped, and -inf where a row may not see the key."""
@@ -242,14 +255,14 @@ def _pad_items(p: torch.Tensor, rows: int) -> torch.Tensor:
 class _Shield:
     """Keeps a value that is not finite from rows that may not see its key.
 
-    hit bool [n, used, Dv + 1]: sums that did see one.
+    hit bool [n, used, C]: sums that did see one.
     """
 
     hit: torch.Tensor
 
     @classmethod
     def against(cls, values: torch.Tensor, masked_scores: torch.Tensor) -> _Shield:
-        """Zeroes what is not finite in values [n, w, Dv + 1]."""
+        """Zeroes what is not finite in values [n, w, C]."""
         broken = ~torch.isfinite(values)
         values.masked_fill_(broken, 0.0)
         seen = (masked_scores != -torch.inf).float()
