@@ -127,10 +127,11 @@ def test_fewer_rows_and_keys_than_a_tile_change_no_bit(monkeypatch):
     monkeypatch.setattr(attention.Products, "_proven", lambda self, rows, keys: False)
     monkeypatch.setattr(content._CACHE, "_values", OrderedDict())
     assert same_bits(decode(), short)
-    base = attention.products(16, 16).base
+    products = attention.products(16, 16)
+    base = products.base
     assert shapes == {(base, 16), (base, 64)}
     # Where the machine refuses all short forms, both runs are the same one.
-    proven = attention.Products(base, 16, 16).schedules(group, 16)
+    proven = products.schedules(group, 16)
     assert narrow != shapes or not all(schedule.proven for schedule in proven)
 
 
