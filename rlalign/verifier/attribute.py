@@ -37,6 +37,8 @@ _FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
 _NEXT_TO, _HALF = 0.05, 0.5
 # so many causes that can't be right, and no more values are fitted
 _MOST_WRONG = 5
+# a factor that is right to five digits, such as somebody's 1.4427, is no fault of its own
+_DIGITS = 1e-5
 # share of the sequences that is as good as all
 _MANY = 0.75
 # of other orders of summation: a token that is off by more than so many times their largest is not one of theirs
@@ -229,7 +231,9 @@ def _lean(scores: Scores, now: np.ndarray, rounding: Rounding, among: np.ndarray
     """The mean of r - t, where it is no chance; among: bool [N], None for all tokens that count."""
     valid = scores.counts & np.isfinite(now)
     valid &= True if among is None else among
-    return lean(scores.reported[valid].astype(np.float64) - now[valid], 2 * rounding.last_place)
+    size = float(np.abs(now[valid]).mean()) if valid.any() else 0.0
+    least = max(2 * rounding.last_place, _DIGITS * size)
+    return lean(scores.reported[valid].astype(np.float64) - now[valid], least)
 
 
 def _beyond(scores: Scores, now: np.ndarray, rounding: Rounding) -> np.ndarray:
