@@ -30,11 +30,7 @@ def scorer(stand: Stand) -> Remembering:
     return Remembering(PolicyScorer(Policies([stand.folder / "model", stand.folder / "older"], "float32", kept=9)))
 
 
-# the others are planted by our own operators in test_verify_attribute.py, where nothing but the fault differs
-BESIDE_ROUNDING = ("a padded row", "a swapped pair of sequences", "off-by-one position ids", "bf16 logits")
-
-
-@pytest.mark.parametrize("fault", BESIDE_ROUNDING)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_another_engine_is_named(fault, stand, scorer):
     plant, name = FAULTS[fault]
     changes = config_changes(json.loads((stand.folder / "model" / "config.json").read_text()), [])
