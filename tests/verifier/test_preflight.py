@@ -191,6 +191,43 @@ def test_the_dtype_of_verls_master_weights_is_known_to_be_harmless(tmp_path: Pat
     assert "actor_rollout_ref.actor.fsdp_config.model_dtype" in train.harmless
 
 
+def test_verls_trainer_computes_in_bfloat16_where_nobody_says(tmp_path: Path) -> None:
+    values = {"actor_rollout_ref": {"actor": {"fsdp_config": {"model_dtype": "fp32"}}, "rollout": {"dtype": "float16"}}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    both = read_sides(tmp_path / "a.yaml")
+    found = {one.setting: (one.rollout, one.train) for one in check(both["rollout"], both["train"])}
+    assert found["dtype"] == ("float16", "bfloat16 (default)")
+    assert "dtype" not in dict(not_stated(both["rollout"], both["train"]))
+
+
+@pytest.mark.parametrize(("data", "limit", "train"), [
+    ({"max_prompt_length": 1024, "max_response_length": 2048}, None, 3072),
+    ({"max_prompt_length": 1024, "max_response_length": 2048}, 2000, 3072),
+    ({"max_prompt_length": 1024, "max_response_length": 2048}, 9000, 3072),
+    ({"max_prompt_length": 1024}, 2000, None),
+    ({"max_prompt_length": 1024, "max_response_length": None}, None, None),
+])  # fmt: skip
+def test_verls_lengths_of_prompts_and_responses_add_up(
+    tmp_path: Path, data: dict[str, int | None], limit: int | None, train: int | None
+) -> None:
+    values = {"data": data, "actor_rollout_ref": {"rollout": {"max_model_len": limit}}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    both = read_sides(tmp_path / "a.yaml")
+    limits = [one for one in (limit, train) if one is not None]
+    assert both["rollout"].get("max_length") == min(limits, default=None)
+    assert both["train"].get("max_length") == train
+    assert both["train"].not_judged == (("data.max_prompt_length",) if train is None else ())
+    assert "max_length" not in {one.setting for one in check(both["rollout"], both["train"])}
+
+
+def test_an_engine_that_goes_beyond_verls_lengths_is_found(tmp_path: Path) -> None:
+    lengths = {"data": {"max_prompt_length": 1024, "max_response_length": 2048}}
+    engine, trainer = sides(tmp_path, VLLM, VERL | lengths)
+    (finding,) = [one for one in check(engine, trainer) if one.setting == "max_length"]
+    assert (finding.severity, finding.rollout, finding.train) == ("wrong", "4096", "3072")
+    assert finding.keys == ("max_model_len", "data.max_prompt_length, data.max_response_length")
+
+
 def test_staleness_is_told_from_numerics(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(VERL | {"async_training": {"staleness_threshold": 0.5}}))
     both = read_sides(tmp_path / "a.yaml")

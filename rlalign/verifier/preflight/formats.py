@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import yaml
 
 from rlalign.config import config_from_dict, config_to_dict
 from rlalign.verifier.preflight.side import Name, Setting, Side
-from rlalign.verifier.preflight.tables import BOTH, FORMATS, Format
+from rlalign.verifier.preflight.tables import BOTH, FORMATS, Format, count
 
 Role = Literal["rollout", "train"]
 
@@ -64,6 +64,7 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
     rest: list[str] = []
     harmless: list[str] = []
     parts: dict[str, Setting] = {}
+    length: list[Setting] = []
     for raw, value in _flat(values, whole=table.keys).items():
         key = _snake(raw)
         if key in table.keys:
@@ -75,6 +76,9 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
                     parts[key.rpartition(".")[2]] = setting
                 else:
                     _put(found[role], name, setting)
+        elif key in table.length:
+            if value is not None:
+                length.append(Setting(_read(path, raw, value, count), raw))
         elif any(_covers(pattern, key) for pattern in table.harmless):
             harmless.append(raw)
         else:
@@ -85,6 +89,10 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
             updates, ", ".join(parts[name].key for name in parts if name in used)
         )
     rest += [part.key for name, part in parts.items() if name not in used]
+    if len(length) == len(table.length) > 0:
+        _limit(found, length)
+    else:
+        rest += [part.key for part in length]
     if table.overrides is not None:
         fields = {_snake(key): value for key, value in _flat(values).items()}
         fields = {key.removeprefix(table.overrides): fields[key] for key in fields if key.startswith(table.overrides)}
@@ -107,6 +115,14 @@ def _put(settings: dict[Name, Setting], name: Name, setting: Setting) -> None:
     elif before is not None and setting.value is None:  # a switch that is off takes nothing back
         return
     settings[name] = setting
+
+
+def _limit(found: dict[Role, dict[Name, Setting]], length: Sequence[Setting]) -> None:
+    """Of sequences, by what their parts may have; an engine's own limit counts where it is lower."""
+    whole = Setting(sum(part.value for part in length), ", ".join(part.key for part in length))
+    for settings in found.values():
+        own = settings.get("max_length")
+        settings["max_length"] = whole if own is None or own.value > whole.value else own
 
 
 def _targets(table: Format, key: str) -> Iterator[tuple[Role, Name, Callable[[str, Any], Any]]]:

@@ -121,7 +121,8 @@ class Format:
     """keys: dotted key to (side, setting, how to read it). marks: keys that only this framework has. harmless: patterns
     of keys that change no log-prob. defaults: of settings that its documentation gives one. updates: how many updates
     there are between two syncs of weights, by the last words of the keys of ``updates_per_sync``, and which of them
-    tell it. overrides: where a trainer changes fields of the checkpoint's config.json."""
+    tell it. overrides: where a trainer changes fields of the checkpoint's config.json. length: keys of a prompt's and a
+    response's limit, which add up to a sequence's on either side."""
 
     name: str
     roles: tuple[str, ...]
@@ -130,6 +131,7 @@ class Format:
     defaults: Mapping[str, Mapping[Name, Any]] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
     overrides: str | None = None
+    length: tuple[str, ...] = ()
     updates: Callable[[Mapping[str, float]], tuple[float | None, set[str]]] = lambda parts: (None, set())
 
     def finish(self, found: Found) -> None:
@@ -319,10 +321,12 @@ VERL = Format(
     defaults={
         # RolloutConfig.logprobs_mode, which verl hands on to its vLLM
         "rollout": _ENGINE_DEFAULTS | {"dtype": "bfloat16", "logprobs": "processed"},
-        "train": _TRAIN_DEFAULTS,
+        # FSDP's and Megatron's forward, whatever fsdp_config.model_dtype keeps the weights in between
+        "train": _TRAIN_DEFAULTS | {"dtype": "bfloat16"},
     },
     harmless=tuple(_VERL_HARMLESS.split()),
     overrides=f"{_MODEL}override_config.",
+    length=("data.max_prompt_length", "data.max_response_length"),
     updates=verl_updates,
 )  # fmt: skip
 
