@@ -328,6 +328,22 @@ def test_broken_json_is_placed_by_line_and_column(
     assert ("the file ends there" in said) == (last and not end)
 
 
+@pytest.mark.parametrize("last", ["-", "-Inf", "tr", "n", "1.", "1e", "1.5e-", '"\\u00', '"ab', "1", "1,", ""])
+def test_a_line_cut_off_anywhere_is_said_to_be(tmp_path: Path, last: str) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text(f'{ROW}\n{{"id": "1", "logprobs": [-1.5, {last}')
+    with pytest.raises(ValueError, match=r"line 2: not valid JSON: .* \(column \d+\); the file ends there, cut off"):
+        list(read_dump(path))
+
+
+@pytest.mark.parametrize("last", ["trx", "--", "1.x", "}"])
+def test_what_is_no_beginning_of_a_value_was_not_cut_off(tmp_path: Path, last: str) -> None:
+    path = tmp_path / "wrong.jsonl"
+    path.write_text(f'{ROW}\n{{"id": "1", "logprobs": [-1.5, {last}')
+    with pytest.raises(ValueError, match=r"line 2: not valid JSON: .*\)$"):
+        list(read_dump(path))
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"logprobs": [-1.0]}, "field 'logprobs' has 1 values for 2 of 'token_ids'"),
     ({"logprobs": [-1.0, "x"]}, "field 'logprobs[1]' must be a log-prob, is 'x'"),

@@ -7,6 +7,7 @@ A file's kind is seen from its first bytes, not from its suffix. JSONL and parqu
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,9 @@ _BATCH_ROWS = 256
 _BLANK = " \t\r\n"
 # pages are read as they are needed: a file may be one row group
 _BUFFER_BYTES = 1 << 20
+_CONSTANTS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+# what goes on a number, or an escape, that isn't whole
+_HALF = re.compile(r"\.|[eE][+-]?|u[0-9a-fA-F]{0,3}")
 _NOT_TEXT = {b"\x80": "a pickle", b"PK": "a zip archive, as torch.save and numpy.savez write", b"\x1f\x8b": "gzip"}
 
 
@@ -81,7 +85,7 @@ def _decoded(path: Path, content: bytes, line: int | None, ended: bool = False) 
         return json.loads(_text(content))
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno if line is None else line}"
-        ended = ended or content.endswith(b"\n") or not (_at_the_end(error) or error.msg.startswith("Unterminated"))
+        ended = ended or content.endswith(b"\n") or not (_is_begun(error) or error.msg.startswith("Unterminated"))
         cut = "" if ended else "; the file ends there, cut off or still being written (dump --watch)"
         raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno}){cut}") from error
     except UnicodeDecodeError as error:
@@ -99,6 +103,12 @@ def _text(content: bytes) -> str:
 
 def _at_the_end(error: json.JSONDecodeError) -> bool:
     return error.pos >= len(error.doc)
+
+
+def _is_begun(error: json.JSONDecodeError) -> bool:
+    """Whether what can't be read is the text's end, and the beginning of something that could be."""
+    rest = error.doc[error.pos : error.pos + len(max(_CONSTANTS, key=len))]
+    return any(one.startswith(rest) for one in _CONSTANTS) or _HALF.fullmatch(rest) is not None
 
 
 def _objects(path: Path, line: int, value: Any) -> Iterator[Row]:
