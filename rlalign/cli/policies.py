@@ -89,6 +89,17 @@ class Policies:
                 raise UnsupportedSetting(f"{changes}: the model can't be loaded with it: {reason}") from error
 
 
+def check_architectures(a: Path, b: Path, remedy: str) -> None:
+    """Raises ValueError, with what to do, for two kinds of model: their modules may bear the same names, but no setting
+    and no weight sync is to blame."""
+    first, second = (config_fields(folder) for folder in (a, b))
+    if first.get("model_type") != second.get("model_type"):
+        raise ValueError(f"{a} is of type {first.get('model_type')}, {b} of type {second.get('model_type')}; {remedy}")
+    classes = [", ".join(fields.get("architectures") or ()) for fields in (first, second)]
+    if all(classes) and classes[0] != classes[1]:  # not every file says
+        raise ValueError(f"{a} is a {classes[0]}, {b} a {classes[1]}; {remedy}")
+
+
 @contextmanager
 def _with_config(folder: Path, changes: Mapping[str, Any]) -> Iterator[Path]:
     """``folder``, or another one with the same files and a changed config.json."""
@@ -180,11 +191,16 @@ def _attention(policy: Policy, settings: ScoreSettings) -> InnerAttention | None
 
 def checkpoint_dtype(folder: Path) -> Dtype:
     """What the checkpoint says that its weights are; float32 where it doesn't. ValueError for one that we don't run."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"model folder {folder} has no config.json")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    path, config = folder / "config.json", config_fields(folder)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in get_args(Dtype):
         raise ValueError(f"{path}: dtype={dtype!r} is not supported; give --dtype, one of {', '.join(get_args(Dtype))}")
     return dtype
+
+
+def config_fields(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A checkpoint's JSON. Raises FileNotFoundError for one that it doesn't have."""
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"model folder {folder} {f'has no {name}' if folder.is_dir() else 'does not exist'}")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -7,8 +7,10 @@ cause explains is said, beside what rounding alone gives.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -22,14 +24,17 @@ from rlalign.verifier.dumps import FORMATS, DumpSequence, ReadOptions, detect_fo
 from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.dumps.ids import Ids
 from rlalign.verifier.dumps.signs import Signs
-from rlalign.verifier.score import OPERATORS, ScoreSettings
+from rlalign.verifier.score import OPERATORS, ScoreSettings, UnsupportedSetting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlalign.cli.dump_scoring import Failed
+    from rlalign.cli.policies import Policies
     from rlalign.verifier.attribution import Attribution
     from rlalign.verifier.thresholds import Thresholds
+
+_SECONDS = 10.0
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -142,7 +147,7 @@ def _attribute(
     import torch
 
     from rlalign.cli.dump_scoring import can_take
-    from rlalign.cli.policies import Policies, checkpoint_dtype
+    from rlalign.cli.policies import Policies, check_architectures, checkpoint_dtype, config_fields
     from rlalign.cli.scoring import PolicyScorer
     from rlalign.modeling import load_tokenizer
     from rlalign.verifier.attribute import attribute
@@ -154,18 +159,21 @@ def _attribute(
         torch.set_num_threads(args.threads)
     dtype = args.dtype or checkpoint_dtype(args.model)
     models = [args.model, *args.previous_model]
+    for previous in args.previous_model:
+        check_architectures(previous, args.model, "--previous-model takes older checkpoints of the same architecture")
     try:
         tokenizer = load_tokenizer(args.model, extra_ids=True)
     except FileNotFoundError:
         tokenizer = None
     policies = Policies(models, dtype, args.device)
+    _check_previous(policies, _plain(args))
     with policies.using(_plain(args)) as policy:
         places, failed = can_take(sequences, policy)
     base, sequences = [base[place] for place in places], [sequences[place] for place in places]
     scorer = PolicyScorer(policies, tokenizer)
-    configs = [_fields(folder / "config.json") for folder in models]
+    configs = [config_fields(folder) for folder in models]
     generation = args.model / "generation_config.json"
-    with Console(stderr=True).status("scoring") as status:
+    with _progress(Console(stderr=True)) as progress:
         outcome = attribute(
             sequences,
             scorer,
@@ -173,9 +181,9 @@ def _attribute(
             dtype=dtype,
             num_previous=len(args.previous_model),
             config_changes=config_changes(configs[0], configs[1:]),
-            generation=_fields(generation) if generation.is_file() else None,
+            generation=config_fields(args.model, generation.name) if generation.is_file() else None,
             decode=not args.no_decode,
-            progress=lambda what: status.update(f"scoring: {what}"),
+            progress=progress,
         )
     facts = {
         "dump": str(args.dump),
@@ -198,7 +206,29 @@ def _round_trips(sequences: Sequence[DumpSequence], tokenizer: PreTrainedTokeniz
     return {"prompts_that_do_not": int((~found[:, 0]).sum()), "responses_that_do_not": int((~found[:, 1]).sum())}
 
 
-def _fields(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"model folder {path.parent} has no {path.name}")
-    return json.loads(path.read_text(encoding="utf-8"))
+def _check_previous(policies: Policies, settings: ScoreSettings) -> None:
+    """Load each once: one that can't be is an error before hours of scoring, and not one more cause to skip."""
+    for weights in range(len(policies.models) - 1, 0, -1):
+        try:
+            with policies.using(replace(settings, weights=weights)):
+                pass
+        except UnsupportedSetting:  # what scoring can't imitate is listed by name
+            pass
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """What to tell which stage begins: a status line, or in a log a line now and then."""
+    if console.is_terminal:
+        with console.status("scoring") as status:
+            yield lambda what: status.update(f"scoring: {what}")
+        return
+    last = time.monotonic()
+
+    def tell(what: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS:
+            console.print(f"scoring: {what}", markup=False, highlight=False, soft_wrap=True)
+            last = time.monotonic()
+
+    yield tell

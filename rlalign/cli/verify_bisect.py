@@ -8,7 +8,6 @@ equal; with thresholds other than equal bits, if the log-probs at the end are wi
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -111,7 +110,7 @@ def bisect_settings(
     from rlalign.cli.dump_scoring import can_take
     from rlalign.cli.forwards import check_feeds
     from rlalign.cli.heads import head_logprobs
-    from rlalign.cli.policies import Policies, checkpoint_dtype
+    from rlalign.cli.policies import Policies, check_architectures, checkpoint_dtype
     from rlalign.cli.recording import Side, recorded_pairs, survey, tokens_of
     from rlalign.verifier.bisect import Tokens, bisect
 
@@ -120,7 +119,7 @@ def bisect_settings(
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     dtype = args.dtype or checkpoint_dtype(model)
-    _check_architectures(a.model or model, b.model or model)
+    check_architectures(a.model or model, b.model or model, "bisect compares two settings of one architecture")
     sides = []
     # each side has policies of its own: switching operators of one must not reach the other
     stores = [Policies([named.model or model], dtype, args.device) for named in (a, b)]
@@ -146,18 +145,6 @@ def bisect_settings(
         outcome = bisect(_keeping_last(pairs, last), tokens)
         logprobs = _pair([side.values[:, 0] for side in last[0]])
         return outcome, list(survey(sides[0].policy).skipped), logprobs, failed
-
-
-def _check_architectures(a: Path, b: Path) -> None:
-    """Raises ValueError for two kinds of model: their modules may bear the same names, but no setting is to blame."""
-    files = [folder / "config.json" for folder in (a, b)]
-    if not all(file.is_file() for file in files):  # loading says what is missing
-        return
-    kinds = [json.loads(file.read_text(encoding="utf-8")).get("model_type") for file in files]
-    if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"{a} is of type {kinds[0]}, {b} of type {kinds[1]}; bisect compares two settings of one architecture"
-        )
 
 
 def _enter(stack: ExitStack, store: Policies, option: str, named: NamedSetting) -> Policy:

@@ -32,8 +32,8 @@ def load_policy(
     """An aligned and audited policy from a checkpoint folder. Nothing is fetched from a hub.
 
     attention: None is the operators' own (``align``).
-    Raises FileNotFoundError for a missing folder or file, ValueError for weights that are not finite, AuditError for
-    a model that can't be made exact.
+    Raises FileNotFoundError for a missing folder or file, ValueError for weights that are missing or not finite,
+    AuditError for a model that can't be made exact.
     """
     model = load_model(path, dtype=dtype, device=device)
     align(model, backend=backend_for(numerics, device), attention=attention)
@@ -62,14 +62,24 @@ def as_policy(model: Policy | PreTrainedModel) -> Policy:
 
 
 def load_model(path: Path | str, *, dtype: Dtype, device: torch.device | str) -> PreTrainedModel:
-    """The checkpoint's causal LM, in evaluation mode, with finite weights."""
+    """The checkpoint's causal LM, in evaluation mode, with all of its weights, which are finite.
+
+    Weights of the checkpoint that this model doesn't have, such as those of a head for several tokens, are left out.
+    """
     folder = _checkpoint_folder(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: weights can't be read ({_first_line(error)})") from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers fills them with random numbers
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder}: the checkpoint lacks weights of {type(model).__name__}: {missing[0]}{more}")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{folder}: weight {name!r} holds NaN or infinite values")

@@ -279,7 +279,7 @@ def test_a_prompt_that_does_not_fit_is_named_once_for_all_its_samples(
     assert [failure["line"] for failure in result["failed"]] == [2]
     shown = capsys.readouterr().out
     assert shown.count("line 2: not compared") == 1
-    assert "1 prompts could not be served" in shown
+    assert "1 prompt could not be served" in shown
 
 
 def test_a_parquet_row_may_lack_what_another_has(model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from support.faults import COOL, PLAIN, PROMPTS, Remembering, engine_dump, logits_of, relabel, save_models
+from support.models import tiny_model
 
+from rlalign.cli import verify_attribute
 from rlalign.cli.policies import Policies
 from rlalign.cli.scoring import PolicyScorer
 from rlalign.cli.verify import main
@@ -238,6 +240,34 @@ def test_the_command_names_the_cause_and_what_removes_it(folder, policy, cool, d
     shown = capsys.readouterr().out
     assert "top_p: the log-probs are not renormalised over the top-p set" in shown
     assert "processed_logprobs" in shown
+
+
+def test_a_previous_model_of_another_kind_or_without_all_weights_is_refused(folder, plain, dump_file, tmp_path, capsys):
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    whole = tiny_model("qwen3")
+    state = {name: value for name, value in whole.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    whole.save_pretrained(tmp_path / "torn", state_dict=state)
+    shutil.copytree(folder / "older", tmp_path / "reward")
+    config = tmp_path / "reward" / "config.json"
+    config.write_text(config.read_text().replace("ForCausalLM", "ForSequenceClassification"))
+    options = ["--dump", str(dump_file(plain)), "--model", str(folder / "model"), "--no-decode"]
+    for name, message in (
+        ("llama", "llama is of type llama, "),
+        ("reward", "reward is a Qwen3ForSequenceClassification, "),
+        ("torn", "torn: the checkpoint lacks weights of Qwen3ForCausalLM: model.layers.1.mlp.up_proj.weight"),
+    ):
+        assert main(["attribute", *options, "--previous-model", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_log_gets_a_line_of_progress_now_and_then(folder, plain, dump_file, monkeypatch, capsys):
+    options = ["--dump", str(dump_file(plain)), "--model", str(folder / "model"), "--no-decode"]
+    wrong = [*options, "--processed", "--temperature", "0.5"]
+    assert main(["attribute", *wrong]) == 1
+    assert "scoring" not in capsys.readouterr().err  # it didn't take so long
+    monkeypatch.setattr(verify_attribute, "_SECONDS", 0.0)
+    assert main(["attribute", *wrong]) == 1
+    assert {"scoring: as the dump says", "scoring: operators.native"} <= {*capsys.readouterr().err.splitlines()}
 
 
 def test_an_equal_dump_exits_0_and_an_unusable_one_2(folder, plain, dump_file, tmp_path, capsys):

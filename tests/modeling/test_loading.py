@@ -37,6 +37,15 @@ def test_load_says_which_weights_cannot_be_read(tmp_path: Path) -> None:
         load_policy(tmp_path)
 
 
+def test_load_names_a_weight_that_the_checkpoint_lacks(tmp_path: Path) -> None:
+    """transformers would make it up, and every log-prob with it."""
+    model = tiny_model("llama")
+    state = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks weights of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight$"):
+        load_policy(tmp_path)
+
+
 def test_tokenizer_is_not_made_up(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
