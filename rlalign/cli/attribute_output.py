@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,13 @@ from rlalign.dashboards.jsonl import to_json
 from rlalign.verifier.attribution import Attribution, Effect, Step, rounding_line
 from rlalign.verifier.dumps import DumpSequence
 from rlalign.verifier.residue import Finding
+from rlalign.verifier.words import counted
 
 _NOTABLE = 0.01
+# of sequences, places and reasons; causes in a line; characters of a reason
+_NAMED, _CAUSES, _REASON = 5, 12, 120
+# how reasons begin that say: this dump, or this model, is the same with and without
+_NO_EFFECT = ("changes no", "no sequence of the dump", "the log-probs are taken", "raw log-probs don't depend")
 
 
 def show(
@@ -35,7 +41,8 @@ def show(
     if facts["exceeded"]:
         console.print(f"the difference as a whole: {'; '.join(facts['exceeded'])}", markup=False, soft_wrap=True)
     within = "within the thresholds: " if good and not outcome.equal else ""
-    console.print(f"{within}{outcome.verdict}", markup=False, soft_wrap=True, style="green" if good else "red")
+    style = f"bold {'green' if good else 'red'}"
+    console.print(f"\n{within}{outcome.verdict}", markup=False, highlight=False, soft_wrap=True, style=style)
 
 
 def write_json(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence], path: Path) -> None:
@@ -133,31 +140,51 @@ def _kept(outcome: Attribution) -> Table:
 
 
 def _lines(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence]) -> Iterator[str]:
-    for one in facts["failed"]:
+    failed = facts["failed"]
+    for one in failed[:_NAMED]:
         yield f"sequence {one['id']} was not compared: {one['error']}"
-    skipped = [effect for effect in outcome.effects if effect.skipped is not None]
-    if skipped:
-        reasons: dict[str, list[str]] = {}
-        for effect in skipped:
-            reasons.setdefault(str(effect.skipped), []).append(effect.cause.name)
-        for reason, names in reasons.items():
-            yield f"not tried: {', '.join(names)}: {reason}"
+    if len(failed) > _NAMED:
+        yield f"... and {len(failed) - _NAMED:,} more were not"
+    yield from _not_tried(outcome)
     for effect in _tried(outcome):
         if effect.same_as is not None and effect.removes > _NOTABLE:
             yield f"{effect.cause.name} gives the very same log-probs as {effect.same_as}: can't be told apart here"
     trips = facts["round_trips"]
     if trips is not None and any(trips.values()):
+        prompts, responses = trips["prompts_that_do_not"], trips["responses_that_do_not"]
         yield (
-            f"{trips['prompts_that_do_not']} prompts and {trips['responses_that_do_not']} responses of "
-            f"{facts['sequences']} are not what encoding their own text gives: a trainer that tokenises again disagrees"
+            f"of {counted(facts['sequences'], 'sequence')}, {counted(prompts, 'prompt')} and "
+            f"{counted(responses, 'response')} are not what encoding their own text gives: a trainer that tokenises "
+            "again disagrees"
         )
     for finding in (*outcome.broken, *outcome.findings):
-        tokens = f"{finding.tokens:,} token{'' if finding.tokens == 1 else 's'}"
-        yield f"{finding.name}: {tokens}, {_places(finding, sequences)}"
+        yield f"{finding.name}: {counted(finding.tokens, 'token')}, {_places(finding, sequences)}"
     if outcome.rounding is not None:
         yield f"rounding: {rounding_line(outcome.rest, outcome.rounding)}"
     for note in facts["notes"]:
         yield f"note: {note}"
+
+
+def _not_tried(outcome: Attribution) -> Iterator[str]:
+    """A line a reason, the first few; --json has every cause's own."""
+    idle: list[str] = []
+    reasons: dict[str, list[str]] = {}
+    for effect in outcome.effects:
+        if effect.skipped is not None:
+            same = effect.skipped.startswith(_NO_EFFECT)
+            (idle if same else reasons.setdefault(effect.skipped, [])).append(effect.cause.name)
+    if idle:
+        yield f"no effect here: {_few(idle, _CAUSES)}"
+    shown = list(reasons.items())[:_NAMED]
+    for reason, names in shown:
+        yield f"not tried: {_few(names, _CAUSES)}: {textwrap.shorten(reason, _REASON, placeholder=' … (--json)')}"
+    if len(reasons) > len(shown):
+        yield f"not tried: {sum(map(len, list(reasons.values())[_NAMED:])):,} more (--json says why)"
+
+
+def _few(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _removes(effect: Effect) -> str:
@@ -193,13 +220,35 @@ def _step(step: Step, sequences: Sequence[DumpSequence]) -> dict[str, Any]:
 
 
 def _found(finding: Finding, sequences: Sequence[DumpSequence]) -> dict[str, Any]:
-    where = [{**_named(sequences, place), "position": position} for place, position in finding.where]
+    where = [{**_named(sequences, place), "position": position} for place, position in finding.where[:_NAMED]]
     return {"name": finding.name, "what": finding.what, "tokens": finding.tokens, "where": where}
 
 
 def _places(finding: Finding, sequences: Sequence[DumpSequence]) -> str:
-    first = [f"{sequences[place].source or place} position {position}" for place, position in finding.where]
-    return ", ".join(first) + (", …" if finding.tokens > len(first) else "")
+    """The first few of the sequences that it is of, or of the ranges of its tokens, and how much there is beside."""
+    if finding.name == "sequence":
+        places = list(dict.fromkeys(place for place, _ in finding.where))
+        named = [sequences[place].source or str(place) for place in places]
+        unnamed = finding.tokens > sum(len(sequences[place].token_ids) for place in places)
+        return _few(named, _NAMED) + (" and others" if unnamed and len(named) <= _NAMED else "")
+    ranges = _ranges(finding.where)[:_NAMED]
+    named = [
+        f"{sequences[place].source or place} position" + (f" {first}" if first == last else f"s {first}-{last}")
+        for place, first, last in ranges
+    ]
+    more = finding.tokens - sum(last - first + 1 for _, first, last in ranges)
+    return ", ".join(named) + (f" and {more:,} more" if more else "")
+
+
+def _ranges(where: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(place, first position, last position) of tokens in a row."""
+    found: list[tuple[int, int, int]] = []
+    for place, position in where:
+        if found and found[-1][::2] == (place, position - 1):
+            found[-1] = (place, found[-1][1], position)
+        else:
+            found.append((place, position, position))
+    return found
 
 
 def _named(sequences: Sequence[DumpSequence], place: int) -> dict[str, Any]:

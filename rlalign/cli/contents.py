@@ -42,7 +42,7 @@ def contents(
     prompts = _prompts(own, settings, tokenizer, config)
     responses = [content.response for content in own]
     if settings.tokens == "reencoded":
-        encoded = [_reencoded(ids, _needed(tokenizer, "tokens=reencoded")) for ids in responses]
+        encoded = [_reencoded(ids, _needed(tokenizer)) for ids in responses]
         pairs = zip(encoded, responses, strict=True)
         responses = [new if len(new) == len(old) else old for new, old in pairs]
     used = [Content(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
@@ -97,7 +97,7 @@ def _changes(
         if not isinstance(bos, int):
             raise UnsupportedSetting("neither tokenizer nor config has a bos_token_id")
         return lambda ids: np.concatenate([np.array([bos], np.int64), ids])
-    found = _needed(tokenizer, f"prompt={kind}")
+    found = _needed(tokenizer)
     if kind == "reencoded":
         return lambda ids: _or(_reencoded(ids, found), ids)
     if not getattr(found, "chat_template", None):
@@ -150,7 +150,7 @@ def _or(new: np.ndarray, old: np.ndarray) -> np.ndarray:
     return new if len(new) else old
 
 
-def _needed(tokenizer: PreTrainedTokenizerBase | None, what: str) -> PreTrainedTokenizerBase:
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise UnsupportedSetting(f"{what} needs a tokenizer, and the model's folder has none")
+        raise UnsupportedSetting("needs a tokenizer, and the model's folder has none")
     return tokenizer

@@ -18,6 +18,7 @@ from rlalign.dashboards.jsonl import to_json
 from rlalign.verifier.stream.tally import Outcome
 from rlalign.verifier.stream.worst import TokenDifference
 from rlalign.verifier.thresholds import Thresholds
+from rlalign.verifier.words import are, counted, shown_ulp
 
 if TYPE_CHECKING:
     from rlalign.dashboards.snapshot import Snapshot
@@ -69,7 +70,10 @@ class Verdict:
                 num_tokens=outcome.num_tokens,
                 nonfinite=not_finite(outcome.nonfinite_count, outcome.train_nonfinite_count, scored=self.scored),
             )
-        return found + ([f"{self.num_unmatched:,} sequences don't match"] if self.num_unmatched else [])
+        if self.num_unmatched:
+            match = "doesn't match" if self.num_unmatched == 1 else "don't match"
+            found.append(f"{counted(self.num_unmatched, 'sequence')} {match}")
+        return found
 
     @property
     def exit_code(self) -> int:
@@ -83,14 +87,15 @@ class Verdict:
     @property
     def line(self) -> str:
         """The verdict in one line."""
-        outcome, size = self.outcome, f"{self.outcome.num_tokens:,} tokens of {self.outcome.num_sequences:,} sequences"
+        outcome, left_out = self.outcome, counted(self.num_failed, "sequence")
+        size = f"{counted(outcome.num_tokens, 'token')} of {counted(outcome.num_sequences, 'sequence')}"
         if outcome.num_tokens == 0:
             nothing = "no sequence is on both sides" if self.num_unmatched else "no sequence has a response token"
-            failed = f"{self.num_failed:,} sequences could not be, and no other has a response token"
+            failed = f"{left_out} could not be, and no other has a response token"
             return f"nothing was compared: {failed if self.num_failed else nothing}"
         if self.exceeded:
             return f"the sides differ on {size}: {'; '.join(self.exceeded)}{_worst_place(outcome)}"
-        left = f"; {self.num_failed:,} sequences could not be compared" if self.num_failed else ""
+        left = f"; {left_out} could not be compared" if self.num_failed else ""
         if outcome.equal:
             return f"the sides agree bit for bit on {size}{left}"
         largest = outcome.metrics["align/logp_abs_diff/max"]
@@ -103,14 +108,14 @@ def not_finite(count: int, trains: int, *, scored: bool) -> list[str]:
     the rollout. scored: train is a model's forward."""
     found = []
     if rest := count - trains:
-        found.append(f"{rest:,} log-probs{' of the dump' if scored else ''} are missing or not finite")
+        found.append(f"{counted(rest, 'log-prob')}{' of the dump' if scored else ''} {are(rest)} missing or not finite")
     if trains and scored:
         found.append(
-            f"{trains:,} log-probs of the model are not finite where the dump's are (-inf: a token beyond what top-k, "
-            "top-p or min-p leave of the model's own logits)"
+            f"{counted(trains, 'log-prob')} of the model {are(trains)} not finite where the dump's {are(trains)} "
+            "(-inf: a token beyond what top-k, top-p or min-p leave of the model's own logits)"
         )
     elif trains:
-        found.append(f"{trains:,} log-probs of train are not finite where rollout's are")
+        found.append(f"{counted(trains, 'log-prob')} of train {are(trains)} not finite where rollout's {are(trains)}")
     return found
 
 
@@ -222,7 +227,7 @@ def _counts(verdict: Verdict) -> dict[str, str]:
 
 def _worst_table(verdict: Verdict, decode: Decode | None) -> Table:
     worst = verdict.outcome.worst
-    title = f"Worst {len(worst)} of {verdict.outcome.mismatch_count:,} differing tokens"
+    title = f"Worst {len(worst)} of {counted(verdict.outcome.mismatch_count, 'differing token')}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("sequence", overflow="fold", max_width=24)
     table.add_column("pos", justify="right", no_wrap=True)
@@ -238,7 +243,7 @@ def _worst_table(verdict: Verdict, decode: Decode | None) -> Table:
             f"{escape(context(token, decode))}\n[dim]{escape(details)}[/dim]",
             # float32 needs nine digits to be told apart from its neighbours
             f"{token.rollout:.9g}\n{token.train:.9g}",
-            f"{token.delta:+.2e}\n{token.ulp:,}" if token.kind == "differs" else token.kind,
+            f"{token.delta:+.2e}\n{shown_ulp(token.ulp)}" if token.kind == "differs" else token.kind,
         )
     return table
 

@@ -22,6 +22,7 @@ from rlalign.verifier.dumps.ids import Ids
 from rlalign.verifier.dumps.signs import Signs
 from rlalign.verifier.stream.pieces import of_scores
 from rlalign.verifier.stream.tally import Tally
+from rlalign.verifier.words import counted
 
 if TYPE_CHECKING:
     from rlalign.cli.dump_pictures import Pictures
@@ -129,7 +130,8 @@ class Session:
         outcome = self._tally.outcome()
         metrics = outcome.metrics
         return (
-            f"{outcome.num_sequences:,} sequences, {outcome.num_tokens:,} tokens, {outcome.mismatch_count:,} differ, "
+            f"{counted(outcome.num_sequences, 'sequence')}, {counted(outcome.num_tokens, 'token')}, "
+            f"{outcome.mismatch_count:,} differ, "
             f"{outcome.nonfinite_count:,} missing or not finite, mean |Δ| {metrics['align/logp_abs_diff/mean']:.4g}, "
             f"max {metrics['align/logp_abs_diff/max']:.4g}"
         )

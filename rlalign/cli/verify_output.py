@@ -20,6 +20,7 @@ from rlalign.dashboards.pictures import PictureData
 from rlalign.records import Completion
 from rlalign.verifier.report import Report, record
 from rlalign.verifier.thresholds import Thresholds
+from rlalign.verifier.words import counted
 
 _SHOWN = (
     "mismatch_count", "nonfinite_count", "bitwise_match_frac", "logp_abs_diff/mean", "logp_abs_diff/p99",
@@ -66,7 +67,7 @@ class Outcome:
             else:  # first, for what follows would read as a failure
                 parts = [f"within the thresholds: {self.report.verdict}"]
         if self.failed:
-            parts.append(f"{len(self.failed):,} prompts could not be served")
+            parts.append(f"{counted(len(self.failed), 'prompt')} could not be served")
         return "; ".join(parts)
 
 

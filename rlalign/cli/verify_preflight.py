@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlalign.cli.dump_options import check_outputs
+from rlalign.verifier.words import counted
 
 if TYPE_CHECKING:
     from rlalign.verifier.preflight import Finding, Side
@@ -121,7 +122,9 @@ def _verdict(findings: list[Finding]) -> str:
         return "nothing found that would make log-probs differ"
     counts = {severity: sum(one.severity == severity for one in findings) for severity in _COLORS}
     parts = ", ".join(f"{count} {severity}" for severity, count in counts.items() if count)
-    return f"{len(findings)} findings: {parts} (wrong: other numbers; differs: other bits; note: worth knowing)"
+    return (
+        f"{counted(len(findings), 'finding')}: {parts} (wrong: other numbers; differs: other bits; note: worth knowing)"
+    )
 
 
 def _content(findings: list[Finding], rollout: Side, train: Side, unused: str | None) -> dict[str, Any]:

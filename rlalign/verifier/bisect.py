@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rlalign.verifier.compare import ulp_distance
+from rlalign.verifier.words import counted
 
 # bfloat16 values are the float32 values whose last 16 bits are zero
 _FLOAT32_PER_ULP = {"float32": 1, "bfloat16": 1 << 16, "float16": 1 << 13}
@@ -123,7 +124,7 @@ class Bisection:
         if not self.sites:
             return "nothing was compared: there is no token"
         first, last = self.first, self.sites[-1]
-        count = f"{len(self.sites):,} outputs of {len(self.tokens.sequence):,} tokens"
+        count = f"{counted(len(self.sites), 'output')} of {counted(len(self.tokens.sequence), 'token')}"
         if first is None:
             return f"bit for bit equal at all {count}"
         place = self.tokens.place(first.token)

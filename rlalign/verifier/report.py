@@ -13,6 +13,7 @@ from rich.table import Table
 
 from rlalign.records import Sample
 from rlalign.verifier.compare import Comparison
+from rlalign.verifier.words import counted, shown_ulp
 
 Kind = Literal["differs", "nonfinite", "missing"]
 _CONTEXT_TOKENS = 6
@@ -69,9 +70,8 @@ class Report:
     @property
     def _tokens_verdict(self) -> str:
         if self.mismatch_count == self.nonfinite_count == 0:
-            return (
-                f"rollout and trainer agree bit for bit on {self.num_tokens:,} tokens of {self.num_samples:,} samples"
-            )
+            size = f"{counted(self.num_tokens, 'token')} of {counted(self.num_samples, 'sample')}"
+            return f"rollout and trainer agree bit for bit on {size}"
         line = (
             f"rollout and trainer differ on {self.mismatch_count:,} of {self.num_tokens:,} tokens "
             f"({self.nonfinite_count:,} non-finite or missing), max |Δlogp| {self.max_abs_delta:.3g}"
@@ -80,7 +80,7 @@ class Report:
 
     def table(self) -> Table:
         """Rich table of the worst tokens, two lines each; readable from 80 columns on."""
-        title = f"Worst {len(self.worst)} of {self.mismatch_count:,} differing tokens"
+        title = f"Worst {len(self.worst)} of {counted(self.mismatch_count, 'differing token')}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("step/prompt\n/sample", "pos"):
             table.add_column(name, justify="right", no_wrap=True)
@@ -102,7 +102,7 @@ def _cells(token: WorstToken) -> tuple[str, ...]:
         f"{escape(token.context)}\n[dim]{details}[/dim]",
         # float32 needs nine digits to be told apart from its neighbours
         f"{token.rollout:.9g}\n{token.train:.9g}",
-        f"{token.delta:+.2e}\n{token.ulp:,}" if differs else token.kind,
+        f"{token.delta:+.2e}\n{shown_ulp(token.ulp)}" if differs else token.kind,
     )
 
 

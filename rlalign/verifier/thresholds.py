@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rlalign.verifier.words import are, counted
+
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
@@ -42,7 +44,7 @@ class Thresholds:
         """
         count, bad = metrics["align/mismatch_count"], metrics["align/nonfinite_count"]
         if nonfinite is None:
-            nonfinite = [f"{bad:,.0f} log-probs are missing or not finite"] if bad else []
+            nonfinite = [f"{counted(int(bad), 'log-prob')} {are(bad)} missing or not finite"] if bad else []
         found = list(nonfinite)
         if self.bitwise and count:
             found.append(f"{count:,.0f} of {num_tokens:,} tokens differ in their bits")

@@ -89,6 +89,22 @@ def test_sequences_without_ids_are_shown_by_their_lines(tmp_path: Path, capsys: 
     assert f"worst: sequence {a}:2 position 1, token 3: Δ -0.5" in shown
 
 
+def test_one_of_a_kind_is_no_plural_and_a_large_distance_no_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"id": "a", "prompt_token_ids": [1], "token_ids": [2], "logprobs": [-1.0]}
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    a.write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "b"}) + "\n")
+    b.write_text(json.dumps(row | {"logprobs": [-2.0]}) + "\n")
+    result = compare(tmp_path, a, b)
+    shown = capsys.readouterr().out
+    assert "the sides differ on 1 token of 1 sequence: " in shown
+    assert "; 1 sequence doesn't match; " in shown
+    assert "Worst 1 of 1 differing token " in shown
+    assert "> 1e6" in shown
+    assert result["worst_tokens"][0]["ulp"] == 2**23
+
+
 def test_the_page_shows_facts_for_people(plain: list[DumpSequence], tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     worse = [replace(plain[0], logprobs=plain[0].logprobs - np.float32(0.5)), *plain[1:]]

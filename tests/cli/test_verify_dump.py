@@ -111,7 +111,7 @@ def test_what_is_not_finite_says_whose_it_is(
 ) -> None:
     """Of the dump, or of the model: a token that the dump gives a log-prob, beyond the model's own top-1."""
     assert dump(model, with_logprob(np.nan)(plain), tmp_path)["exceeded"][0] == (
-        "1 log-probs of the dump are missing or not finite"
+        "1 log-prob of the dump is missing or not finite"
     )
     best = _within_support(policy, plain[0], SamplingParams(top_k=1))
     ids = best.token_ids.copy()
@@ -119,15 +119,15 @@ def test_what_is_not_finite_says_whose_it_is(
     cut = replace(best, token_ids=ids, logprobs=np.zeros(6, np.float32), sampling=SamplingParams(top_k=1))
     result = dump(model, [cut, replace(best, id="x", logprobs=np.full(6, MISSING))], tmp_path)
     assert result["exceeded"][0] == "6 log-probs of the dump are missing or not finite"
-    assert result["exceeded"][1].startswith("1 log-probs of the model are not finite where the dump's are (-inf: ")
+    assert result["exceeded"][1].startswith("1 log-prob of the model is not finite where the dump's is (-inf: ")
     # no one's fault between two dumps
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path, sequences in zip(files, (plain, with_logprob(-np.inf)(plain)), strict=True):
         write_dump(path, sequences)
     found = run(["compare", *map(str, files)], tmp_path)["exceeded"]
-    assert found[0] == "1 log-probs of train are not finite where rollout's are"
+    assert found[0] == "1 log-prob of train is not finite where rollout's is"
     found = run(["compare", *map(str, files[::-1])], tmp_path)["exceeded"]
-    assert found[0] == "1 log-probs are missing or not finite"
+    assert found[0] == "1 log-prob is missing or not finite"
 
 
 def test_a_difference_within_the_thresholds_reads_as_agreement(
@@ -218,7 +218,7 @@ def test_a_sequence_the_model_cannot_take_is_named_and_the_rest_compared(
     assert "dump.jsonl:2: response token id 9999 is outside the vocabulary" in result["failed"][0]["error"]
     result = dump(model, [alien], tmp_path)
     assert (result["exit_code"], result["num_tokens"]) == (2, 0)
-    assert result["verdict"].startswith("nothing was compared: 1 sequences could not be")
+    assert result["verdict"].startswith("nothing was compared: 1 sequence could not be")
 
 
 def test_a_token_added_to_the_tokenizer_alone_is_no_hindrance(

@@ -96,6 +96,12 @@ def test_recordings_that_do_not_fit_are_refused(change, message):
         bisect([(Recording(**good), Recording(**{**good, **change}))], TOKENS)
 
 
+def test_one_token_is_no_plural():
+    same = [(Recording(site, np.zeros((1, 4), np.float32), "float32"),) * 2 for site in SITES]
+    found = bisect(same, Tokens(np.array([0]), np.array([0]), np.array([5])))
+    assert found.verdict == "bit for bit equal at all 5 outputs of 1 token"
+
+
 def test_nothing_compared_is_not_equal():
     found = bisect([], TOKENS)
     assert not found.equal

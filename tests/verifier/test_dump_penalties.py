@@ -88,5 +88,7 @@ def test_the_note_of_them_counts_sequences_and_knows_raw_log_probs(tmp_path: Pat
     # nobody says what they are, and it matters though the temperature is 1
     [told] = notes(None)
     assert told.startswith("3 sequences don't say what their log-probs are; as vllm does by default")
+    asked = asked[:1]
+    assert notes(None)[0].startswith("1 sequence doesn't say what its log-probs are; as vllm does by default")
     asked = [("min_tokens", n) for n in range(1, 11)]
     assert notes(True)[0].endswith("min_tokens=8 in 1 sequence, 2 more")

@@ -76,6 +76,13 @@ def test_table_shows_neighbouring_floats_apart_and_survives_markup() -> None:
     assert "[/nope]" in text
 
 
+def test_the_table_counts_no_ulp_beyond_a_million() -> None:
+    near, far = text_of(report_of([sample(0, [-1.0])], [[-1.0625]])), text_of(report_of([sample(0, [-1.0])], [[-2.0]]))
+    assert "524,288" in near
+    assert "> 1e6" in far
+    assert "8,388,608" not in far
+
+
 def test_table_says_what_the_numbers_of_a_key_are() -> None:
     text = text_of(report_of([sample(0, [-1.0])], [[-2.0]]))
     head, key = text.index("step/prompt"), text.index("2/7/0")
@@ -84,7 +91,7 @@ def test_table_says_what_the_numbers_of_a_key_are() -> None:
 
 def test_verdict_is_one_line_and_names_the_token() -> None:
     equal = report_of([sample(0, [-1.0, -2.0])], [[-1.0, -2.0]])
-    assert equal.verdict == "rollout and trainer agree bit for bit on 2 tokens of 1 samples"
+    assert equal.verdict == "rollout and trainer agree bit for bit on 2 tokens of 1 sample"
     verdict = report_of([sample(0, [-1.0, -2.0])], [[-1.0, -2.5]]).verdict
     assert "differ on 1 of 2 tokens" in verdict
     assert "step 2 prompt 7 sample 0 position 1, token 101" in verdict

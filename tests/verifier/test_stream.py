@@ -216,7 +216,7 @@ def test_thresholds() -> None:
     assert wide.exceeded(outcome.metrics, num_tokens=2) == []
     assert Thresholds(mean_abs=0.3).exceeded(outcome.metrics, num_tokens=2) == []
     bad = counted(scored([MISSING], [-1.0]))
-    assert wide.exceeded(bad.metrics, num_tokens=1)[0] == "1 log-probs are missing or not finite"
+    assert wide.exceeded(bad.metrics, num_tokens=1)[0] == "1 log-prob is missing or not finite"
     signed = counted(scored([0.0], [-0.0]))
     assert Thresholds().exceeded(signed.metrics, num_tokens=1) == ["1 of 1 tokens differ in their bits"]
     with pytest.raises(ValueError, match="--max-abs nan"):

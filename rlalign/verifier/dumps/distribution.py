@@ -13,6 +13,7 @@ from typing import Any
 from rlalign.config import SamplingParams
 from rlalign.verifier.dumps import DumpSequence, Format
 from rlalign.verifier.score import ScoreSettings, effective_sampling
+from rlalign.verifier.words import counted
 
 FLAGS = ("temperature", "top_k", "top_p", "min_p")
 _FILTERS = ("top_k", "top_p", "min_p")
@@ -66,19 +67,19 @@ class Distribution:
         """What was assumed, and what scoring leaves out; empty if nothing."""
         found = []
         if self.assumed:
+            silent = "doesn't say what its" if self.assumed == 1 else "don't say what their"
             found.append(
-                f"{self.assumed:,} sequences don't say what their log-probs are; as {self.format.name} does by "
-                f"default, they were taken as {_CONVENTIONS[self.format.convention]}"
+                f"{counted(self.assumed, 'sequence')} {silent} log-probs are; as {self.format.name} does by default, "
+                f"they were taken as {_CONVENTIONS[self.format.convention]}"
             )
         if self.unmodelled:
-            named = [f"{name}={value} in {_sequences(n)}" for (name, value), n in self.unmodelled.most_common(_NAMED)]
+            named = [
+                f"{name}={value} in {counted(n, 'sequence')}"
+                for (name, value), n in self.unmodelled.most_common(_NAMED)
+            ]
             more = [f"{len(self.unmodelled) - _NAMED:,} more"] if len(self.unmodelled) > _NAMED else []
             found.append(
                 "scoring applies no penalties, biases and bans, which move log-probs that are not raw: "
                 f"{', '.join(named + more)}"
             )
         return found
-
-
-def _sequences(count: int) -> str:
-    return f"{count:,} sequence{'' if count == 1 else 's'}"
