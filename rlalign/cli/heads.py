@@ -61,7 +61,7 @@ def _block(
         support = _support(policy, hidden, targets, _with(rows, torch.where(greedy, 0.0, ones)), banned)
     if settings.slack > 0 and rows is not None and rows.any_truncated:
         kept = support if support is not None else _support(policy, hidden, targets, rows, banned)
-        logits = _logits(policy, hidden, settings, rows)
+        logits = _logits(policy, hidden, settings, rows, rounded=settings.logits != "float32")
         # neighbours in rank may have changed places, however large the mass between them
         least = logits.masked_fill(~kept, torch.inf).amin(1, keepdim=True)
         support = kept | (logits >= least - settings.slack)
@@ -93,15 +93,19 @@ def _rounded(
     support: Tensor | None,
 ) -> Tensor:
     """The log-softmax of logits that were rounded to bfloat16, in full."""
-    logits = _logits(policy, hidden, settings, rows)
+    logits = _logits(policy, hidden, settings, rows, rounded=True)
     if support is not None:
         logits = logits.masked_fill(~support, -torch.inf)
     return torch.log_softmax(logits, dim=1).gather(1, targets.unsqueeze(1)).squeeze(1).float()
 
 
-def _logits(policy: Policy, hidden: Tensor, settings: ScoreSettings, rows: SamplingRows | None) -> Tensor:
-    """[N, V] after the temperature, rounded to bfloat16."""
-    logits = linear(hidden, policy.head.weight, policy.head.bias, backend=policy.backend).bfloat16()
+def _logits(
+    policy: Policy, hidden: Tensor, settings: ScoreSettings, rows: SamplingRows | None, *, rounded: bool
+) -> Tensor:
+    """[N, V] after the temperature, in the model's dtype or rounded to bfloat16 before it."""
+    logits = linear(hidden, policy.head.weight, policy.head.bias, backend=policy.backend)
+    if rounded:
+        logits = logits.bfloat16()
     if settings.logits != "bfloat16_softmax":
         logits = logits.float()
     if policy.softcap is not None:

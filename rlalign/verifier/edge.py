@@ -56,13 +56,18 @@ def moved_by_edge(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> np.nd
 
 def _slack(scores: Scores, ways: Sequence[Way]) -> float:
     """How far rounding may move a log-prob that nothing is left out of; 0 if no other order says."""
-    unfiltered = [FILTERS.change(way, place) for place, way in enumerate(ways)]
+    unfiltered = [_unfiltered(FILTERS.change(way, place)) for place, way in enumerate(ways)]
     order = scores.other_order(unfiltered)
     if order is None:
         return 0.0
     # a router of experts that decides otherwise moves few tokens, and these by much more than the mean
     gap = scores.between(order, scores.of(unfiltered))
     return max(_EDGE * gap.mean_abs, gap.max_abs)
+
+
+def _unfiltered(way: Way) -> Way:
+    """Without values that stand in place of the dump's either."""
+    return replace(way, settings=replace(way.settings, top_k=None, top_p=None, min_p=None))
 
 
 def _with_slack(scores: Scores, ways: Sequence[Way], slack: float) -> np.ndarray:

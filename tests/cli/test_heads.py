@@ -30,6 +30,20 @@ def test_slack_keeps_what_is_nearly_as_likely_as_the_least_kept_token(tmp_path: 
     assert -10 < score(next_best, 2 * gap) < score(best, 2 * gap) < 0.0
 
 
+def test_slack_is_not_as_coarse_as_bfloat16(tmp_path: Path) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    policy = load_policy(tmp_path)
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    logits, ids = (hidden @ policy.head.weight.T)[0].sort(descending=True)
+    gaps = logits[:-1] - logits[1:]
+    coarse = logits.bfloat16()
+    kept = int(torch.nonzero((coarse[:-1] == coarse[1:]) & (gaps > 1e-4))[0]) + 1
+    params, slack = [SamplingParams(top_k=kept)], 0.25 * gaps[kept - 1].item()
+    first_left_out = ids[kept][None]
+    assert head_logprobs(policy, hidden, first_left_out, ScoreSettings(slack=slack), params).item() == -float("inf")
+    assert head_logprobs(policy, hidden, first_left_out, ScoreSettings(slack=8 * slack), params).isfinite()
+
+
 def test_slack_keeps_no_banned_id(tmp_path: Path) -> None:
     tiny_model("qwen3").save_pretrained(tmp_path)
     policy = load_policy(tmp_path)
