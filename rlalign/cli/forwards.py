@@ -32,7 +32,7 @@ def make_feed(
     if len(prompt) == 0:
         raise ValueError(f"{sequence.source}: the prompt is empty, nothing predicts the first response token")
     fed = response if settings.target_shift == 1 else response[:-1]
-    pads = np.full(longest_prompt - len(prompt) if settings.padding != "none" else 0, pad_id, np.int64)
+    pads = np.full(max(0, longest_prompt - len(prompt)) if settings.padding != "none" else 0, pad_id, np.int64)
     parts = [prompt, pads, fed] if settings.padding == "middle_seen" else [pads, prompt, fed]
     ids = np.concatenate(parts)
     real = [np.full(len(part), part is not pads) for part in parts]

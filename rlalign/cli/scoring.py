@@ -29,7 +29,6 @@ from rlalign.verifier.score import TRANSFORMS, ScoreSettings, effective_sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_KEPT = 2
 _MAX_KEPT_BYTES = 2**30
 _HEAD_ONLY = ("processed", "ignore", *TRANSFORMS, "filters_first", "slack", "logits")
 
@@ -79,9 +78,10 @@ class PolicyScorer:
         same = kept is not None and len(kept.sequences) == len(sequences)
         if not (same and all(a is b for a, b in zip(kept.sequences, sequences, strict=True))):
             kept = self._forward(policy, sequences, settings)
-            while len(self._hidden) >= _KEPT:
+            room = _MAX_KEPT_BYTES - kept.values.nbytes
+            while self._hidden and sum(one.values.nbytes for one in self._hidden.values()) > room:
                 self._hidden.popitem(last=False)
-            if kept.values.nbytes * _KEPT <= _MAX_KEPT_BYTES:
+            if room >= 0:
                 self._hidden[key] = kept
         if key in self._hidden:
             self._hidden.move_to_end(key)
@@ -149,7 +149,7 @@ def _feeds(
     sequences: Sequence[DumpSequence], used: Sequence[Content], settings: ScoreSettings, pad_id: int
 ) -> list[Feed | None]:
     """One feed per sequence, None for those without a response."""
-    longest = max(len(content.prompt) for content in used)
+    longest = settings.pad_to or max(len(content.prompt) for content in used)
     feeds: list[Feed | None] = []
     for sequence, content in zip(sequences, used, strict=True):
         if len(content.response) == 0:

@@ -26,6 +26,7 @@ from rlalign.verifier.edge import moved_by_edge, outside_by_rounding
 from rlalign.verifier.greedy import greedily
 from rlalign.verifier.in_flight import in_flight_causes
 from rlalign.verifier.metrics import align_metrics
+from rlalign.verifier.padding_fit import padding_causes
 from rlalign.verifier.residue import at_the_edge, broken, describe_rest, lean
 from rlalign.verifier.sampling_fit import fitted_sampling
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
@@ -33,8 +34,9 @@ from rlalign.verifier.scores import Gap, Scores, grid_step, last_place
 
 # what the verdict on a rest compares with, beside another order of summation
 _FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
-# what a cause may leave where the rest is unexplained
-_NEXT_TO, _HALF = 0.05, 0.5
+# what a cause may leave where the rest is unexplained; a guessed filter where the rest is on one side
+_NEXT_TO, _HALF, _ASIDE = 0.05, 0.5, 0.01
+_FILTERS = ("top_k", "top_p", "min_p")
 # so many causes that can't be right, and no more values are fitted
 _MOST_WRONG = 5
 # a factor that is right to five digits, such as somebody's 1.4427, is no fault of its own
@@ -132,7 +134,7 @@ def _search(
     wrong: list[Step] = []
     while True:
         steps, kept, after = greedily(scores, ways, now, tries, progress)
-        step = _disbelieved(scores, steps, after, _rounding(scores, kept, after, dtype, progress))
+        step = _disbelieved(scores, ways, steps, after, _rounding(scores, kept, after, dtype, progress))
         if step is None:
             nearest = min(wrong, key=lambda one: one.after.mean_abs, default=None)
             return _without_replaced(scores, ways, steps, kept), kept, after, nearest
@@ -194,6 +196,7 @@ class _Tries:
                 *grid_causes(self.scores),
                 *fitted_base(self.scores, ways, now),
                 *in_flight_causes(self.scores, ways, now, self.num_previous),
+                *padding_causes(self.scores, ways, now),
                 *self._sampling(ways, now),
             ]
         return self._fitted[now.tobytes()]
@@ -205,24 +208,31 @@ class _Tries:
             return []
 
 
-def _disbelieved(scores: Scores, steps: Sequence[Step], now: np.ndarray, rounding: Rounding) -> Step | None:
-    """The first step whose cause can't be right; None if there is none.
+def _disbelieved(
+    scores: Scores, ways: Sequence[Way], steps: Sequence[Step], now: np.ndarray, rounding: Rounding
+) -> Step | None:
+    """The first step whose cause can't be right; None if there is none. ways: before the first.
 
-    Of right ones most tokens are left with rounding, whatever else is wrong with the others. A cause that holds of few
-    sequences has brought each of them close.
+    Of right ones most tokens are left with rounding, whatever else is wrong with the others, and a filter leaves
+    nothing on one side. Of a cause that holds of few sequences their tokens are looked at.
     """
-    size = scores.distance(now)
-    size = size[np.isfinite(size)]
-    near = not len(size) or float(np.median(size)) <= 2 * max(rounding.alone, rounding.last_place)
     side = _lean(scores, now, rounding)
-    for step in steps:
+    near = 2 * max(rounding.alone, rounding.last_place)
+    for index, step in enumerate(steps):
         cause, left = step.cause, step.after.mean_abs / step.before.mean_abs
-        few = step.sequences is not None and len(step.sequences) < _MANY * len(scores.sequences)
-        if cause.kind == "numerics" or few:
+        size = scores.distance(now)
+        if step.sequences is not None and len(step.sequences) < _MANY * len(scores.sequences):
+            mine = np.isin(scores.place, step.sequences)
+            size = np.where(mine, size, np.nan)
+            before = scores.gap(scores.of(_composed(ways, steps[:index])), mine)
+            left = scores.gap(now, mine).mean_abs / max(before.mean_abs, 1e-300)
+        size = size[np.isfinite(size)]
+        if cause.kind == "numerics" or not len(size):
             continue
         # weights of the version before explain what they can, beside whatever scoring can't imitate
         most = _HALF if cause.kind == "weights" and not cause.guessed else _NEXT_TO
-        if (not near and left > most) or (cause.guessed and side and left > _NEXT_TO):
+        aside = _ASIDE if cause.kind == "sampling" and any(name in cause.name for name in _FILTERS) else _NEXT_TO
+        if (float(np.median(size)) > near and left > most) or (cause.guessed and side and left > aside):
             return step
     return None
 

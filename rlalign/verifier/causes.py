@@ -186,7 +186,7 @@ def position_causes() -> list[Cause]:
         c("positions[+1]", "positions", "all position ids are one too large", _POSITIONS, position_offset=1),
         c("positions[-1]", "positions", "all position ids are one too small", _POSITIONS, position_offset=-1),
         c("padding.left", "positions",
-          "padding before the prompt, up to the longest one's length, is attended to as if it were text",
+          "padding before the prompt, up to the longest prompt's length, is attended to as if it were text",
           "pass the attention mask with left-padded prompts", padding="left_seen"),
         c("padding.middle", "positions",
           "padding between prompt and response, up to the longest prompt's length, is attended to as if it were text",

@@ -5,7 +5,7 @@ A fit takes whatever comes nearest, so these causes are ``guessed``. Legend: N t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -40,8 +40,11 @@ _PROMISING = 0.75
 _ONE_SIDED, _STANDARD_ERRORS, _OF_SIZE = 0.9, 4.0, 0.2
 # share of |Δ| that is left where a fit is worth a try
 _WORTH = 0.9
-# a pair that is true leaves far less than either of the two alone
+# what is true of several leaves far less than a part of it
 _HALF = 0.5
+# top-k and top-p at once, as generation_config.json's often have them: values of top-k to begin with
+_STARTS = (10, 20, 50)
+_ROUNDS = 6
 
 
 @dataclass(slots=True)
@@ -129,7 +132,7 @@ def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> lis
     """Causes that are a temperature, a filter, or both at once, other than the dump names; those that fit best.
 
     A filter is tried where the dump's log-probs are nearly all on one side of scoring's, or some tokens have none;
-    both where a temperature alone leaves more than rounding does.
+    both where a temperature alone leaves more than rounding does, top-k and top-p at once where both do.
     """
     fit = _Fit.of(scores, ways, _FIT_TOKENS)
     before, least = fit.error(), 2 * fit.floor()
@@ -142,8 +145,13 @@ def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> lis
         if _one_sided(scores, now):
             filters = [{name: fit.filter(name)} for name in _FILTERS]
             found += [values for values in filters if fit.error(**values) <= _WORTH * before]
+        few = _Fit.of(scores, ways, _PAIR_TOKENS)
         if found and min(fit.error(**values) for values in found) > least:
-            found += _pairs(_Fit.of(scores, ways, _PAIR_TOKENS), temperature)
+            found += _pairs(few, temperature)
+        if found and (alone := min(fit.error(**values) for values in found)) > least:
+            temperatures = {*named, *(values["temperature"] for values in found if "temperature" in values)}
+            if (several := _both_filters(few, temperatures)) and fit.error(**several) <= _HALF * alone:
+                found.append({k: v for k, v in several.items() if k != "temperature" or named != {v}})
     return [sampling_cause(**values) for values in found]
 
 
@@ -175,6 +183,28 @@ def _pairs(fit: _Fit, temperature: float) -> list[dict[str, float]]:
         seen += pairs.values()
     best = min(seen, key=lambda values: fit.error(**values))
     return [best] if fit.error(**best) <= _HALF * alone else []
+
+
+def _both_filters(fit: _Fit, temperatures: Iterable[float]) -> dict[str, float] | None:
+    """Top-k and top-p of least error, each fitted in turn, and the temperature with them, from these on; None if one of
+    the two does not halve what the others leave."""
+    starts = []
+    for temperature in temperatures:
+        for top_k in _STARTS:
+            values = {"temperature": temperature, "top_k": top_k}
+            starts.append(values | {"top_p": fit.filter("top_p", **values)})
+    best = min(starts, key=lambda values: fit.error(**values))
+    for _ in range(_ROUNDS):
+        before = best
+        for name in ("top_k", "top_p"):
+            others = {key: value for key, value in best.items() if key != name}
+            best = others | {name: fit.filter(name, **others)}
+        filters = {key: best[key] for key in ("top_k", "top_p")}
+        best = {"temperature": fit.temperature(best["temperature"], **filters), **filters}
+        if best == before:
+            break
+    without = ({key: value for key, value in best.items() if key != name} for name in ("top_k", "top_p"))
+    return best if all(fit.error(**best) <= _HALF * fit.error(**values) for values in without) else None
 
 
 def _in_turn(fit: _Fit, name: str, values: dict[str, float]) -> dict[str, float]:

@@ -57,6 +57,8 @@ class ScoreSettings:
     """Most tokens of a sequence in one forward, against a cache; of its prompt if it is decoded. None: all at once."""
     padding: Literal["none", "left_seen", "middle_seen"] = "none"
     """Padding that attention sees, as without a mask: before the prompt, or between prompt and response."""
+    pad_to: int | None = Field(None, ge=1)
+    """Tokens of prompt and padding together, of a longer prompt its own; None: the longest prompt's."""
     position_offset: int = 0
     """Added to every position id."""
     response_position_offset: int = 0

@@ -75,6 +75,13 @@ def middle(prompt: list[int]) -> list[int]:
     return prompt + [0] * (max(n for n, _ in LENGTHS) - len(prompt))
 
 
+def before(prompt: list[int]) -> list[int]:
+    """What fills it up to the longest prompt of its batch of two."""
+    lengths = [n for n, _ in LENGTHS]
+    at = lengths.index(len(prompt)) // 2 * 2
+    return [0] * (max(lengths[at : at + 2]) - len(prompt))
+
+
 # cause: (prompt and response that were computed, row)
 Plant = Callable[[list[int], list[int]], tuple[list[int], list[int]]]
 PLANTED: dict[str, tuple[Plant, int]] = {
@@ -88,6 +95,7 @@ PLANTED: dict[str, tuple[Plant, int]] = {
     "target_shift[+1]": (lambda p, r: (p, r), 1),
     "target_shift[-1]": (lambda p, r: (p, r), -1),
     "padding.middle": (lambda p, r: (middle(p), r), 0),
+    "padding.left.batches": (lambda p, r: ([*before(p), *p], r), 0),
 }
 
 

@@ -41,6 +41,8 @@ def names(outcome: Attribution) -> list[str]:
         (SamplingParams(min_p=0.1), "min_p=0.1"),
         (SamplingParams(temperature=0.7, top_p=0.9), "temperature=0.7,top_p=0.9"),
         (SamplingParams(temperature=0.85, top_k=20), "temperature=0.85,top_k=20"),
+        (SamplingParams(temperature=0.6, top_k=20, top_p=0.95), "temperature=0.6,top_k=20,top_p=0.95"),
+        (SamplingParams(top_k=10, top_p=0.8), "top_k=10,top_p=0.8"),
     ],
 )
 def test_untold_parameters_are_found(params, name):

@@ -1,0 +1,68 @@
+"""Padding that attention sees, up to widths that the dump does not name: of each sequence the one of least error.
+
+A batch is padded to its own longest prompt, and a dump may be of several. Legend: N tokens of all sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rlalign.verifier.causes import Cause, Way, position_causes
+from rlalign.verifier.score import ScoreSettings
+from rlalign.verifier.scores import Scores
+
+_SIDES = {"padding.left": "left_seen", "padding.middle": "middle_seen"}
+# times what another order of summation gives
+_FAR_OFF = 3.0
+
+
+def padding_causes(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:
+    """One cause for either side of the prompt, if padding to another one than the longest prompt's length is nearer in
+    any sequence. Not tried within rounding, for it takes a forward for every length of a prompt."""
+    widths = sorted({len(sequence.prompt_token_ids) for sequence in scores.sequences})[1:-1]
+    order = scores.other_order(ways) if widths else None
+    floor = 0.0 if order is None else scores.apart(order, now) or 0.0
+    if not widths or scores.gap(now).mean_abs <= _FAR_OFF * floor:
+        return []
+    told = {cause.name: cause for cause in position_causes()}
+    found = []
+    for name, padding in _SIDES.items():
+        try:
+            nearest = _nearest(scores, ways, padding, widths)
+        except (ValueError, NotImplementedError):  # no room for so many positions, or beside what is kept by now
+            continue
+        if any(width is not None for width in nearest):
+            found.append(_cause(told[name], padding, nearest))
+    return found
+
+
+def _nearest(scores: Scores, ways: Sequence[Way], padding: str, widths: Sequence[int]) -> list[int | None]:
+    """Of every sequence the width of least mean |Δ|; None where padding to the longest prompt is no further off."""
+    errors = [_errors(scores, ways, padding, width) for width in (None, *widths)]
+    best = np.argmin(errors, axis=0)
+    return [None if index == 0 else widths[index - 1] for index in best.tolist()]
+
+
+def _errors(scores: Scores, ways: Sequence[Way], padding: str, width: int | None) -> np.ndarray:
+    """Mean |Δ| float64 of every sequence; infinite where it has no token that counts."""
+    size = scores.distance(scores.of([_padded(way, padding, width) for way in ways]))
+    count = range(len(ways))
+    mine = (size[(scores.place == place) & np.isfinite(size)] for place in count)
+    return np.array([values.mean() if len(values) else np.inf for values in mine])
+
+
+def _padded(way: Way, padding: str, width: int | None) -> Way:
+    def changed(settings: ScoreSettings) -> ScoreSettings:
+        return replace(settings, padding=padding, pad_to=width)
+
+    before = None if way.before is None else (way.before[0], changed(way.before[1]))
+    return replace(way, settings=changed(way.settings), before=before)
+
+
+def _cause(alike: Cause, padding: str, nearest: Sequence[int | None]) -> Cause:
+    change: Callable[[Way, int], Way] = lambda way, place: _padded(way, padding, nearest[place])  # noqa: E731
+    what = alike.what.replace("up to the longest prompt's length", "up to the longest of its batch")
+    return replace(alike, name=f"{alike.name}.batches", what=what, change=change, guessed=True)
