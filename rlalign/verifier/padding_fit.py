@@ -5,7 +5,7 @@ A batch is padded to its own longest prompt, and a dump may be of several. Legen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -31,26 +31,25 @@ def padding_causes(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> list
     found = []
     for name, padding in _SIDES.items():
         try:
-            nearest = _nearest(scores, ways, padding, widths)
+            nearest = _nearest(scores, ways, now, padding, widths)
         except (ValueError, NotImplementedError):  # no room for so many positions, or beside what is kept by now
             continue
-        if any(width is not None for width in nearest):
-            found.append(_cause(told[name], padding, nearest))
+        if any(way.settings.pad_to is not None for way in nearest):
+            found.append(_cause(told[name], nearest))
     return found
 
 
-def _nearest(scores: Scores, ways: Sequence[Way], padding: str, widths: Sequence[int]) -> list[int | None]:
-    """Of every sequence the width of least mean |Δ|; None where padding to the longest prompt is no further off."""
-    errors = [_errors(scores, ways, padding, width) for width in (None, *widths)]
-    best = np.argmin(errors, axis=0)
-    return [None if index == 0 else widths[index - 1] for index in best.tolist()]
+def _nearest(scores: Scores, ways: Sequence[Way], now: np.ndarray, padding: str, widths: Sequence[int]) -> list[Way]:
+    """Of every sequence the way of least mean |Δ|: as it is, padded to the longest prompt, or to one of ``widths``."""
+    padded = [[_padded(way, padding, width) for way in ways] for width in (None, *widths)]
+    errors = [_errors(scores, scored) for scored in (now, *map(scores.of, padded))]
+    return [(ways, *padded)[index][place] for place, index in enumerate(np.argmin(errors, axis=0).tolist())]
 
 
-def _errors(scores: Scores, ways: Sequence[Way], padding: str, width: int | None) -> np.ndarray:
+def _errors(scores: Scores, scored: np.ndarray) -> np.ndarray:
     """Mean |Δ| float64 of every sequence; infinite where it has no token that counts."""
-    size = scores.distance(scores.of([_padded(way, padding, width) for way in ways]))
-    count = range(len(ways))
-    mine = (size[(scores.place == place) & np.isfinite(size)] for place in count)
+    size = scores.distance(scored)
+    mine = (size[(scores.place == place) & np.isfinite(size)] for place in range(len(scores.sequences)))
     return np.array([values.mean() if len(values) else np.inf for values in mine])
 
 
@@ -62,7 +61,12 @@ def _padded(way: Way, padding: str, width: int | None) -> Way:
     return replace(way, settings=changed(way.settings), before=before)
 
 
-def _cause(alike: Cause, padding: str, nearest: Sequence[int | None]) -> Cause:
-    change: Callable[[Way, int], Way] = lambda way, place: _padded(way, padding, nearest[place])  # noqa: E731
+def _cause(alike: Cause, nearest: Sequence[Way]) -> Cause:
+    """With what ``nearest`` has of padding, whatever else a way is."""
+
+    def change(way: Way, place: int) -> Way:
+        settings = nearest[place].settings
+        return way if settings.padding == "none" else _padded(way, settings.padding, settings.pad_to)
+
     what = alike.what.replace("up to the longest prompt's length", "up to the longest of its batch")
     return replace(alike, name=f"{alike.name}.batches", what=what, change=change, guessed=True)

@@ -13,7 +13,6 @@ import numpy as np
 from rlalign.verifier.compare import ulp_distance
 from rlalign.verifier.dumps.record import DumpSequence, missing
 
-_SHOWN = 5
 _ONE_SIDED = 0.95
 _MIN_TOKENS = 40
 # a log-prob above 0 by rounding is not one of these
@@ -22,6 +21,8 @@ _POSITIVE = 1e-3
 _LEAST_REPEATED, _MOST = 5, 0.85
 # sequences: tokens to tell by; times rounding within which they agree, beyond which not; how many must be either
 _LEAST_TOKENS, _NEAR, _OFF, _NEARLY_ALL = 4, 3.0, 10.0, 0.8
+# the end of a sequence among others: tokens, how far off in standard errors and times the others' mean |Δ|
+_LEAST_RAISED, _RAISED_ERRORS, _RAISED = 8, 8.0, 2.0
 # a mean: how far from 0, in standard errors and of the mean |Δ|
 _LEAN_ERRORS, _LEAN = 5.0, 0.5
 NO_NUMBERS = ("missing", "nan", "-inf", "positive", "scored_nan")
@@ -30,7 +31,7 @@ NO_NUMBERS = ("missing", "nan", "-inf", "positive", "scored_nan")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """tokens: how many it is about. where: (place of the sequence, position in the response) of the first few."""
+    """tokens: how many it is about. where: (place of the sequence, position in the response) of each."""
 
     name: str
     what: str
@@ -96,7 +97,7 @@ def describe_rest(
     far = differs if exact else differs & far
     # of tokens that all differ by more than rounding, the far ones are the ends of one distribution
     if (exact or others) and 0 < far.sum() < 0.5 * valid.sum():
-        found += _clusters(far, valid, place, position, reported, scored, exact=exact)
+        found += _clusters(far, valid, place, position, reported, scored, size, exact=exact)
     elif not exact:
         found.append(_some_sequences(size, valid, place, position, typical))
         # what is no log-probability has no side
@@ -167,28 +168,48 @@ def _clusters(
     position: np.ndarray,
     reported: np.ndarray,
     scored: np.ndarray,
+    size: np.ndarray,
     *,
     exact: bool,
 ) -> list[Finding]:
-    """Tokens that are off, one finding per kind: from a position on, whole sequences, or here and there. exact: the
-    others agree bit for bit."""
+    """Tokens that are off, one finding per kind: from a position on, whole sequences, or here and there. size: |Δ|
+    float64 [N]. exact: the others agree bit for bit."""
     groups: dict[str, np.ndarray] = {name: np.zeros_like(far) for name in ("from_position", "sequence", "isolated")}
     for sequence in np.unique(place[far]):
         mine = far & (place == sequence)
         first = int(position[mine].min())
         after = valid & (place == sequence) & (position >= first)
         whole = mine.sum() >= 3 and mine.sum() >= 0.5 * after.sum()
+        if not exact and not whole and (start := _raised_from(size, valid, place == sequence)) is not None:
+            first, whole = int(position[start]), True
+            mine = valid & (place == sequence) & (position >= first)
         groups["isolated" if not whole else "sequence" if first <= 1 else "from_position"] |= mine
     says = {
-        "from_position": "agrees up to a token and differs from there on: what it attends to changed, such as a wrong "
+        "from_position": ("agrees" if exact else "agrees to rounding")
+        + " up to a token and differs from there on: what it attends to changed, such as a wrong "
         "or stale KV block, a prefix-cache hit after a weight update, a preempted request, or another token there than "
         "was sampled (bisect --dump shows the layer)",
         "sequence": "whole sequences differ and the others agree: other prompt, weights or padding in these",
         "isolated": f"single tokens differ, by up to {_ulp(reported, scored, groups['isolated'])} ULP, and "
         + ("most agree" if exact else "most far less")
-        + ": the log-prob was changed after it was computed (conversion, rounding, storage)",
+        + ": the log-prob was changed after it was computed (conversion, rounding, storage)"
+        + ("" if exact else ", or rounding hides at the others what is wrong with them too"),
     }
     return [_finding(name, says[name], mask, place, position) for name, mask in groups.items() if mask.any()]
+
+
+def _raised_from(size: np.ndarray, valid: np.ndarray, mine: np.ndarray) -> int | None:
+    """Place in [0, N) of the token from which on one sequence is off by far more than all others are; None if none. A
+    token counts as the others' largest at most, so that a single one raises nothing."""
+    own, others = np.flatnonzero(valid & mine), size[valid & ~mine]
+    if len(own) < _LEAST_RAISED or len(others) < _MIN_TOKENS:
+        return None
+    level, spread = float(others.mean()), float(others.std())
+    count = np.arange(len(own), 0, -1)
+    means = np.cumsum(np.minimum(size[own], others.max())[::-1])[::-1] / count
+    errors = np.where(count < _LEAST_RAISED, -np.inf, (means - level) * count**0.5)
+    start = int(errors.argmax())
+    return int(own[start]) if errors[start] > _RAISED_ERRORS * spread and means[start] > _RAISED * level else None
 
 
 def lean(delta: np.ndarray, least: float = 0.0) -> float:
@@ -245,8 +266,7 @@ def _ulp(reported: np.ndarray, scored: np.ndarray, mask: np.ndarray) -> str:
 
 
 def _finding(name: str, what: str, mask: np.ndarray, place: np.ndarray, position: np.ndarray) -> Finding:
-    first = np.flatnonzero(mask)[:_SHOWN]
-    where = tuple((int(place[i]), int(position[i])) for i in first)
+    where = tuple((int(place[i]), int(position[i])) for i in np.flatnonzero(mask))
     return Finding(name, what, int(mask.sum()), where)
 
 

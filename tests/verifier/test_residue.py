@@ -52,6 +52,21 @@ def test_what_is_no_log_prob_is_not_explained_by_rounding(value):
     assert [finding.where for finding in outcome.broken] == [((2, 5),)]
 
 
+@pytest.mark.parametrize(("wrong_from", "name"), [(9, "from_position"), (15, "isolated")])
+def test_a_fault_that_rounding_half_hides_is_seen_in_what_follows(wrong_from, name):
+    """One token is off by far more than rounding; those behind it by a few times rounding, or by no more than it."""
+    made = dump(Softmax(0.03), settings=NATIVE)
+    values = made[2].logprobs.copy()
+    values[15] += 1.5
+    if wrong_from < 15:
+        values[wrong_from:] += np.random.default_rng(0).normal(0, 0.3, len(values) - wrong_from).astype(np.float32)
+    outcome = attribute([*made[:2], replace(made[2], logprobs=values), *made[3:]], Softmax(0.03), decode=False)
+    [finding] = outcome.findings
+    assert (finding.name, finding.where[0][0]) == (name, 2)
+    assert abs(finding.where[0][1] - wrong_from) <= 2
+    assert not outcome.explained
+
+
 def test_one_token_beyond_rounding_is_not_explained_by_the_mean():
     made = dump(Softmax(), SamplingParams(), NATIVE)
     values = made[3].logprobs.copy()
