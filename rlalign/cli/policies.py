@@ -129,7 +129,8 @@ def _replace(config: dict[str, Any], known: Mapping[str, Any], name: str, value:
         if not isinstance(target, dict):
             near = did_you_mean(name, _fields(config, known), "config.")
             raise UnsupportedSetting(f"config.{name}: {file} has no object {parent!r}{near}")
-    if last not in target and last not in defaults:
+    # kinds of RoPE scaling have fields of their own
+    if last not in target and last not in defaults and not (parents and "rope_type" in {**defaults, **target}):
         near = did_you_mean(name, _fields(config, known), "config.")
         raise UnsupportedSetting(f"config.{name}: {file} has no such field{near}")
     target[last] = value

@@ -19,7 +19,7 @@ from rlalign.verifier import causes as catalogue
 from rlalign.verifier.attribution import Attribution, Effect, Rounding, Step, within_rounding
 from rlalign.verifier.causes import Cause, Way, without_effect
 from rlalign.verifier.compare import compare
-from rlalign.verifier.config_causes import config_causes, generation_causes
+from rlalign.verifier.config_causes import Change, config_causes, generation_causes
 from rlalign.verifier.data_causes import fitted_base, grid_causes, shift_causes, stored_grid, swaps
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.edge import moved_by_edge, outside_by_rounding
@@ -45,6 +45,7 @@ _DIGITS = 1e-5
 _MANY = 0.75
 # of other orders of summation: a token that is off by more than so many times their largest is not one of theirs
 _BEYOND, _TYPICAL = 3.0, 20.0
+_NOTHING = Gap(0, 0, 0.0, 0.0)
 
 
 def attribute(
@@ -54,7 +55,7 @@ def attribute(
     base: ScoreSettings | Sequence[ScoreSettings] | None = None,
     dtype: Dtype = "float32",
     num_previous: int = 0,
-    config_changes: Sequence[tuple[str, int | float | str | None, str]] = (),
+    config_changes: Sequence[Change] = (),
     generation: Mapping[str, Any] | None = None,
     decode: bool = True,
     progress: Callable[[str], None] = lambda _what: None,
@@ -92,6 +93,9 @@ def attribute(
         catalogue.numeric_causes(dtype, decode=decode, native=native),
     )  # fmt: skip
     effects = _alone(scores, ways, now, tries(ways, now, True), progress)
+    if not num_previous:
+        [stale] = catalogue.weight_causes(1)
+        effects.append(Effect(stale, _NOTHING, _NOTHING, 0.0, "no older checkpoint was given (--previous-model)"))
     tries.without = {effect.cause.name for effect in effects if effect.skipped is not None}
     steps, kept, after, nearest = _search(scores, ways, now, tries, dtype, progress)
     scores.leave_out(moved_by_edge(scores, kept, after))
@@ -259,17 +263,16 @@ def _alone(
 ) -> list[Effect]:
     effects: list[Effect] = []
     seen: dict[bytes, str] = {now.tobytes(): ""}
-    nothing = Gap(0, 0, 0.0, 0.0)
     for cause in found:
         progress(cause.name)
         changed = [cause.change(way, place) for place, way in enumerate(ways)]
         if reason := _changes_nothing(scores.sequences, ways, changed, cause):
-            effects.append(Effect(cause, nothing, nothing, 0.0, reason))
+            effects.append(Effect(cause, _NOTHING, _NOTHING, 0.0, reason))
             continue
         try:
             other = scores.of(changed)
         except (ValueError, NotImplementedError) as error:  # the scorer can't imitate it: listed, not hidden
-            effects.append(Effect(cause, nothing, nothing, 0.0, " ".join(str(error).split())))
+            effects.append(Effect(cause, _NOTHING, _NOTHING, 0.0, " ".join(str(error).split())))
             continue
         twin = seen.setdefault(other.tobytes(), cause.name)
         both = np.isfinite(scores.distance(now)) & np.isfinite(scores.distance(other))
@@ -328,9 +331,8 @@ def _rounding(
         ways = [replace(way, grid=None) for way in ways]
         now = scores.of(ways)
     order, single = scores.other_order(ways), scores.beside(ways, _FLOAT32) if dtype != "float32" else None
-    nothing = Gap(0, 0, 0.0, 0.0)
-    other = nothing if order is None else scores.between(order, now)
-    own, engine = (nothing if single is None else scores.between(single, of) for of in (now, scores.reported))
+    other = _NOTHING if order is None else scores.between(order, now)
+    own, engine = (_NOTHING if single is None else scores.between(single, of) for of in (now, scores.reported))
     units = last_place(now[finite])
     largest = max(other.max_abs, own.max_abs, float(units.max(initial=0.0)), step)
     return Rounding(

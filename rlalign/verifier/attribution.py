@@ -157,7 +157,7 @@ class Attribution:
         if self.base.tokens == 0:
             return "nothing was compared: no token has a log-prob on both sides"
         if self.equal:
-            return f"bit for bit equal on {self.base.tokens:,} tokens: nothing to attribute"
+            return f"bit for bit equal on {_tokens(self.base.tokens)}: nothing to attribute"
         parts = [f"mean |Δ| {self.base.mean_abs:.3g} on {_tokens(self.base.tokens)}, {self.base.mismatches:,} differ"]
         parts += [f"{finding.name} ({_tokens(finding.tokens)}): {finding.what}" for finding in self.broken]
         parts += [

@@ -8,20 +8,28 @@ from typing import Any
 from rlalign.config import SamplingParams
 from rlalign.verifier.causes import Cause, setting_cause
 
+Scalar = int | float | str | None
+# a field, or an object's fields all at once; where its values are from
+Change = tuple[str, Scalar | tuple[tuple[str, Scalar], ...], str]
+
 _COMMON, _OFF = "a common value", "switched off"
 _SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+_ROPE_TYPE, _NO_SCALING = "rope_type", "default"
 
 
-def config_causes(changes: Sequence[tuple[str, int | float | str | None, str]]) -> list[Cause]:
-    """One cause per (field of config.json, value, where that value is from)."""
-    return [
-        setting_cause(
-            f"config.{name}={value}", "weights", f"computed with {name}={value} ({origin})",
-            f"give both sides the same config.json: {name} differs", guessed=origin in (_COMMON, _OFF),
-            config=[(name, value)],
-        )
-        for name, value, origin in changes
-    ]  # fmt: skip
+def config_causes(changes: Sequence[Change]) -> list[Cause]:
+    """One cause per change of config.json, as ``config_changes`` gives them."""
+    return [_config_cause(*change) for change in changes]
+
+
+def _config_cause(name: str, value: Scalar | tuple[tuple[str, Scalar], ...], origin: str) -> Cause:
+    fields = [(f"{name}.{key}", one) for key, one in value] if isinstance(value, tuple) else [(name, value)]
+    shown = ", ".join(f"{key}={one}" for key, one in fields)
+    return setting_cause(
+        f"config.{name}" + ("" if isinstance(value, tuple) else f"={value}"), "weights",
+        f"computed with {shown} ({origin})", f"give both sides the same config.json: {name} differs",
+        guessed=origin in (_COMMON, _OFF), config=fields,
+    )  # fmt: skip
 
 
 def generation_causes(defaults: Mapping[str, Any]) -> list[Cause]:
@@ -50,21 +58,34 @@ def generation_causes(defaults: Mapping[str, Any]) -> list[Cause]:
     ]  # fmt: skip
 
 
-def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
-    """(field, value, origin) of config.json that may explain a difference: what other checkpoints have instead, then
-    common values of the RoPE base and the norm's epsilon, then windows and soft caps switched off."""
+def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[Change]:
+    """What of config.json may explain a difference: what other checkpoints have instead, then common values of the RoPE
+    base and the norm's epsilon, then windows, soft caps and RoPE scaling switched off."""
     mine = _flat(own)
-    found: list[tuple[str, Any, str]] = []
+    found: list[Change] = []
     for n, other in enumerate(others, start=1):
-        theirs = _flat(other)
+        theirs, origin = _flat(other), f"as previous model {n}"
         names = [name for name in theirs if name in mine and theirs[name] != mine[name] and _matters(name)]
-        found += [(name, theirs[name], f"as previous model {n}") for name in names]
+        found += [(name, value, origin) for name, value in _objects(mine, theirs).items()]
+        found += [(name, theirs[name], origin) for name in names]
     for ending, values in (("rope_theta", (10_000.0, 500_000.0, 1_000_000.0)), ("_norm_eps", (1e-6, 1e-5))):
         for name in (name for name in mine if name.endswith(ending)):
             found += [(name, value, _COMMON) for value in values if value != mine[name]]
     found += [(name, None, _OFF) for name in mine if name.rpartition(".")[2] in _SWITCHES]
+    scaled = (name for name, value in mine.items() if name.endswith(f".{_ROPE_TYPE}") and value != _NO_SCALING)
+    found += [(name, _NO_SCALING, _OFF) for name in scaled]
     unique = {(name, value): (name, value, origin) for name, value, origin in reversed(found)}
     return list(reversed(unique.values()))
+
+
+def _objects(mine: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> dict[str, tuple[tuple[str, Scalar], ...]]:
+    """Objects of which more than one field is another: one by one they may mean nothing, or be refused."""
+    found: dict[str, dict[str, Scalar]] = {}
+    for name, value in theirs.items():
+        parent, _, key = name.rpartition(".")
+        if parent and mine.get(name) != value:
+            found.setdefault(parent, {})[key] = value
+    return {parent: tuple(fields.items()) for parent, fields in found.items() if len(fields) > 1}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:

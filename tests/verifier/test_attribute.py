@@ -341,6 +341,19 @@ def test_config_changes_are_those_of_other_checkpoints_and_common_ones():
     }  # fmt: skip
 
 
+def test_an_object_of_which_several_fields_are_others_is_one_change():
+    own = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    other = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}}
+    found = config_changes(own, [other])
+    whole = (("rope_type", "llama3"), ("factor", 8.0))
+    assert found[0] == ("rope_parameters", whole, "as previous model 1")
+    [cause, *_] = config_causes(found)
+    assert cause.name == "config.rope_parameters" and not cause.guessed
+    expected = (("rope_parameters.rope_type", "llama3"), ("rope_parameters.factor", 8.0))
+    assert cause.change(catalogue.Way(), 0).settings.config == expected
+    assert ("rope_parameters.rope_type", "default", "switched off") in config_changes(other, [])
+
+
 def test_operators_together_are_native():
     settings = catalogue.setting_cause("", "numerics", "", "", native=OPERATORS).change(catalogue.Way(), 0).settings
     assert settings.numerics == "native"
