@@ -17,6 +17,7 @@ from rlalign.verifier.attribution import Step
 from rlalign.verifier.causes import Cause, Way
 from rlalign.verifier.edge import outside_by_rounding, without_edge
 from rlalign.verifier.scores import Scores
+from rlalign.verifier.words import counted
 
 MIN_SHARE = 0.05
 MIN_NUMERIC_SHARE = 0.25
@@ -52,7 +53,7 @@ def greedily(
         best: tuple[float, Cause, list[Way], np.ndarray, tuple[int, ...] | None] | None = None
         more = not steps or scores.gap(now).mean_abs > _FAR_OFF * floor
         for cause in tries(ways, now, more):
-            progress(f"{cause.name} on top of {len(steps)} others" if steps else cause.name)
+            progress(f"{cause.name} on top of {counted(len(steps), 'other')}" if steps else cause.name)
             for changed, chosen in _candidates(scores, ways, now, cause, floor):
                 other = without_edge(scores, changed)
                 gain = _gain(scores, now, other, cause)
