@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,10 @@ from rlalign.verifier.attribution import Attribution, Effect, Step, rounding_lin
 from rlalign.verifier.dumps import DumpSequence
 from rlalign.verifier.residue import Finding
 from rlalign.verifier.words import counted
+
+if TYPE_CHECKING:
+    from rlalign.dashboards.page import Chart
+    from rlalign.dashboards.page import Table as PageTable
 
 _NOTABLE = 0.01
 # of sequences, places and reasons; causes in a line; characters of a reason
@@ -71,7 +75,7 @@ def record(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[Dump
 
 
 def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence], path: Path) -> None:
-    """The page with the causes in the section "Where"."""
+    """The page with the causes in the section "Where", and the pictures before and after them."""
     from rlalign.cli.html import HtmlOutcome, write_html
     from rlalign.dashboards.page import Table as PageTable
 
@@ -85,6 +89,7 @@ def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
          f"{e.moves:.4g}"]
         for e in _tried(outcome)
     ]  # fmt: skip
+    skipped = [[e.cause.name, e.cause.what, e.skipped] for e in outcome.effects if e.skipped is not None]
     left = [[f.name, f.what, f"{f.tokens:,}", _places(f, sequences)] for f in (*outcome.broken, *outcome.findings)]
     failed = [[one["id"], one["error"]] for one in facts["failed"]]
     tables = [
@@ -92,6 +97,7 @@ def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
         PageTable("causes", ["cause", "what", "mean |Δ| before", "after", "differing after", "what removes it"], kept),
         PageTable("left", ["finding", "what", "tokens", "where"], left),
         PageTable("every cause alone", ["cause", "what", "removes", "mean |Δ|", "differing", "moves by"], tried),
+        PageTable("not tried, or without effect here", ["cause", "what", "why"], skipped),
     ]
     page = HtmlOutcome(
         title=f"Attribution of {facts['dump']}",
@@ -102,9 +108,22 @@ def write_page(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[
             for name, value in facts.items()
             if value and name != "failed"
         },
+        metrics=outcome.metrics if outcome.num_tokens else {},
+        charts=[("Agreement", block) for block in _pictures(outcome)],
         tables=[("Where", table) for table in tables if table.rows],
     )
     write_html(page, path)
+
+
+def _pictures(outcome: Attribution) -> Iterator[Chart | PageTable]:
+    from rlalign.dashboards.blocks import picture_blocks
+    from rlalign.dashboards.pictures import PictureData
+    from rlalign.dashboards.snapshot import take_snapshot
+
+    for name, one in zip(("as the dump says", "with all causes"), outcome.compared, strict=False):
+        if one.num_tokens:
+            data = PictureData(one.rollout, one.train, one.delta, one.nonfinite, (), position=one.position)
+            yield from picture_blocks(name, {0: take_snapshot(data)})
 
 
 def _alone(outcome: Attribution, title: str, worst: int) -> Table:

@@ -25,8 +25,8 @@ class HtmlOutcome:
 
     verdict: one line; good: whether it is the one that was hoped for. facts: label to value, in the order shown.
     metrics: ``align/*`` keys, each shown in its panel's section. pictures: a comparison's tokens, or its snapshot if
-    they were streamed. layers: of a bisection, shown as a heat map of one column. tables, charts: whatever
-    else was found, such as causes, by section.
+    they were streamed. layers: of a bisection, shown as a heat map of one column. charts, tables: whatever
+    else was found, such as causes, by section, in this order.
     """
 
     title: str
@@ -37,7 +37,7 @@ class HtmlOutcome:
     pictures: PictureData | Snapshot | None = None
     layers: LayerRow | None = None
     tables: Sequence[tuple[Section, Table]] = ()
-    charts: Sequence[tuple[Section, Chart]] = ()
+    charts: Sequence[tuple[Section, Chart | Table]] = ()
 
 
 def check_html(path: Path, *, option: str = "--html") -> None:

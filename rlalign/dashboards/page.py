@@ -171,7 +171,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #eceeef; vertical-align: top; }
 td.number { text-align: right; white-space: nowrap; }
 td.short { white-space: pre; }
-td.long { white-space: pre-wrap; min-width: 48ch; }
+td.long { white-space: pre-wrap; min-width: 32ch; }
 """
 
 # each figure is drawn when it comes near the window: fifty at once would hold up the page

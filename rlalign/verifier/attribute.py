@@ -82,7 +82,9 @@ def attribute(
     damaged = broken(sequences, now, scores.place)
     if whole.tokens == 0 or whole.mismatches == 0:
         damaged += at_the_edge(counted & ~scores.counts, scores.place)
-        return Attribution(len(sequences), whole, (), (), whole, None, damaged, (), metrics, num_tokens)
+        return Attribution(
+            len(sequences), whole, (), (), whole, None, damaged, (), metrics, num_tokens, compared=(comparison,)
+        )
     tries = _Tries(
         scores,
         num_previous,
@@ -119,6 +121,7 @@ def attribute(
     return Attribution(
         len(sequences), whole, tuple(effects), tuple(steps), rest, rounding if rest.mismatches else None, damaged,
         findings, metrics, num_tokens, None if sure else nearest,
+        (comparison, compare(scores.pairs(after))) if steps else (comparison,),
     )  # fmt: skip
 
 

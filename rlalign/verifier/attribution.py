@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlalign.verifier.causes import Cause
+from rlalign.verifier.compare import Comparison
 from rlalign.verifier.residue import NO_NUMBERS, Finding
 from rlalign.verifier.scores import Gap
 
@@ -124,7 +125,8 @@ class Rounding:
 class Attribution:
     """All of it. broken: log-probs that are no numbers, or of tokens at the edge of a support. findings: what is left
     looks like. metrics: ``align/*`` of ``num_tokens``, the dump as rollout against scoring as the dump says, before any
-    cause. nearest: where much is left unexplained, the cause that removes most and yet can't be right; in no step."""
+    cause. nearest: where much is left unexplained, the cause that removes most and yet can't be right; in no step.
+    compared: with scoring as the dump says, and with all steps' causes."""
 
     num_sequences: int
     base: Gap
@@ -137,6 +139,7 @@ class Attribution:
     metrics: Mapping[str, float] = field(default_factory=dict)
     num_tokens: int = 0
     nearest: Step | None = None
+    compared: tuple[Comparison, ...] = ()
 
     @property
     def equal(self) -> bool:

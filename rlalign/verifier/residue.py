@@ -209,7 +209,10 @@ def _raised_from(size: np.ndarray, valid: np.ndarray, mine: np.ndarray) -> int |
     means = np.cumsum(np.minimum(size[own], others.max())[::-1])[::-1] / count
     errors = np.where(count < _LEAST_RAISED, -np.inf, (means - level) * count**0.5)
     start = int(errors.argmax())
-    return int(own[start]) if errors[start] > _RAISED_ERRORS * spread and means[start] > _RAISED * level else None
+    raised = errors[start] > _RAISED_ERRORS * spread and means[start] > _RAISED * level
+    # to its end, and not by what stands at its beginning
+    raised &= bool(np.median(size[own[start:]]) > _RAISED * np.median(others))
+    return int(own[start]) if raised else None
 
 
 def lean(delta: np.ndarray, least: float = 0.0) -> float:

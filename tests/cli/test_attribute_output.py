@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from support.pages import parse
+from support.softmax_scorer import Softmax, dump
 
-from rlalign.cli.attribute_output import record, show
+from rlalign.cli.attribute_output import record, show, write_page
+from rlalign.config import SamplingParams
+from rlalign.verifier.attribute import attribute
 from rlalign.verifier.attribution import Attribution, Effect
 from rlalign.verifier.causes import setting_cause
 from rlalign.verifier.dumps import DumpSequence
@@ -93,3 +98,16 @@ def test_few_sequences_that_were_not_compared_are_named_and_one_is_no_plural() -
     assert text.count("was not compared: too long") == 5
     assert "... and 2 more were not" in text
     assert "of 1 sequence, 1 prompt and 0 responses are not what encoding their own text gives" in text
+
+
+def test_the_page_has_the_pictures_before_and_after_what_was_kept(tmp_path: Path) -> None:
+    made = dump(Softmax(), SamplingParams(temperature=0.7))
+    found = attribute(made, Softmax(), decode=False)
+    write_page(found, FACTS, made, tmp_path / "page.html")
+    page = parse(tmp_path / "page.html")
+    for title in ("|Δ| of every token", "probability by trainer and rollout", "where in the response"):
+        assert f"as the dump says: {title}" in page.titles and f"with all causes: {title}" in page.titles
+    before, after = (figures[0]["data"] for figures in page.figures[::3])
+    assert before != after
+    assert "temperature=0.7" in page.cells
+    assert "no older checkpoint was given (--previous-model)" in page.cells
