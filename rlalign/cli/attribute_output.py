@@ -246,10 +246,8 @@ def _found(finding: Finding, sequences: Sequence[DumpSequence]) -> dict[str, Any
 def _places(finding: Finding, sequences: Sequence[DumpSequence]) -> str:
     """The first few of the sequences that it is of, or of the ranges of its tokens, and how much there is beside."""
     if finding.name == "sequence":
-        places = list(dict.fromkeys(place for place, _ in finding.where))
-        named = [sequences[place].source or str(place) for place in places]
-        unnamed = finding.tokens > sum(len(sequences[place].token_ids) for place in places)
-        return _few(named, _NAMED) + (" and others" if unnamed and len(named) <= _NAMED else "")
+        places = dict.fromkeys(place for place, _ in finding.where)
+        return _few([sequences[place].source or str(place) for place in places], _NAMED)
     ranges = _ranges(finding.where)[:_NAMED]
     named = [
         f"{sequences[place].source or place} position" + (f" {first}" if first == last else f"s {first}-{last}")

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 _Key = tuple[int, tuple[tuple[str, Any], ...], Dtype, bool]
+# the object of config.json that holds the fields of any kind of RoPE, and those
+_NEWER, _OLDER = "rope_parameters", "rope_scaling"
+_ROPE_FIELDS = (
+    "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+    "beta_slow", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor", "mscale", "mscale_all_dim",
+    "truncate", "partial_rotary_factor",
+)  # fmt: skip
 # class names of aligned modules begin with this; what follows says which operator they run
 _KINDS: tuple[tuple[str, Operator], ...] = (
     ("RotaryEmbedding", "rotary"), ("Norm", "norm"), ("Linear", "linear"), ("SiLU", "activation"),
@@ -95,7 +102,9 @@ def check_architectures(a: Path, b: Path, remedy: str) -> None:
     first, second = (config_fields(folder) for folder in (a, b))
     if first.get("model_type") != second.get("model_type"):
         raise ValueError(f"{a} is of type {first.get('model_type')}, {b} of type {second.get('model_type')}; {remedy}")
-    classes = [", ".join(fields.get("architectures") or ()) for fields in (first, second)]
+    # FSDP's own class, which some saves name, is the model's
+    named = (fields.get("architectures") or () for fields in (first, second))
+    classes = [", ".join(one.removeprefix("FSDP") for one in names) for names in named]
     if all(classes) and classes[0] != classes[1]:  # not every file says
         raise ValueError(f"{a} is a {classes[0]}, {b} a {classes[1]}; {remedy}")
 
@@ -125,12 +134,14 @@ def _replace(config: dict[str, Any], known: Mapping[str, Any], name: str, value:
     *parents, last = name.split(".")
     target, defaults = config, known
     for parent in parents:
+        if parent == _OLDER and target.get(parent) is None and _NEWER not in config:
+            target[parent] = {}  # as null as absent where nothing is scaled
         target, defaults = target.get(parent), _object(defaults.get(parent))
         if not isinstance(target, dict):
             near = did_you_mean(name, _fields(config, known), "config.")
             raise UnsupportedSetting(f"config.{name}: {file} has no object {parent!r}{near}")
-    # kinds of RoPE scaling have fields of their own
-    if last not in target and last not in defaults and not (parents and "rope_type" in {**defaults, **target}):
+    known_scaling = parents[-1:] in ([_NEWER], [_OLDER]) and last in _ROPE_FIELDS
+    if last not in target and last not in defaults and not known_scaling:
         near = did_you_mean(name, _fields(config, known), "config.")
         raise UnsupportedSetting(f"config.{name}: {file} has no such field{near}")
     target[last] = value

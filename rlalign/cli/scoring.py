@@ -79,9 +79,9 @@ class PolicyScorer:
         if not (same and all(a is b for a, b in zip(kept.sequences, sequences, strict=True))):
             kept = self._forward(policy, sequences, settings)
             room = _MAX_KEPT_BYTES - kept.values.nbytes
-            while self._hidden and sum(one.values.nbytes for one in self._hidden.values()) > room:
-                self._hidden.popitem(last=False)
             if room >= 0:
+                while sum(one.values.nbytes for one in self._hidden.values()) > room:
+                    self._hidden.popitem(last=False)
                 self._hidden[key] = kept
         if key in self._hidden:
             self._hidden.move_to_end(key)

@@ -36,6 +36,8 @@ from rlalign.verifier.scores import Gap, Scores, grid_step, last_place
 _FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
 # what a cause may leave where the rest is unexplained; a guessed filter where the rest is on one side
 _NEXT_TO, _HALF, _ASIDE = 0.05, 0.5, 0.01
+# what it leaves of the few sequences that it holds of, where others are off too
+_FIFTH = 0.2
 _FILTERS = ("top_k", "top_p", "min_p")
 # so many causes that can't be right, and no more values are fitted
 _MOST_WRONG = 5
@@ -203,7 +205,7 @@ class _Tries:
                 *grid_causes(self.scores),
                 *fitted_base(self.scores, ways, now),
                 *in_flight_causes(self.scores, ways, now, self.num_previous),
-                *padding_causes(self.scores, ways, now),
+                *(padding_causes(self.scores, ways, now) if self.guesses else ()),
                 *self._sampling(ways, now),
             ]
         return self._fitted[now.tobytes()]
@@ -230,9 +232,12 @@ def _disbelieved(
         size = scores.distance(now)
         if step.sequences is not None and len(step.sequences) < _MANY * len(scores.sequences):
             mine = np.isin(scores.place, step.sequences)
-            size = np.where(mine, size, np.nan)
             before = scores.gap(scores.of(_composed(ways, steps[:index])), mine)
             left = scores.gap(now, mine).mean_abs / max(before.mean_abs, 1e-300)
+            others, size = size[~mine & np.isfinite(size)], np.where(mine, size, np.nan)
+            # as near as whatever else is wrong with all lets them be
+            if left <= _FIFTH and len(others) and float(np.nanmedian(size)) <= 2 * float(np.median(others)):
+                continue
         size = size[np.isfinite(size)]
         if cause.kind == "numerics" or not len(size):
             continue

@@ -9,6 +9,7 @@ from rlalign.verifier.causes import Cause
 from rlalign.verifier.compare import Comparison
 from rlalign.verifier.residue import NO_NUMBERS, Finding
 from rlalign.verifier.scores import Gap
+from rlalign.verifier.words import counted
 
 # share of the tokens that rounding touches, below which a difference is something else
 _FEW = 0.25
@@ -160,9 +161,10 @@ class Attribution:
         if self.base.tokens == 0:
             return "nothing was compared: no token has a log-prob on both sides"
         if self.equal:
-            return f"bit for bit equal on {_tokens(self.base.tokens)}: nothing to attribute"
-        parts = [f"mean |Δ| {self.base.mean_abs:.3g} on {_tokens(self.base.tokens)}, {self.base.mismatches:,} differ"]
-        parts += [f"{finding.name} ({_tokens(finding.tokens)}): {finding.what}" for finding in self.broken]
+            return f"bit for bit equal on {counted(self.base.tokens, 'token')}: nothing to attribute"
+        size = f"mean |Δ| {self.base.mean_abs:.3g} on {counted(self.base.tokens, 'token')}"
+        parts = [f"{size}, {self.base.mismatches:,} differ"]
+        parts += [f"{finding.name} ({counted(finding.tokens, 'token')}): {finding.what}" for finding in self.broken]
         parts += [
             f"{step.cause.name}: {step.cause.what}{_on(step.ids)}, |Δ| {step.before.mean_abs:.3g} → "
             f"{step.after.mean_abs:.3g}"
@@ -180,7 +182,7 @@ class Attribution:
         if rest.mismatches == 0:
             return "nothing is left"
         named = [f"{finding.name}: {finding.what}" for finding in self.findings]
-        count = f"{_tokens(rest.mismatches)} differ{'s' if rest.mismatches == 1 else ''}"
+        count = f"{counted(rest.mismatches, 'token')} differ{'s' if rest.mismatches == 1 else ''}"
         line = f"left: mean |Δ| {rest.mean_abs:.3g}, {count}"
         if self.rounding is not None:
             line += f" ({rounding_line(rest, self.rounding)})"
@@ -206,7 +208,7 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
         side = "higher" if rounding.lean > 0 else "lower"
         told = f"not rounding, which has no side: the dump's are {side} by {abs(rounding.lean):.3g} on average"
     if rounding.explains_others:
-        told = f"rounding explains all but {_tokens(rounding.beyond)}"
+        told = f"rounding explains all but {counted(rounding.beyond, 'token')}"
     if explained and rounding.in_doubt(rest):
         told += (
             f", by its size: it touches {rounding.other_mismatches:,} tokens, and a fault as small would look so too"
@@ -229,10 +231,6 @@ def _within(rest: Gap, rounding: Rounding) -> bool:
         return rounding.at_least(rounding.engine_error, rounding.engine_spread) <= 1.5 * rounding.alone
     least = rounding.at_least(rest.mean_abs, rest.spread)
     return least <= _TWICE * rounding.alone or rounding.is_last_place(rest)
-
-
-def _tokens(count: int) -> str:
-    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 def _on(ids: tuple[str, ...] | None) -> str:

@@ -14,7 +14,8 @@ Change = tuple[str, Scalar | tuple[tuple[str, Scalar], ...], str]
 
 _COMMON, _OFF = "a common value", "switched off"
 _SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
-_ROPE_TYPE, _NO_SCALING = "rope_type", "default"
+# of rope_parameters, and of rope_scaling, as older files call it
+_ROPE_TYPES, _NO_SCALING = (".rope_type", "rope_scaling.type"), "default"
 
 
 def config_causes(changes: Sequence[Change]) -> list[Cause]:
@@ -72,7 +73,7 @@ def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) 
         for name in (name for name in mine if name.endswith(ending)):
             found += [(name, value, _COMMON) for value in values if value != mine[name]]
     found += [(name, None, _OFF) for name in mine if name.rpartition(".")[2] in _SWITCHES]
-    scaled = (name for name, value in mine.items() if name.endswith(f".{_ROPE_TYPE}") and value != _NO_SCALING)
+    scaled = (name for name, value in mine.items() if name.endswith(_ROPE_TYPES) and value != _NO_SCALING)
     found += [(name, _NO_SCALING, _OFF) for name in scaled]
     unique = {(name, value): (name, value, origin) for name, value, origin in reversed(found)}
     return list(reversed(unique.values()))
@@ -83,7 +84,7 @@ def _objects(mine: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> dict[s
     found: dict[str, dict[str, Scalar]] = {}
     for name, value in theirs.items():
         parent, _, key = name.rpartition(".")
-        if parent and mine.get(name) != value:
+        if parent and mine.get(name) != value and _matters(name):
             found.setdefault(parent, {})[key] = value
     return {parent: tuple(fields.items()) for parent, fields in found.items() if len(fields) > 1}
 
@@ -98,9 +99,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float 
     return found
 
 
+_OTHER = ("num_", "max_", "_", "architectures", "id2label", "label2id")
 _IGNORED = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "vocab_size", "hidden_size")
 
 
 def _matters(name: str) -> bool:
     """Whether a field can change a log-prob of the same weights without changing their shapes."""
-    return not name.startswith(("num_", "max_", "_", "architectures")) and not name.endswith(("_token_id", *_IGNORED))
+    return not name.startswith(_OTHER) and not name.endswith(("_token_id", *_IGNORED))

@@ -17,12 +17,15 @@ from rlalign.verifier.scores import Scores
 _SIDES = {"padding.left": "left_seen", "padding.middle": "middle_seen"}
 # times what another order of summation gives
 _FAR_OFF = 3.0
+# widths that are tried; of one that is believed: tokens that it is told by, and what it leaves
+_MOST_WIDTHS, _LEAST_TOKENS, _HALF = 16, 4, 0.5
 
 
 def padding_causes(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:
     """One cause for either side of the prompt, if padding to another one than the longest prompt's length is nearer in
     any sequence. Not tried within rounding, for it takes a forward for every length of a prompt."""
-    widths = sorted({len(sequence.prompt_token_ids) for sequence in scores.sequences})[1:-1]
+    # of many lengths the larger ones are more likely a batch's largest
+    widths = sorted({len(sequence.prompt_token_ids) for sequence in scores.sequences})[1:-1][-_MOST_WIDTHS:]
     order = scores.other_order(ways) if widths else None
     floor = 0.0 if order is None else scores.apart(order, now) or 0.0
     if not widths or scores.gap(now).mean_abs <= _FAR_OFF * floor:
@@ -40,17 +43,21 @@ def padding_causes(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> list
 
 
 def _nearest(scores: Scores, ways: Sequence[Way], now: np.ndarray, padding: str, widths: Sequence[int]) -> list[Way]:
-    """Of every sequence the way of least mean |Δ|: as it is, padded to the longest prompt, or to one of ``widths``."""
+    """Of every sequence the way of least mean |Δ|: as it is, padded to the longest prompt, or to one of ``widths``
+    where that is far nearer than either."""
     padded = [[_padded(way, padding, width) for way in ways] for width in (None, *widths)]
-    errors = [_errors(scores, scored) for scored in (now, *map(scores.of, padded))]
-    return [(ways, *padded)[index][place] for place, index in enumerate(np.argmin(errors, axis=0).tolist())]
+    errors = np.array([_errors(scores, scored) for scored in (now, *map(scores.of, padded))])
+    plain = errors[:2].argmin(axis=0)
+    clear = errors[2:].min(axis=0) < _HALF * errors[:2].min(axis=0)
+    best = np.where(clear, errors.argmin(axis=0), plain)
+    return [(ways, *padded)[index][place] for place, index in enumerate(best.tolist())]
 
 
 def _errors(scores: Scores, scored: np.ndarray) -> np.ndarray:
-    """Mean |Δ| float64 of every sequence; infinite where it has no token that counts."""
+    """Mean |Δ| float64 of every sequence; 0, which nothing is nearer than, where it has too few tokens."""
     size = scores.distance(scored)
     mine = (size[(scores.place == place) & np.isfinite(size)] for place in range(len(scores.sequences)))
-    return np.array([values.mean() if len(values) else np.inf for values in mine])
+    return np.array([values.mean() if len(values) >= _LEAST_TOKENS else 0.0 for values in mine])
 
 
 def _padded(way: Way, padding: str, width: int | None) -> Way:

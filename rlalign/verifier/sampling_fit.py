@@ -138,7 +138,8 @@ def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> lis
     before, least = fit.error(), 2 * fit.floor()
     found: list[dict[str, float]] = []
     temperature = fit.temperature()
-    named = {effective_sampling(s, w.settings).temperature for s, w in zip(scores.sequences, ways, strict=True)}
+    # greedy ones have the log-probs of temperature 1
+    named = {effective_sampling(s, w.settings).temperature or 1.0 for s, w in zip(scores.sequences, ways, strict=True)}
     if named != {temperature} and fit.error(temperature=temperature) <= _WORTH * before:
         found.append({"temperature": temperature})
     if all(fit.error(**values) > least for values in found):
@@ -148,7 +149,8 @@ def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> lis
         few = _Fit.of(scores, ways, _PAIR_TOKENS)
         if found and min(fit.error(**values) for values in found) > least:
             found += _pairs(few, temperature)
-        if found and (alone := min(fit.error(**values) for values in found)) > least:
+        # of sequences that were sampled at several temperatures none holds of all
+        if found and len(named) == 1 and (alone := min(fit.error(**values) for values in found)) > least:
             temperatures = {*named, *(values["temperature"] for values in found if "temperature" in values)}
             if (several := _both_filters(few, temperatures)) and fit.error(**several) <= _HALF * alone:
                 found.append({k: v for k, v in several.items() if k != "temperature" or named != {v}})

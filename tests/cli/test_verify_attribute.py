@@ -260,6 +260,25 @@ def test_a_previous_model_of_another_kind_or_without_all_weights_is_refused(fold
         assert message in capsys.readouterr().err
 
 
+def test_previous_models_of_other_savers_and_older_layouts_are_taken(folder, plain, dump_file, tmp_path):
+    """FSDP's own class name; RoPE scaling under its older name, where the model has none."""
+    fsdp, scaled, out = tmp_path / "fsdp", tmp_path / "scaled", tmp_path / "out.json"
+    shutil.copytree(folder / "older", fsdp)
+    config = (fsdp / "config.json").read_text()
+    (fsdp / "config.json").write_text(config.replace("Qwen3ForCausalLM", "FSDPQwen3ForCausalLM"))
+    fields = json.loads((folder / "model" / "config.json").read_text())
+    fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
+    for name, scaling in (("plain", None), ("scaled", {"rope_type": "linear", "factor": 4.0})):
+        shutil.copytree(folder / "model", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(fields | {"rope_scaling": scaling}))
+    file = dump_file(engine_dump(load_policy(scaled), PLAIN))
+    for model, previous, cause in ((tmp_path / "plain", scaled, "config.rope_scaling"), (folder / "model", fsdp, None)):
+        options = ["--dump", str(file if cause else dump_file(plain)), "--model", str(model), "--no-decode"]
+        code = main(["attribute", *options, "--previous-model", str(previous), "--json", str(out)])
+        assert code == (1 if cause else 0)
+        assert [step["name"] for step in json.loads(out.read_text())["causes"]] == ([cause] if cause else [])
+
+
 def test_a_log_gets_a_line_of_progress_now_and_then(folder, plain, dump_file, monkeypatch, capsys):
     options = ["--dump", str(dump_file(plain)), "--model", str(folder / "model"), "--no-decode"]
     wrong = [*options, "--processed", "--temperature", "0.5"]

@@ -235,6 +235,7 @@ def test_a_wrong_kv_block_is_named(model):
         (["--b", "config.rms_norm_epsilon=1"], "has no such field; did you mean config.rms_norm_eps?"),
         (["--b", "config.rope_theta=5"], "has no such field; did you mean config.rope_parameters.rope_theta?"),
         (["--b", "config.rope_thet=5"], "has no such field; did you mean config.rope_parameters.rope_theta?"),
+        (["--b", "config.rope_parameters.rope_thata=5"], "did you mean config.rope_parameters.rope_theta?"),
         (["--b", "config.rope.rope_type=5"], "no object 'rope'; did you mean config.rope_parameters.rope_type?"),
         (["--b", "config.intermediate_size=40"], "config.intermediate_size=40: the model can't be loaded with it"),
         (["--json", "/"], "--json: / is a folder"),

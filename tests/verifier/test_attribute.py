@@ -352,6 +352,8 @@ def test_an_object_of_which_several_fields_are_others_is_one_change():
     expected = (("rope_parameters.rope_type", "llama3"), ("rope_parameters.factor", 8.0))
     assert cause.change(catalogue.Way(), 0).settings.config == expected
     assert ("rope_parameters.rope_type", "default", "switched off") in config_changes(other, [])
+    assert ("rope_scaling.type", "default", "switched off") in config_changes({"rope_scaling": {"type": "yarn"}}, [])
+    assert config_changes({}, [{"id2label": {"0": "a", "1": "b"}}]) == []
 
 
 def test_operators_together_are_native():

@@ -336,7 +336,7 @@ def test_a_line_cut_off_anywhere_is_said_to_be(tmp_path: Path, last: str) -> Non
         list(read_dump(path))
 
 
-@pytest.mark.parametrize("last", ["trx", "--", "1.x", "}"])
+@pytest.mark.parametrize("last", ["trx", "--", "1.x", "}", "1 n", "1]}n", "1], u"])
 def test_what_is_no_beginning_of_a_value_was_not_cut_off(tmp_path: Path, last: str) -> None:
     path = tmp_path / "wrong.jsonl"
     path.write_text(f'{ROW}\n{{"id": "1", "logprobs": [-1.5, {last}')

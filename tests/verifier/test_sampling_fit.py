@@ -51,6 +51,12 @@ def test_untold_parameters_are_found(params, name):
     assert outcome.rest.mismatches == 0 and outcome.nearest is None and outcome.findings == ()
 
 
+def test_sequences_that_are_said_to_be_greedy_are_fitted_too():
+    made = dump(Softmax(), SamplingParams(temperature=0.6, top_k=20, top_p=0.9))
+    greedy = [replace(s, sampling=SamplingParams(temperature=0)) for s in made]
+    assert names(run(greedy)) == ["temperature=0.6,top_k=20,top_p=0.9"]
+
+
 @pytest.mark.parametrize(
     ("params", "name"), [(SamplingParams(top_k=30), "top_k=30"), (SamplingParams(0.7, top_p=0.95), "top_p=0.95")]
 )
@@ -155,6 +161,15 @@ def test_older_weights_are_kept_where_half_of_the_difference_is_theirs():
     stale = ScoreSettings(weights=1)
     assert names(run(mixed(stale, 0.8), num_previous=1)) == ["stale_weights[1]"]
     assert names(run(mixed(stale, 0.55), num_previous=1)) == []
+
+
+def test_sequences_that_are_as_near_as_the_others_are_named():
+    """Older weights that scoring doesn't have are wrong with all; log-probs of others' with two."""
+    made = dump(Softmax(), settings=ScoreSettings(weights=1))
+    swapped = [made[0], replace(made[1], logprobs=made[2].logprobs), replace(made[2], logprobs=made[1].logprobs)]
+    outcome = run([*swapped, *made[3:]])
+    assert [(step.cause.name, step.sequences) for step in outcome.steps] == [("swapped_sequences", (1, 2))]
+    assert not outcome.explained
 
 
 def test_values_that_complete_each_other_are_kept():

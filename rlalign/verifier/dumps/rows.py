@@ -25,8 +25,8 @@ _BLANK = " \t\r\n"
 # pages are read as they are needed: a file may be one row group
 _BUFFER_BYTES = 1 << 20
 _CONSTANTS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-# what goes on a number, or an escape, that isn't whole
-_HALF = re.compile(r"\.|[eE][+-]?|u[0-9a-fA-F]{0,3}")
+# what goes on a number, and an escape, that isn't whole
+_NUMBER, _ESCAPE = re.compile(r"\.|[eE][+-]?"), re.compile(r"u[0-9a-fA-F]{0,3}")
 _NOT_TEXT = {b"\x80": "a pickle", b"PK": "a zip archive, as torch.save and numpy.savez write", b"\x1f\x8b": "gzip"}
 
 
@@ -106,9 +106,12 @@ def _at_the_end(error: json.JSONDecodeError) -> bool:
 
 
 def _is_begun(error: json.JSONDecodeError) -> bool:
-    """Whether what can't be read is the text's end, and the beginning of something that could be."""
+    """Whether what can't be read is the text's end, and the beginning of a value that could be."""
     rest = error.doc[error.pos : error.pos + len(max(_CONSTANTS, key=len))]
-    return any(one.startswith(rest) for one in _CONSTANTS) or _HALF.fullmatch(rest) is not None
+    if error.msg == "Expecting value":
+        return any(one.startswith(rest) for one in _CONSTANTS)
+    half = _ESCAPE if error.msg.startswith("Invalid \\u") else _NUMBER
+    return _at_the_end(error) or half.fullmatch(rest) is not None
 
 
 def _objects(path: Path, line: int, value: Any) -> Iterator[Row]:
