@@ -209,6 +209,8 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
         told = f"not rounding, which has no side: the dump's are {side} by {abs(rounding.lean):.3g} on average"
     if rounding.explains_others:
         told = f"rounding explains all but {counted(rounding.beyond, 'token')}"
+    if explained and rounding.dtype != "float32":
+        told += ", and a fault that is no larger would not show"
     if explained and rounding.in_doubt(rest):
         told += (
             f", by its size: it touches {rounding.other_mismatches:,} tokens, and a fault as small would look so too"

@@ -217,7 +217,7 @@ def test_noise_as_large_as_rounding_is_explained_by_it():
     outcome = run(reported(sequences(), noisy(0, 5e-5)))
     assert outcome.steps == ()
     assert outcome.explained
-    assert "rounding explains it" in outcome.verdict
+    assert "rounding explains it" in outcome.verdict and "would not show" not in outcome.verdict
 
 
 @pytest.mark.parametrize("times", [0.0, 6.0])
@@ -247,6 +247,7 @@ def test_against_bfloat16_both_sides_are_held_against_float32():
     outcome = run(reported(found, [v + generator.normal(0, 6e-4, len(v)) for v in exact]), dtype="bfloat16")
     assert outcome.rounding.engine_error == pytest.approx(5e-4, rel=0.3)
     assert outcome.rounding.own_error == pytest.approx(5e-4, rel=0.3)
+    assert "a fault that is no larger would not show" in outcome.verdict
     assert outcome.explained
 
 
