@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from support.faults import COOL, PLAIN, PROMPTS, Remembering, engine_dump, logits_of, relabel, save_models
-from support.models import tiny_model
 
 from rlalign.cli import verify_attribute
 from rlalign.cli.policies import Policies
@@ -240,43 +239,6 @@ def test_the_command_names_the_cause_and_what_removes_it(folder, policy, cool, d
     shown = capsys.readouterr().out
     assert "top_p: the log-probs are not renormalised over the top-p set" in shown
     assert "processed_logprobs" in shown
-
-
-def test_a_previous_model_of_another_kind_or_without_all_weights_is_refused(folder, plain, dump_file, tmp_path, capsys):
-    tiny_model("llama").save_pretrained(tmp_path / "llama")
-    whole = tiny_model("qwen3")
-    state = {name: value for name, value in whole.state_dict().items() if "layers.1.mlp.up_proj" not in name}
-    whole.save_pretrained(tmp_path / "torn", state_dict=state)
-    shutil.copytree(folder / "older", tmp_path / "reward")
-    config = tmp_path / "reward" / "config.json"
-    config.write_text(config.read_text().replace("ForCausalLM", "ForSequenceClassification"))
-    options = ["--dump", str(dump_file(plain)), "--model", str(folder / "model"), "--no-decode"]
-    for name, message in (
-        ("llama", "llama is of type llama, "),
-        ("reward", "reward is a Qwen3ForSequenceClassification, "),
-        ("torn", "torn: the checkpoint lacks weights of Qwen3ForCausalLM: model.layers.1.mlp.up_proj.weight"),
-    ):
-        assert main(["attribute", *options, "--previous-model", str(tmp_path / name)]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_previous_models_of_other_savers_and_older_layouts_are_taken(folder, plain, dump_file, tmp_path):
-    """FSDP's own class name; RoPE scaling under its older name, where the model has none."""
-    fsdp, scaled, out = tmp_path / "fsdp", tmp_path / "scaled", tmp_path / "out.json"
-    shutil.copytree(folder / "older", fsdp)
-    config = (fsdp / "config.json").read_text()
-    (fsdp / "config.json").write_text(config.replace("Qwen3ForCausalLM", "FSDPQwen3ForCausalLM"))
-    fields = json.loads((folder / "model" / "config.json").read_text())
-    fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
-    for name, scaling in (("plain", None), ("scaled", {"rope_type": "linear", "factor": 4.0})):
-        shutil.copytree(folder / "model", tmp_path / name)
-        (tmp_path / name / "config.json").write_text(json.dumps(fields | {"rope_scaling": scaling}))
-    file = dump_file(engine_dump(load_policy(scaled), PLAIN))
-    for model, previous, cause in ((tmp_path / "plain", scaled, "config.rope_scaling"), (folder / "model", fsdp, None)):
-        options = ["--dump", str(file if cause else dump_file(plain)), "--model", str(model), "--no-decode"]
-        code = main(["attribute", *options, "--previous-model", str(previous), "--json", str(out)])
-        assert code == (1 if cause else 0)
-        assert [step["name"] for step in json.loads(out.read_text())["causes"]] == ([cause] if cause else [])
 
 
 def test_a_log_gets_a_line_of_progress_now_and_then(folder, plain, dump_file, monkeypatch, capsys):
