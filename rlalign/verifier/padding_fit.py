@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rlalign.verifier.causes import Cause, Way, position_causes
-from rlalign.verifier.score import ScoreSettings
+from rlalign.verifier.causes import Cause, Way, position_causes, setting_cause
 from rlalign.verifier.scores import Scores
 
 _SIDES = {"padding.left": "left_seen", "padding.middle": "middle_seen"}
@@ -61,11 +60,7 @@ def _errors(scores: Scores, scored: np.ndarray) -> np.ndarray:
 
 
 def _padded(way: Way, padding: str, width: int | None) -> Way:
-    def changed(settings: ScoreSettings) -> ScoreSettings:
-        return replace(settings, padding=padding, pad_to=width)
-
-    before = None if way.before is None else (way.before[0], changed(way.before[1]))
-    return replace(way, settings=changed(way.settings), before=before)
+    return setting_cause("", "positions", "", "", padding=padding, pad_to=width).change(way, 0)
 
 
 def _cause(alike: Cause, nearest: Sequence[Way]) -> Cause:
