@@ -7,7 +7,7 @@ Every operator takes ``backend``: "reference" (invariant PyTorch), "native" (wha
 from __future__ import annotations
 
 from rlalign_kernels.activation import geglu, gelu, silu, swiglu
-from rlalign_kernels.attention import attention_packed, attention_paged, flash_attn_varlen_func
+from rlalign_kernels.attention import attention_packed, attention_paged, flash_attn_varlen_func, write_kv_cache
 from rlalign_kernels.conformance import CONFORMANCE, Conformance
 from rlalign_kernels.dispatch import BACKENDS, Backend, running_operator
 from rlalign_kernels.layer_norm import layer_norm
@@ -49,4 +49,5 @@ __all__ = [
     "silu",
     "sweep",
     "swiglu",
+    "write_kv_cache",
 ]

@@ -1,9 +1,9 @@
 """Rotary position embedding: tables of cos and sin, and their application.
 
 ``angle = position * inv_freq``; tables repeat the D/2 angles twice and are scaled by ``attention_scaling``.
-``apply_rotary``: with x = [a, b, rest] (halves of the rotated R channels), [a cos - b sin, b cos + a sin, rest],
-each multiplication and addition rounded in x's dtype, as in the models it serves: on the same tables every backend has
-the same bits. dtypes: float32 or bfloat16; triton: float16 too.
+``apply_rotary``: with a head = [a, b, rest] (halves of the rotated R channels), [a cos - b sin, b cos + a sin, rest],
+each multiplication and addition rounded in the tables' dtype, as in the models it serves: on the same tables every
+backend has the same bits. dtypes: float32 or bfloat16; triton: float16 too.
 Promised: forward, bits depend on position and element only. Backward is the transposed rotation, deterministic.
 """
 
@@ -45,6 +45,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, -1)
     out = turned * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
+    out = out.to(x.dtype)
     return torch.cat((out, rest), -1) if rest.shape[-1] else out
 
 
@@ -53,23 +54,38 @@ def _rotate_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
     turned, rest = grad[..., : cos.shape[-1]], grad[..., cos.shape[-1] :]
     first, second = (turned * sin.unsqueeze(1)).chunk(2, -1)
     out = turned * cos.unsqueeze(1) + torch.cat((second, -first), -1)
+    out = out.to(grad.dtype)
     return torch.cat((out, rest), -1) if rest.shape[-1] else out
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return _native(query, key, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _rotate_back(grad, *ctx.saved_tensors), None, None
+    def backward(
+        ctx, grad_query: torch.Tensor, grad_key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate_back(grad_query, cos, sin), _rotate_back(grad_key, cos, sin), None, None
 
 
-def _reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotate(x, cos, sin)
+def _native(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _reference(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    return _Rotary.apply(query, key, cos, sin) if wanted else _native(query, key, cos, sin)
 
 
 def _triton_tables(
@@ -80,14 +96,16 @@ def _triton_tables(
     return triton_rotary.tables(position_ids, inv_freq, scaling, dtype)
 
 
-def _triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _triton(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     from rlalign_kernels.elementwise import triton_rotary
 
-    return triton_rotary.apply(x, cos, sin)
+    return triton_rotary.apply(query, key, cos, sin)
 
 
 _TABLES = Implementations("rotary_cos_sin", reference=_reference_tables, native=_native_tables, triton=_triton_tables)
-_APPLY = Implementations("apply_rotary", reference=_reference, native=_rotate, triton=_triton)
+_APPLY = Implementations("apply_rotary", reference=_reference, native=_native, triton=_triton)
 
 
 @operator
@@ -117,16 +135,30 @@ def rotary_cos_sin(
 
 
 @operator
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: Backend) -> torch.Tensor:
-    """Rotate the first R channels of x [T, heads, D] by tables cos, sin [T, R]; differentiable in x only.
+def apply_rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: Backend
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the first R channels of query [T, Hq, D] and key [T, Hkv, D] by tables cos, sin [T, R].
 
+    Tables are in the heads' dtype or in float32. Differentiable in query and key.
     Raises ValueError for shapes or dtypes that do not fit, or R odd or larger than D.
     """
     run = _APPLY[backend]
-    check_input("apply_rotary", backend, x=x)
-    check_same("apply_rotary", x, cos=cos, sin=sin)
-    if x.dim() != 3 or cos.shape != sin.shape or cos.dim() != 2 or cos.shape[0] != x.shape[0]:
-        raise ValueError(f"apply_rotary: x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)} do not fit")
-    if cos.shape[1] % 2 or cos.shape[1] > x.shape[2]:
-        raise ValueError(f"apply_rotary: {cos.shape[1]} rotated channels; supported: even and at most {x.shape[2]}")
-    return run(x, cos, sin)
+    check_input("apply_rotary", backend, query=query)
+    check_same("apply_rotary", query, key=key)
+    tables = query if cos.dtype == query.dtype else cos
+    check_same("apply_rotary", tables, cos=cos, sin=sin)
+    if cos.dtype not in (query.dtype, torch.float32) or cos.device != query.device:
+        raise ValueError(
+            f"apply_rotary: cos is {cos.dtype} on {cos.device}; supported: {query.dtype} or torch.float32 on "
+            f"{query.device}"
+        )
+    tokens, dims = (cos.shape[0], sin.shape[0], key.shape[0]), (query.dim(), key.dim(), cos.dim())
+    if dims != (3, 3, 2) or cos.shape != sin.shape or set(tokens) != {query.shape[0]} or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"apply_rotary: query {tuple(query.shape)}, key {tuple(key.shape)}, cos {tuple(cos.shape)}, sin "
+            f"{tuple(sin.shape)} do not fit"
+        )
+    if cos.shape[1] % 2 or cos.shape[1] > query.shape[2]:
+        raise ValueError(f"apply_rotary: {cos.shape[1]} rotated channels; supported: even and at most {query.shape[2]}")
+    return run(query, key, cos, sin)

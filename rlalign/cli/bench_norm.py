@@ -37,7 +37,7 @@ def make_cases(only: str) -> Iterator[Callable[[], Case]]:
     makers["layer_norm 4096"] = partial(_layer_norm, 4096)
     makers |= {f"layer_norm backward {size}": partial(_layer_norm_backward, size) for size in (1024, 4096)}
     makers["layer_norm backward, 65,536 rows of 1024"] = partial(_layer_norm_backward, 1024, times=4)
-    makers |= {f"rotary {heads} heads of 128": partial(_rotary, heads) for heads in (8, 16, 32)}
+    makers |= {f"rotary {heads} + 8 heads of 128": partial(_rotary, heads) for heads in (8, 16, 32)}
     makers |= {f"{name} 6144": partial(_activation, name) for name in _ACTIVATIONS}
     makers |= {f"{name} 6144, halves of one tensor": partial(_gated, name) for name in _GATED}
     makers["swiglu backward 6144"] = _gated_backward
@@ -53,8 +53,8 @@ def make_host_cases(only: str) -> Iterator[tuple[str, Calls]]:
     cases = {
         "rms_norm": (partial(F.rms_norm, x, (2048,), weight, _EPS), partial(_ours, x, weight)),
         "apply_rotary": (
-            partial(_turned, heads, table, table),
-            partial(apply_rotary, heads, table, table, backend="triton"),
+            partial(_turned, heads, heads[:, :8], table, table),
+            partial(apply_rotary, heads, heads[:, :8], table, table, backend="triton"),
         ),
         "swiglu": (lambda: F.silu(x) * up, partial(swiglu, x, up, backend="triton")),
     }
@@ -151,16 +151,22 @@ def _norm_backward(size: int, name: str, times: int = 1) -> Case:
 
 
 def _rotary(heads: int, name: str) -> Case:
-    x, cos, sin = _random(_ROWS, heads, _DIM), _random(_ROWS, _DIM), _random(_ROWS, _DIM)
+    query, key, cos, sin = (_random(_ROWS, *shape, _DIM) for shape in ((heads,), (8,), (), ()))
+    inputs = query, key, cos, sin
+    calls = {"torch": partial(_turned, *inputs), "rlalign": partial(apply_rotary, *inputs, backend="triton")}
+    return _case(name, 2 * (query.numel() + key.numel() + cos.numel()), calls)
 
-    calls = {"torch": partial(_turned, x, cos, sin), "rlalign": partial(apply_rotary, x, cos, sin, backend="triton")}
-    return _case(name, 2 * x.numel() + 2 * cos.numel(), calls)
 
-
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _turned(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As transformers' models do."""
-    first, second = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+    return turned(query), turned(key)
 
 
 _ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {

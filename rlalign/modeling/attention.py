@@ -61,12 +61,14 @@ def context_attention(
         raise ValueError(f"query.shape={tuple(query.shape)}: rows are packed, the batch dimension must be 1")
     call = AttentionCall(
         layer=module.layer_idx,
+        backend=module.rlalign_backend,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
         attention=module.rlalign_attention,
     )
-    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # squeezed, not indexed: an index's gradient would be written into zeros
+    rows = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     return attention_context.attend(*rows, call).unsqueeze(0), None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from rlalign_kernels import Backend, write_kv_cache
 from torch import Tensor
 
 from rlalign.modeling.inner_attention import InnerAttention
@@ -17,9 +18,10 @@ from rlalign.modeling.inner_attention import InnerAttention
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What a layer asks for, besides its tensors."""
+    """What a layer asks for, besides its tensors. backend: of its operators."""
 
     layer: int
+    backend: Backend
     scale: float
     window: int | None
     softcap: float | None
@@ -81,8 +83,7 @@ class PagedContext:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         k_cache, v_cache = self.k_caches[call.layer], self.v_caches[call.layer]
-        k_cache.flatten(0, 1).index_copy_(0, self.slot_mapping, key)
-        v_cache.flatten(0, 1).index_copy_(0, self.slot_mapping, value)
+        write_kv_cache(key, value, k_cache, v_cache, slot_mapping=self.slot_mapping, backend=call.backend)
         return call.attention.paged(
             query,
             k_cache,

@@ -7,7 +7,18 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from rlalign_kernels import apply_rotary, geglu, gelu, layer_norm, rms_norm, rope, rotary_cos_sin, silu, swiglu
+from rlalign_kernels import (
+    apply_rotary,
+    geglu,
+    gelu,
+    layer_norm,
+    rms_norm,
+    rope,
+    rotary_cos_sin,
+    silu,
+    swiglu,
+    write_kv_cache,
+)
 from rlalign_kernels import norm as norm_module
 from rlalign_kernels.elementwise.row_plan import RowTile, backward_tile
 from rlalign_kernels.reference import truths
@@ -161,28 +172,45 @@ def test_norm_gradients(name, rows, size, dtype):
         assert same_bits(found, [grads[i]])
 
 
-ROTATED = [(16, 128, 128), (8, 128, 128), (1, 64, 32), (5, 80, 20), (40, 96, 96)]
+ROTATED = [(16, 8, 128, 128), (8, 8, 128, 128), (1, 1, 64, 32), (5, 1, 80, 20), (40, 8, 96, 96)]
 
 
 @DTYPES
-@pytest.mark.parametrize(("heads", "dim", "rotated"), ROTATED)
-def test_rotary_has_the_bits_of_its_formula(heads, dim, rotated, dtype):
+@pytest.mark.parametrize("wide_tables", [False, True])
+@pytest.mark.parametrize(("query_heads", "key_heads", "dim", "rotated"), ROTATED)
+def test_rotary_has_the_bits_of_its_formula(query_heads, key_heads, dim, rotated, wide_tables, dtype):
     from rlalign_kernels.elementwise import triton_rotary
 
-    wide = heavy((700, heads + 2, dim), dtype, 0)
-    x = wide[:, 1:-1]
-    cos, sin = heavy((700, rotated), dtype, 1), heavy((700, rotated), dtype, 2)
-    expected = rope._rotate(x, cos, sin)
+    heads = heavy((700, query_heads + key_heads + 2, dim), dtype, 0)[:, 1:-1].split((query_heads, key_heads), 1)
+    cos, sin = (heavy((700, rotated), torch.float32 if wide_tables else dtype, seed) for seed in (1, 2))
+    expected = [rope._rotate(x, cos, sin) for x in heads]
     for count in (0, 1, 2, 7, 33, 256, 257, 700):
-        poison(count, heads, dim, dtype=dtype)
-        found = apply_rotary(x[700 - count :], cos[700 - count :], sin[700 - count :], backend="triton")
-        assert same_bits([found], [expected[700 - count :]])
+        poison(count, query_heads, dim, dtype=dtype)
+        found = apply_rotary(*(x[700 - count :] for x in (*heads, cos, sin)), backend="triton")
+        assert same_bits(found, [x[700 - count :] for x in expected])
     for pairs in (64, 256, 4096):
-        assert same_bits([triton_rotary.rotate(x, cos, sin, back=False, pairs=pairs)], [expected])
-    cotangent = heavy((700, dim, heads), dtype, 3).transpose(1, 2)
-    leaf = x.detach().clone().requires_grad_()
-    grads = torch.autograd.grad(apply_rotary(leaf, cos, sin, backend="triton"), leaf, cotangent)
-    assert same_bits(grads, [rope._rotate_back(cotangent, cos, sin)])
+        assert same_bits(triton_rotary.rotate(*heads, cos, sin, back=False, pairs=pairs), expected)
+    cotangents = [heavy((700, dim, x.shape[1]), dtype, 3).transpose(1, 2) for x in heads]
+    leaves = [x.detach().clone().requires_grad_() for x in heads]
+    grads = torch.autograd.grad(apply_rotary(*leaves, cos, sin, backend="triton"), leaves, cotangents)
+    assert same_bits(grads, [rope._rotate_back(cotangent, cos, sin) for cotangent in cotangents])
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "dim", "value_dim"), [(8, 128, 128), (1, 80, 64), (16, 192, 128), (3, 7, 5)])
+def test_keys_and_values_come_into_their_slots(heads, dim, value_dim, dtype):
+    pages, size = 64, 16
+    for count in (0, 1, 2, 7, 128, 1000):
+        rows = heavy((count, heads * (dim + value_dim) + 3), dtype, count)
+        key = rows[:, : heads * dim].view(count, heads, dim)
+        value = rows[:, heads * dim : -3].view(count, heads, value_dim)
+        slots = torch.randperm(pages * size, device=DEVICE)[:count]
+        ours, theirs = (
+            [heavy((pages, size, heads, d), dtype, seed) for seed, d in ((5, dim), (6, value_dim))] for _ in range(2)
+        )
+        write_kv_cache(key, value, *ours, slot_mapping=slots, backend="triton")
+        write_kv_cache(key, value, *theirs, slot_mapping=slots, backend="native")
+        assert same_bits(ours, theirs)
 
 
 @DTYPES
@@ -263,9 +291,9 @@ def test_nothing_waits_for_the_gpu_and_a_graph_replays_the_eager_bits():
 
     def step() -> list[torch.Tensor]:
         out, total = llama(x, weight, residual)
-        turned = apply_rotary(llama(heads, weight[:128]), tables, tables, backend="triton")
+        turned = apply_rotary(llama(heads, weight[:128]), heads[:, :8], tables, tables, backend="triton")
         cos_sin = rotary_cos_sin(positions, frequencies, dtype=torch.bfloat16, backend="triton")
-        return [out, total, turned, *cos_sin, layer(x, weight), swiglu(x, residual, backend="triton"), geglu(x, out, backend="triton")]  # fmt: skip  # noqa: E501
+        return [out, total, *turned, *cos_sin, layer(x, weight), swiglu(x, residual, backend="triton"), geglu(x, out, backend="triton")]  # fmt: skip  # noqa: E501
 
     step()
     torch.cuda.synchronize()

@@ -31,7 +31,7 @@ OPERATORS = {
     "linear, leaves": lambda x, b: linear(x, WEIGHT, leaves=4, backend=b),
     "rms_norm": lambda x, b: rms_norm(x, VECTOR, eps=1e-6, backend=b),
     "layer_norm": lambda x, b: layer_norm(x, VECTOR, VECTOR, eps=1e-6, backend=b),
-    "apply_rotary": lambda x, b: apply_rotary(x.view(T, 5, 8), TABLE, TABLE, backend=b),
+    "apply_rotary": lambda x, b: apply_rotary(*x.view(T, 5, 8).split((3, 2), 1), TABLE, TABLE, backend=b)[0],
     "silu": lambda x, b: silu(x, backend=b),
     "gelu": lambda x, b: gelu(x, backend=b),
     "swiglu": lambda x, b: swiglu(x, x + 1, backend=b),

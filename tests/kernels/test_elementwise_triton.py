@@ -200,19 +200,27 @@ def test_weight_gradients_of_more_rows_than_a_tile():
     assert error(a.grad, b.grad) < 5e-7
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("heads", "dim", "rotated"), [(3, 32, 32), (3, 24, 16), (1, 6, 2), (5, 40, 24)])
-def test_rotary_has_the_bits_of_its_formula(heads, dim, rotated, dtype):
-    wide = normal(9, heads + 2, dim, seed=0, dtype=dtype)
-    x = wide[:, 1:-1]
-    cos, sin = normal(9, rotated, seed=1, dtype=dtype), normal(rotated, 9, seed=2, dtype=dtype).t()
-    assert torch.equal(apply_rotary(x, cos, sin, backend="triton"), rope._rotate(x, cos, sin))
-    leaf, cotangent = x.clone().requires_grad_(), normal(9, dim, heads, seed=3, dtype=dtype).transpose(1, 2)
-    (grad,) = torch.autograd.grad(apply_rotary(leaf, cos, sin, backend="triton"), leaf, cotangent)
-    assert torch.equal(grad, rope._rotate_back(cotangent, cos, sin))
-    poisoned = x.clone()
-    poisoned[1::2] = torch.nan
-    assert torch.equal(apply_rotary(poisoned, cos, sin, backend="triton")[::2], rope._rotate(x, cos, sin)[::2])
+@pytest.mark.parametrize(
+    ("dtype", "table_dtype"),
+    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)],
+)
+@pytest.mark.parametrize(
+    ("query_heads", "key_heads", "dim", "rotated"), [(3, 1, 32, 32), (3, 3, 24, 16), (1, 1, 6, 2), (10, 5, 40, 24)]
+)
+def test_rotary_has_the_bits_of_its_formula(query_heads, key_heads, dim, rotated, dtype, table_dtype):
+    wide = normal(9, query_heads + key_heads + 2, dim, seed=0, dtype=dtype)
+    heads = wide[:, 1:-1].split((query_heads, key_heads), 1)
+    cos, sin = normal(9, rotated, seed=1, dtype=table_dtype), normal(rotated, 9, seed=2, dtype=table_dtype).t()
+    expected = [rope._rotate(x, cos, sin) for x in heads]
+    turned = apply_rotary(*heads, cos, sin, backend="triton")
+    assert all(map(same_bits, turned, expected))
+    leaves = [x.clone().requires_grad_() for x in heads]
+    cotangents = [normal(9, dim, x.shape[1], seed=3, dtype=dtype).transpose(1, 2) for x in heads]
+    grads = torch.autograd.grad(apply_rotary(*leaves, cos, sin, backend="triton"), leaves, cotangents)
+    assert all(map(same_bits, grads, [rope._rotate_back(cotangent, cos, sin) for cotangent in cotangents]))
+    wide[1::2] = torch.nan
+    found = apply_rotary(*heads, cos, sin, backend="triton")
+    assert all(same_bits(x[::2], y[::2]) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
@@ -283,7 +291,8 @@ def test_nothing_in_nothing_out():
     out, total = rms_norm(torch.zeros(0, 8), weight, eps=1e-6, residual=torch.zeros(0, 8), backend="triton")
     out.sum().backward()
     assert out.shape == total.shape == (0, 8) and not weight.grad.any()
-    assert apply_rotary(torch.zeros(0, 2, 8), *torch.zeros(2, 0, 8), backend="triton").shape == (0, 2, 8)
+    turned = apply_rotary(torch.zeros(0, 2, 8), torch.zeros(0, 1, 8), *torch.zeros(2, 0, 8), backend="triton")
+    assert [x.shape for x in turned] == [(0, 2, 8), (0, 1, 8)]
     assert rotary_cos_sin(torch.arange(0), torch.ones(4), dtype=torch.float32, backend="triton")[0].shape == (0, 8)
     assert swiglu(torch.zeros(0, 8), torch.zeros(0, 8), backend="triton").shape == (0, 8)
 

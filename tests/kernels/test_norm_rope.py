@@ -88,34 +88,44 @@ def _tables(positions, inv_freq, dtype=torch.float32, backend="reference"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rotated", [32, 16])
 def test_rotary_is_invariant_and_right(rotated, dtype):
-    x = normal(70, 3, 32, seed=7, dtype=dtype)
+    query, key = normal(70, 3, 32, seed=7, dtype=dtype), normal(70, 1, 32, seed=16, dtype=dtype)
     positions = torch.randint(0, 4000, (70,), generator=torch.Generator().manual_seed(8))
     inv_freq = 10000.0 ** (-torch.arange(0, rotated, 2) / rotated)
     cos, sin = _tables(positions, inv_freq, dtype)
-    whole = apply_rotary(x, cos, sin, backend="reference")
-    truth = truths.rotary(x, positions, inv_freq)
-    native = apply_rotary(x, *_tables(positions, inv_freq, dtype, "native"), backend="native")
-    assert error(whole, truth) <= 1.2 * error(native, truth)
+    whole = apply_rotary(query, key, cos, sin, backend="reference")
+    native = apply_rotary(query, key, *_tables(positions, inv_freq, dtype, "native"), backend="native")
+    for x, ours, theirs in zip((query, key), whole, native, strict=True):
+        truth = truths.rotary(x, positions, inv_freq)
+        assert error(ours, truth) <= 1.2 * error(theirs, truth)
     for start, count in ((0, 1), (13, 1), (5, 40)):
         rows = slice(start, start + count)
         tables = _tables(positions[rows], inv_freq, dtype)
-        assert same_bits(apply_rotary(x[rows], *tables, backend="reference"), whole[rows])
+        alone = apply_rotary(query[rows], key[rows], *tables, backend="reference")
+        assert all(same_bits(part, x[rows]) for part, x in zip(alone, whole, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_rotary_gradient_matches_float64(backend):
-    x, cotangent = normal(20, 2, 24, seed=9), normal(20, 2, 24, seed=10)
+    heads, cotangents = ([normal(20, n, 24, seed=seed + n) for n in (2, 1)] for seed in (9, 20))
     positions, inv_freq = torch.arange(20), 0.7 ** torch.arange(8).float()
-    a, b = x.clone().requires_grad_(), x.double().requires_grad_()
-    out = apply_rotary(a, *_tables(positions, inv_freq, backend=backend), backend=backend)
-    (grad,) = torch.autograd.grad(out, a, cotangent)
-    (expected,) = torch.autograd.grad(truths.rotary(b, positions, inv_freq), b, cotangent.double())
-    assert error(grad, expected) < 1e-6
+    a, b = ([x.to(dtype).requires_grad_() for x in heads] for dtype in (torch.float32, torch.float64))
+    out = apply_rotary(*a, *_tables(positions, inv_freq, backend=backend), backend=backend)
+    grads = torch.autograd.grad(out, a, cotangents)
+    truth = [truths.rotary(x, positions, inv_freq) for x in b]
+    expected = torch.autograd.grad(truth, b, [cotangent.double() for cotangent in cotangents])
+    assert all(error(grad, exact) < 1e-6 for grad, exact in zip(grads, expected, strict=True))
     cos, sin = torch.randn(20, 16), torch.randn(20, 16)
-    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    (ours,) = torch.autograd.grad(apply_rotary(one, cos, sin, backend="reference"), one, cotangent)
-    (plain,) = torch.autograd.grad(apply_rotary(other, cos, sin, backend="native"), other, cotangent)
+    ours = torch.autograd.grad(apply_rotary(*a, cos, sin, backend="reference"), a, cotangents)
+    plain = torch.autograd.grad(apply_rotary(*a, cos, sin, backend="native"), a, cotangents)
     torch.testing.assert_close(ours, plain)
+
+
+def test_tables_in_float32_turn_narrower_heads_and_are_rounded_once():
+    query, key = normal(9, 4, 16, seed=21, dtype=torch.bfloat16), normal(9, 2, 16, seed=22, dtype=torch.bfloat16)
+    cos, sin = normal(9, 16, seed=23), normal(9, 16, seed=24)
+    turned = apply_rotary(query, key, cos, sin, backend="reference")
+    wide = apply_rotary(query.float(), key.float(), cos, sin, backend="reference")
+    assert all(same_bits(x, y.bfloat16()) for x, y in zip(turned, wide, strict=True))
 
 
 def test_refusals_name_the_argument():
@@ -130,4 +140,11 @@ def test_refusals_name_the_argument():
         rotary_cos_sin(weight, weight, dtype=torch.float32, backend="reference")
     heads = normal(4, 2, 8, seed=13)
     with pytest.raises(ValueError, match="10 rotated channels"):
-        apply_rotary(heads, normal(4, 10, seed=14), normal(4, 10, seed=15), backend="reference")
+        apply_rotary(heads, heads, normal(4, 10, seed=14), normal(4, 10, seed=15), backend="reference")
+    table = normal(4, 8, seed=14)
+    with pytest.raises(ValueError, match=r"key \(3, 2, 8\).* do not fit"):
+        apply_rotary(heads, heads[:3], table, table, backend="reference")
+    with pytest.raises(ValueError, match=r"cos is torch.bfloat16.*supported: torch.float32"):
+        apply_rotary(heads, heads, table.bfloat16(), table.bfloat16(), backend="reference")
+    with pytest.raises(ValueError, match=r"key.dtype=torch.bfloat16 differs"):
+        apply_rotary(heads, heads.bfloat16(), table, table, backend="reference")

@@ -11,8 +11,9 @@ sinks: its sink). Backward (packed) is deterministic run to run.
 
 from __future__ import annotations
 
+from rlalign_kernels.attention.cache import write_kv_cache
 from rlalign_kernels.attention.flash_api import flash_attn_varlen_func
 from rlalign_kernels.attention.packed import attention_packed
 from rlalign_kernels.attention.paged import attention_paged
 
-__all__ = ["attention_packed", "attention_paged", "flash_attn_varlen_func"]
+__all__ = ["attention_packed", "attention_paged", "flash_attn_varlen_func", "write_kv_cache"]

@@ -77,28 +77,27 @@ def _norm_schedules(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tenso
 
 def _rotary_claims(shape: AttentionShape, setting: Setting) -> list[Claim]:
     num_rows, dim, device = setting.rows[-1], shape.head_dim // 2 * 2, setting.device
-    x = _data(setting, num_rows, shape.query_heads, shape.head_dim, seed=24)
+    counts = ((24, shape.query_heads), (29, shape.key_heads))
+    query, key = (_data(setting, num_rows, count, shape.head_dim, seed=seed) for seed, count in counts)
     positions = torch.randint(0, _POSITIONS, (num_rows,), generator=torch.Generator().manual_seed(25)).to(device)
     frequencies = _THETA ** (-torch.arange(0, dim, 2, device=device) / dim)
 
-    def turn(x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def turn(query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
         cos, sin = rotary_cos_sin(positions, frequencies, dtype=setting.dtype, backend=setting.backend)
-        return cos, sin, apply_rotary(x, cos, sin, backend=setting.backend)
+        return cos, sin, *apply_rotary(query, key, cos, sin, backend=setting.backend)
 
-    claims = row_claims(Rows(turn, (x, positions)), setting.rows)
-    cos, sin, _ = turn(x, positions)
+    claims = row_claims(Rows(turn, (query, key, positions)), setting.rows)
+    cos, sin, *_ = turn(query, key, positions)
     if setting.backend == "triton" and setting.schedules:
-        claims.append(_rotary_schedules(x, cos, sin))
-    claims.append(backward_claim(lambda x: apply_rotary(x, cos, sin, backend=setting.backend), (x,)))
+        claims.append(_rotary_schedules(query, key, cos, sin))
+    claims.append(backward_claim(lambda *x: apply_rotary(*x, cos, sin, backend=setting.backend), (query, key)))
     return claims
 
 
-def _rotary_schedules(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Claim:
+def _rotary_schedules(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Claim:
     from rlalign_kernels.elementwise.triton_rotary import rotate
 
-    def run(**schedule: int) -> tuple[torch.Tensor]:
-        return (rotate(x, cos, sin, back=False, **schedule),)
-
+    run = partial(rotate, query, key, cos, sin, back=False)
     return schedules_claim((run, [(f"{pairs} pairs", partial(run, pairs=pairs)) for pairs in (64, 256, 4096)]))
 
 

@@ -1,9 +1,10 @@
 """Rotary embedding: tables of cos and sin, and their application to heads [T, heads, D] of any strides.
 
-``out = [round(a cos) - round(b sin), round(b cos) + round(a sin), rest]`` in x's dtype, every product and sum rounded;
-the transposed rotation, for gradients, is ``[round(a cos) + round(b sin), round(b cos) - round(a sin), rest]``, where
-the sine is that of the channel that the gradient comes from. Tables: one float32 product per angle, then libdevice's
-cos and sin, which are accurate for every float32. Nothing is reduced, so every tile gives the same bits.
+``out = [round(a cos) - round(b sin), round(b cos) + round(a sin), rest]``, products rounded to the tables' dtype, sums
+to that and then to the heads'; the transposed rotation, for gradients, is ``[round(a cos) + round(b sin),
+round(b cos) - round(a sin), rest]``, where the sine is that of the channel that the gradient comes from. Tables: one
+float32 product per angle, then libdevice's cos and sin, which are accurate for every float32. Nothing is reduced, so
+every tile gives the same bits. Queries and keys are one launch: where few rows decode, launches are what it costs.
 """
 
 from __future__ import annotations
@@ -24,27 +25,24 @@ _ANGLES = 512
 
 
 @triton.jit
-def _rounded(a, b):
-    """a * b rounded to their dtype, as float32."""
-    return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype).to(tl.float32)
+def _rounded(a, table):
+    """a * table rounded to the table's dtype, as float32."""
+    return (a.to(tl.float32) * table.to(tl.float32)).to(table.dtype).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "heads"])
-def rotary_kernel(
-    x_ptr, cos_ptr, sin_ptr, out_ptr,
-    num_tokens, heads, stride_xt, stride_xh, stride_xd, stride_ct, stride_cd, stride_st, stride_sd, stride_ot,
-    D: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+@triton.jit
+def _turn(
+    x_ptr, cos_ptr, sin_ptr, out_ptr, t, block, num_tokens, heads, stride_xt, stride_xh, stride_xd, stride_ct,
+    stride_cd, stride_st, stride_sd, D: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """A program turns BLOCK_T tokens' BLOCK_H heads. HALF: R / 2; BLOCK_D, BLOCK_REST: powers of two that hold it and
-    D - R, 0 for none."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
+    """Tokens ``t`` [BLOCK_T] of a block of BLOCK_H heads."""
+    h = (block * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
     live = (t < num_tokens)[:, None, None]
     t = t.to(tl.int64)[:, None, None]
     live = live & (h < heads)
     rows = x_ptr + t * stride_xt + h.to(tl.int64) * stride_xh
-    outs = out_ptr + t * stride_ot + h * D
+    outs = out_ptr + t * heads * D + h * D
     d = tl.arange(0, BLOCK_D)[None, None, :]
     mask = live & (d < HALF)
     # the tables' rows once for every head, in the heads' own layout: a cache serves them, a broadcast would go through
@@ -71,6 +69,31 @@ def rotary_kernel(
         tl.store(outs + d, tl.load(rows + d.to(tl.int64) * stride_xd, mask=mask), mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_tokens", "query_heads", "key_heads"])
+def rotary_kernel(
+    query_ptr, key_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr,
+    num_tokens, query_heads, key_heads, stride_qt, stride_qh, stride_qd, stride_kt, stride_kh, stride_kd,
+    stride_ct, stride_cd, stride_st, stride_sd,
+    D: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """A program turns BLOCK_T tokens' BLOCK_Q query heads or BLOCK_K key heads. HALF: R / 2; BLOCK_D, BLOCK_REST:
+    powers of two that hold it and D - R, 0 for none."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    block, query_blocks = tl.program_id(1), tl.cdiv(query_heads, BLOCK_Q)
+    if block < query_blocks:
+        _turn(
+            query_ptr, cos_ptr, sin_ptr, query_out_ptr, t, block, num_tokens, query_heads, stride_qt, stride_qh,
+            stride_qd, stride_ct, stride_cd, stride_st, stride_sd, D, HALF, BACK, BLOCK_T, BLOCK_Q, BLOCK_D, BLOCK_REST,
+        )  # fmt: skip
+    else:
+        _turn(
+            key_ptr, cos_ptr, sin_ptr, key_out_ptr, t, block - query_blocks, num_tokens, key_heads, stride_kt,
+            stride_kh, stride_kd, stride_ct, stride_cd, stride_st, stride_sd, D, HALF, BACK, BLOCK_T, BLOCK_K, BLOCK_D,
+            BLOCK_REST,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_positions"])
 def tables_kernel(
     position_ptr, frequency_ptr, cos_ptr, sin_ptr, num_positions, stride_f, scaling, HALF: tl.constexpr,
@@ -91,30 +114,34 @@ def tables_kernel(
     tl.store(sin_ptr + place + HALF, sin, mask=mask)
 
 
-def apply(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, D] turned by cos, sin [T, R]; differentiable in x."""
-    check_device("apply_rotary", x)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotary.apply(x, cos, sin)
-    return rotate(x, cos, sin, back=False)
+def apply(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [T, Hq, D] and key [T, Hkv, D] turned by cos, sin [T, R]; differentiable in both."""
+    check_device("apply_rotary", query)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return _Rotary.apply(query, key, cos, sin)
+    return rotate(query, key, cos, sin, back=False)
 
 
 def rotate(
-    x: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
     back: bool,
     pairs: int = _PAIRS,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``back``: the transposed rotation. ``pairs``: a schedule."""
-    out = x.new_empty(x.shape)
-    if out.numel():
+    outs = query.new_empty(query.shape), key.new_empty(key.shape)
+    if outs[0].numel() or outs[1].numel():
         launch = _rotary_launch(
-            x.shape, cos.shape[1], x.dtype, x.stride(), cos.stride(), sin.stride(), back, pairs
+            query.shape, key.shape[1], cos.shape[1], (query.dtype, cos.dtype), query.stride(), key.stride(),
+            cos.stride(), sin.stride(), back, pairs,
         )  # fmt: skip
-        launch(x, cos, sin, out)
-    return out
+        launch(query, key, cos, sin, *outs)
+    return outs
 
 
 def tables(
@@ -138,39 +165,48 @@ def tables(
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin, back=False)
+        return rotate(query, key, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return rotate(grad, *ctx.saved_tensors, back=True), None, None
+    def backward(
+        ctx, grad_query: torch.Tensor, grad_key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        return *rotate(grad_query, grad_key, *ctx.saved_tensors, back=True), None, None
 
 
 @lru_cache(4096)
 def _rotary_launch(
-    shape: torch.Size,
+    query_shape: torch.Size,
+    key_heads: int,
     rotated: int,
-    dtype: torch.dtype,
-    stride_x: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    stride_query: tuple[int, ...],
+    stride_key: tuple[int, ...],
     stride_cos: tuple[int, ...],
     stride_sin: tuple[int, ...],
     back: bool,
     pairs: int,
 ) -> Launch:
-    num_tokens, heads, dim = shape
+    num_tokens, query_heads, dim = query_shape
     rest = dim - rotated
     block_d = triton.next_power_of_2(max(1, rotated // 2))
-    block_h = max(1, min(triton.next_power_of_2(heads), pairs // block_d))
+    block_q, block_k = (
+        max(1, min(triton.next_power_of_2(heads), pairs // block_d)) for heads in (query_heads, key_heads)
+    )
+    widest = max(block_q, block_k) * block_d
     # several tokens share a program only where one has next to nothing to do: the tables then take a detour
-    block_t = max(1, min(_PAIRS_OF_A_WARP // (block_d * block_h), triton.next_power_of_2(num_tokens)))
-    num_warps = min(4, max(1, block_t * block_h * block_d // _PAIRS_OF_A_WARP))
+    block_t = max(1, min(_PAIRS_OF_A_WARP // widest, triton.next_power_of_2(num_tokens)))
+    num_warps = min(4, max(1, block_t * widest // _PAIRS_OF_A_WARP))
     return Launch(
         rotary_kernel,
-        (triton.cdiv(num_tokens, block_t), triton.cdiv(heads, block_h)),
-        (num_tokens, heads, *stride_x, *stride_cos, *stride_sin, heads * dim),
-        D=dim, HALF=rotated // 2, BACK=back, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_D=block_d,
+        (triton.cdiv(num_tokens, block_t), triton.cdiv(query_heads, block_q) + triton.cdiv(key_heads, block_k)),
+        (num_tokens, query_heads, key_heads, *stride_query, *stride_key, *stride_cos, *stride_sin),
+        D=dim, HALF=rotated // 2, BACK=back, BLOCK_T=block_t, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=block_d,
         BLOCK_REST=triton.next_power_of_2(rest) if rest else 0, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
