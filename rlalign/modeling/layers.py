@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from rlalign_kernels import gelu, linear, rms_norm, rotary_cos_sin, silu
+from rlalign_kernels import geglu, gelu, linear, rms_norm, rotary_cos_sin, silu, swiglu
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -75,12 +75,27 @@ class AlignedSiLU(AlignedModule):
     def forward(self, input: Tensor) -> Tensor:
         return silu(input, backend=self.rlalign_backend)
 
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The bits of ``self(gate) * up`` in one operator."""
+        return swiglu(gate, up, backend=self.rlalign_backend)
+
 
 class AlignedGELU(AlignedModule):
     rlalign_approximate: str
 
     def forward(self, input: Tensor) -> Tensor:
         return gelu(input, approximate=self.rlalign_approximate, backend=self.rlalign_backend)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The bits of ``self(gate) * up`` in one operator."""
+        return geglu(gate, up, approximate=self.rlalign_approximate, backend=self.rlalign_backend)
+
+
+class AlignedGatedMLP(AlignedModule):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.act_fn._forward_hooks or self.act_fn._forward_pre_hooks:
+            return super().forward(x)  # somebody listens to the activation by itself: the same bits
+        return self.down_proj(self.act_fn.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 @cache

@@ -92,7 +92,7 @@ class Policy:
             attention_context=context,
             use_cache=False,
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state.squeeze(0)
 
     def logprobs(
         self,
