@@ -211,12 +211,28 @@ def test_refuses_calls_it_would_have_to_guess_at() -> None:
         model(torch.tensor([[1, 2, 3], [4, 5, 6]]), attention_context=context)
 
 
-def test_refuses_a_model_that_scales_its_logits() -> None:
-    model = align(tiny_model("llama"), backend="reference")
+def large_logits(family: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """Rounded to bfloat16, such logits are off by more than small ones are apart."""
+    model = tiny_model(family, dtype, seed)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(16)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [tiny_model, large_logits])
+def test_refuses_a_model_that_scales_its_logits(make, dtype) -> None:
+    model = align(make("llama", dtype), backend="reference")
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: output * 3)
     with pytest.raises(ValueError, match="transforms its logits"):
         Policy(model)
+
+
+def test_takes_a_model_whose_own_logits_are_rounded() -> None:
+    model = large_logits("gemma2", torch.bfloat16, seed=9)  # a log-prob of -6.46 by its own logits, -6.56 unrounded
+    model.config.final_logit_softcapping = 30.0
+    Policy(align(model, backend="reference"))
 
 
 def test_weights_round_trip_with_their_hash(family: str) -> None:
