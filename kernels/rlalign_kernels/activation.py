@@ -2,8 +2,8 @@
 
 ``silu(x) = x / (1 + exp(-x))``; ``gelu(x) = x/2 (1 + erf(x / sqrt 2))`` or, with ``approximate="tanh"``,
 ``x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))``; ``swiglu(gate, up) = silu(gate) * up``;
-``geglu(gate, up) = gelu(gate) * up``. float32 or bfloat16; triton: float16 too. Computed in float32 and rounded once
-(swiglu, geglu: once after the activation, once after the product, as in a model of separate layers).
+``geglu(gate, up) = gelu(gate) * up``. float32, bfloat16 and, but for reference, float16. Computed in float32 and
+rounded once (swiglu, geglu: once after the activation, once after the product, as in a model of separate layers).
 Promised: forward, an element's bits depend on that element only. Backward is deterministic run to run.
 """
 
@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from rlalign_kernels.checks import check_same
+from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
-from rlalign_kernels.elementwise.layout import check_input
 from rlalign_kernels.reference.elementwise import elementwise, scalar
 
 _SQRT_HALF = math.sqrt(0.5)
@@ -140,7 +139,7 @@ _GEGLU = Implementations(
 def silu(x: torch.Tensor, *, backend: Backend) -> torch.Tensor:
     """``x / (1 + exp(-x))`` for x of any shape. Raises ValueError for a dtype that is not supported."""
     run = _SILU[backend]
-    check_input("silu", backend, x=x)
+    check_dtype("silu", backend, x=x)
     return run(x)
 
 
@@ -148,7 +147,7 @@ def silu(x: torch.Tensor, *, backend: Backend) -> torch.Tensor:
 def gelu(x: torch.Tensor, *, approximate: Literal["none", "tanh"] = "none", backend: Backend) -> torch.Tensor:
     """GELU of x of any shape. Raises ValueError for another dtype or approximation."""
     run = _GELU[backend]
-    check_input("gelu", backend, x=x)
+    check_dtype("gelu", backend, x=x)
     _check_approximate("gelu", approximate)
     return run(x, approximate)
 
@@ -173,7 +172,7 @@ def geglu(
 
 
 def _check_pair(operator: str, backend: str, gate: torch.Tensor, up: torch.Tensor) -> None:
-    check_input(operator, backend, gate=gate)
+    check_dtype(operator, backend, gate=gate)
     check_same(operator, gate, up=up)
     if gate.shape != up.shape:
         raise ValueError(f"{operator}: gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape")

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {"reference": (torch.float32, torch.bfloat16)}
+_ALL = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_dtype(operator: str, **tensors: torch.Tensor) -> None:
-    """Raises ValueError unless every tensor is float32 or bfloat16."""
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """What operators take on ``backend``: float16 too, but for "reference"."""
+    return _DTYPES.get(backend, _ALL)
+
+
+def check_dtype(operator: str, backend: str, **tensors: torch.Tensor) -> None:
+    """Raises ValueError unless ``backend`` takes every tensor's dtype."""
+    known = dtypes(backend)
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{operator}: {name}.dtype={tensor.dtype} is not supported; use float32 or bfloat16")
+        if tensor.dtype not in known:
+            raise ValueError(f"{operator}: {name}.dtype={tensor.dtype} is not supported; use {in_words(known)}")
+
+
+def in_words(known: tuple[torch.dtype, ...]) -> str:
+    *others, last = (str(dtype).removeprefix("torch.") for dtype in known)
+    return f"{', '.join(others)} or {last}"
 
 
 def check_same(operator: str, like: torch.Tensor, **tensors: torch.Tensor | None) -> None:

@@ -1,7 +1,8 @@
 """LayerNorm: ``y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias`` over the last axis.
 
-Shapes: x [..., H], weight and bias [H] or None -> y [..., H]. dtypes: float32 or bfloat16; triton: float16 too. float32
-throughout, rounded once; both means in the order of rms_norm's, the second over what the first leaves.
+Shapes: x [..., H], weight and bias [H] or None -> y [..., H]. dtypes: float32, bfloat16 and, but for
+reference, float16. float32 throughout, rounded once; both means in the order of rms_norm's, the second over what the
+first leaves.
 Promised: forward, a row's bits depend on that row, weight and bias only. Backward is deterministic run to run.
 """
 

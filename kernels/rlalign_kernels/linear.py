@@ -1,7 +1,7 @@
 """Linear layer: ``y = x @ weight.T + bias``.
 
-Shapes: x [..., K], weight [N, K], bias [N] or None -> y [..., N]. dtypes: float32 or bfloat16, the same for all; the
-triton backend takes float16 too.
+Shapes: x [..., K], weight [N, K], bias [N] or None -> y [..., N]. dtypes: float32, bfloat16 and, but for reference,
+float16, the same for all.
 Accumulation: float32, in the order of the plan in ``reference/gemm.py`` or, on a GPU, ``gemm/chain_plan.py``;
 ``leaves`` > 1: K in so many equal parts whose sums meet in a binary tree, another plan. The bias is one separate
 float32 addition; bfloat16 and float16 are rounded once at the end.
@@ -67,7 +67,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
-    check_dtype("linear", x=x)
+    check_dtype("linear", "reference", x=x)
     if leaves != 1:
         chain_plan("linear", leaves, x.shape[-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
@@ -76,7 +76,7 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
 
 
 def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
-    check_dtype("linear", x=x)
+    check_dtype("linear", "native", x=x)
     if leaves != 1:
         raise NotImplementedError(f"linear: leaves={leaves} is not there with backend='native'; use 1")
     return F.linear(x, weight, bias)

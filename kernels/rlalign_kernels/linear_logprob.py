@@ -2,8 +2,8 @@
 
 ``z = transform(hidden @ weight.T + bias)``; transform: soft cap, divide by temperature, restrict to the kept support.
 ``logprob = z[target] - logsumexp(z)``; ``entropy = -sum(p log p)``.
-Shapes: hidden [T, H], weight [V, H], targets int64 [T] -> float32 [T]. dtypes: float32 or bfloat16, triton also
-float16. Plan, in float32: reference, linear's product plan in vocabulary blocks of 1,024, merged in ascending order
+Shapes: hidden [T, H], weight [V, H], targets int64 [T] -> float32 [T]. dtypes: float32, bfloat16 and, but for
+reference, float16. Plan, in float32: reference, linear's product plan in vocabulary blocks of 1,024, merged in ascending order
 (``reference/vocab.py``); triton, one chain over H in blocks of 128 (``vocab/plan.py``).
 Promised: forward, a row's bits depend on that row, its settings and the weights only. Backward recomputes the logits,
 holds the support constant, and is deterministic run to run.
@@ -92,8 +92,7 @@ def check_head(
     backend: Backend,
 ) -> None:
     """What linear_logprob and linear_sample ask of the output layer."""
-    if backend != "triton" or hidden.dtype != torch.float16:
-        check_dtype(operator, hidden=hidden)
+    check_dtype(operator, backend, hidden=hidden)
     check_same(operator, hidden, weight=weight, bias=bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.numel() == 0:
         raise ValueError(

@@ -1,6 +1,7 @@
 """RMSNorm: ``y = x / sqrt(mean(x^2) + eps) * (weight_offset + weight)`` over the last axis.
 
-Shapes: x [..., H], weight [H] -> y [..., H]. dtypes: float32 or bfloat16; triton: float16 too. Statistics are float32.
+Shapes: x [..., H], weight [H] -> y [..., H]. dtypes: float32, bfloat16 and, but for reference, float16. Statistics are
+float32.
 On a CPU the mean of squares is a product in the order of linear's plan (``reference/gemm.py``), for H > 32 two of them:
 sums of 16 segments of H, then their mean; the triton backend adds in the order of ``elementwise/row_plan.py``. Add,
 sqrt, divide and multiply are correctly rounded by IEEE 754. ``cast_before_weight`` rounds the normalised row to x's
@@ -17,9 +18,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from rlalign_kernels.checks import check_same
+from rlalign_kernels.checks import check_dtype, check_same
 from rlalign_kernels.dispatch import Backend, Implementations, operator
-from rlalign_kernels.elementwise.layout import check_input
 from rlalign_kernels.reference.elementwise import scalar
 from rlalign_kernels.reference.gemm import ROW_TILE, fill_tile, gemm_schedule, product_nt
 
@@ -172,7 +172,7 @@ def check_rows(
     **vectors: torch.Tensor | None,
 ) -> None:
     """Raises ValueError for dtypes, devices or shapes other than x [..., H], residual like x, vectors [H]; or eps."""
-    check_input(operator, backend, x=x)
+    check_dtype(operator, backend, x=x)
     check_same(operator, x, residual=residual, **vectors)
     for name, vector in vectors.items():
         if vector is not None and (x.dim() < 1 or vector.shape != x.shape[-1:]):

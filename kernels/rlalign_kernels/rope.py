@@ -3,7 +3,7 @@
 ``angle = position * inv_freq``; tables repeat the D/2 angles twice and are scaled by ``attention_scaling``.
 ``apply_rotary``: with a head = [a, b, rest] (halves of the rotated R channels), [a cos - b sin, b cos + a sin, rest],
 each multiplication and addition rounded in the tables' dtype, as in the models it serves: on the same tables every
-backend has the same bits. dtypes: float32 or bfloat16; triton: float16 too.
+backend has the same bits. dtypes: float32, bfloat16 and, but for reference, float16.
 Promised: forward, bits depend on position and element only. Backward is the transposed rotation, deterministic.
 """
 
@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from rlalign_kernels.checks import check_same
+from rlalign_kernels.checks import check_dtype, check_same, dtypes, in_words
 from rlalign_kernels.dispatch import Backend, Implementations, operator
-from rlalign_kernels.elementwise.layout import check_input, dtypes
 from rlalign_kernels.reference.elementwise import elementwise
 
 
@@ -129,8 +128,7 @@ def rotary_cos_sin(
             f"rotary_cos_sin: inv_freq is {inv_freq.dtype} {tuple(inv_freq.shape)}; expected float32 [D/2]"
         )
     if dtype not in dtypes(backend):
-        names = ", ".join(str(known).removeprefix("torch.") for known in dtypes(backend))
-        raise ValueError(f"rotary_cos_sin: dtype={dtype} is not supported; use one of {names}")
+        raise ValueError(f"rotary_cos_sin: dtype={dtype} is not supported; use {in_words(dtypes(backend))}")
     return run(position_ids, inv_freq, float(attention_scaling), dtype)
 
 
@@ -144,7 +142,7 @@ def apply_rotary(
     Raises ValueError for shapes or dtypes that do not fit, or R odd or larger than D.
     """
     run = _APPLY[backend]
-    check_input("apply_rotary", backend, query=query)
+    check_dtype("apply_rotary", backend, query=query)
     check_same("apply_rotary", query, key=key)
     tables = query if cos.dtype == query.dtype else cos
     check_same("apply_rotary", tables, cos=cos, sin=sin)

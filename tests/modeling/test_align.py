@@ -55,6 +55,17 @@ def test_computes_the_function_of_the_original(family: str, dtype: torch.dtype, 
 
 
 @torch.no_grad()
+def test_float16_runs_on_native_operators_alone(family: str) -> None:
+    original = tiny_model(family, torch.float16)
+    policy = Policy(align(copy.deepcopy(original), backend="native"))
+    sequences = random_sequences(policy.vocab_size)
+    for ours, tokens in zip(policy_logprobs(policy, sequences), sequences, strict=True):
+        torch.testing.assert_close(ours, reference_logprobs(original, tokens), rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match=r"dtype=torch.float16 is not supported; use float32 or bfloat16"):
+        Policy(align(original, backend="reference"))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("router_logits", [False, True])
 def test_a_mixture_of_experts_computes_its_function_on_native_operators(mixture: str, router_logits: bool) -> None:

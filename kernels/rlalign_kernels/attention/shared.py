@@ -19,15 +19,11 @@ from rlalign_kernels.reference.attention_layout import Layout, Problem, build_la
 
 _KEY_SHAPES = {"attention_packed": "[S, Hkv, D]", "attention_paged": "[pages, page, Hkv, D]"}
 _MAY_BE_ABSENT = ("key_mask", "sinks")
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_heads(operator: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backend: str) -> None:
     """q [T, Hq, D], k [..., Hkv, D], v [..., Hkv, Dv] of one dtype and device, Hq a multiple of Hkv, D <= 256."""
-    if backend != "triton":
-        check_dtype(operator, q=q)
-    elif q.dtype not in _TRITON_DTYPES:
-        raise ValueError(f"{operator}: q.dtype={q.dtype} is not supported; use float32, bfloat16 or float16")
+    check_dtype(operator, backend, q=q)
     check_same(operator, q, k=k, v=v)
     if k.dim() != (3 if operator == "attention_packed" else 4):
         raise ValueError(f"{operator}: keys have shape {tuple(k.shape)}; expected {_KEY_SHAPES[operator]}")

@@ -1,4 +1,4 @@
-"""What public operators refuse, and how tensors of any strides become rows of columns.
+"""How tensors of any strides become rows of columns.
 
 Kernels see a tensor as rows [outer, inner] of columns with three strides in elements. Leading dimensions that lie
 together in memory are one; tensors that still have more than two are copied first.
@@ -9,27 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-from rlalign_kernels.checks import DTYPES, check_dtype
-
-_TRITON_DTYPES = (*DTYPES, torch.float16)
-
-
-def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """What element-wise operators take on ``backend``."""
-    return _TRITON_DTYPES if backend == "triton" else DTYPES
-
-
-def check_input(operator: str, backend: str, **tensors: torch.Tensor) -> None:
-    """Raises ValueError unless every tensor's dtype is float32 or bfloat16; with triton float16 too."""
-    if backend != "triton":
-        check_dtype(operator, **tensors)
-        return
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _TRITON_DTYPES:
-            raise ValueError(
-                f"{operator}: {name}.dtype={tensor.dtype} is not supported; use float32, bfloat16 or float16"
-            )
 
 
 @dataclass(frozen=True)

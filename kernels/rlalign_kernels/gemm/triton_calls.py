@@ -14,10 +14,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
+from rlalign_kernels.checks import check_dtype
 from rlalign_kernels.gemm.chain_plan import chain_plan
 from rlalign_kernels.gemm.triton_backend import forward
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
@@ -85,8 +84,7 @@ def float32_sums() -> Iterator[None]:
 
 
 def _check(x: torch.Tensor) -> None:
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"linear: x.dtype={x.dtype} is not supported; use float32, bfloat16 or float16")
+    check_dtype("linear", "triton", x=x)
     if x.device.type == "cuda":
         return
     if not knobs.runtime.interpret:
