@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,14 +97,14 @@ def roll_out(job: Job, step: int) -> Rollout:
 
 def begin_batch(job: Job, samples: Sequence[Sample], step: int) -> None:
     """Hand the batch to the trainer, with the fault that the settings plant there."""
-    job.actors.trainer.begin_batch(samples)
+    job.actors.begin_batch(samples)
     if (fault := _fault(job.run.config, step)) in ("trainer_weight", "position"):
         job.run.progress.say(f"fault planted: {job.actors.trainer.plant_fault(fault)}")
 
 
 def check(job: Job, samples: Sequence[Sample], step: int) -> None:
     """All logits and every layer's output of a few sequences, both sides, every so many steps; ``verify`` judges."""
-    job.run.check(samples, lambda: job.actors.inspectors(step))
+    job.run.check(samples, partial(job.actors.inspectors, step))
 
 
 def verify(
@@ -112,7 +113,7 @@ def verify(
     """Compare both sides bit for bit. Raises MismatchHalt where the run must stop."""
     config = job.run.config
     provenance = Provenance(
-        trainer_version=job.actors.trainer.version(),
+        trainer_version=job.actors.trainer_version,
         weights_equal=job.actors.weights_equal,
         weights_version=job.actors.weights_version,
         correction_cap=config.align.correction_cap if policy_of(config) == "correct" else None,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from rlalign.actors.cluster import (
     stop_actor,
     wait_started,
 )
-from rlalign.actors.inspection import Inspecting
+from rlalign.actors.inspection import Inspecting, What
 from rlalign.actors.process import device_of
 from rlalign.actors.rollout_actor import RolloutActor, RolloutRequest, check_cache
 from rlalign.actors.trainer_actor import TrainerActor
@@ -30,6 +31,7 @@ from rlalign.actors.weight_sync import Transport, unbundle_weights
 from rlalign.config import Config, SamplingParams
 from rlalign.modeling import hash_tensors
 from rlalign.records import Completion, Prompt, Sample, derive_seed
+from rlalign.verifier.periodic import Excerpt
 
 _LOG = logging.getLogger(__name__)
 # deaths of one actor within one rollout: beyond that it isn't an accident
@@ -80,6 +82,7 @@ class Controller:
             )
         self.num_restarts = 0
         self.weights_version = 0
+        self.trainer_version = 0
         self.weight_transport: Transport = "object_store"
         self.weights_equal = True
         self.plan: Fingerprint | None = None
@@ -150,6 +153,10 @@ class Controller:
             return self.trainer.shared_sha256()
         return hash_tensors(unbundle_weights(fetch(self._weights)))
 
+    def begin_batch(self, samples: Sequence[Sample]) -> None:
+        """Hand the samples to the trainer, which says what version its weights are."""
+        self.trainer_version = self.trainer.begin_batch(samples)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -180,14 +187,33 @@ class Controller:
             stats.append(its_stats)
         return _collect(prompts, groups, each, stats, step=step)
 
-    def inspectors(self, step: int) -> tuple[Inspecting, Inspecting]:
-        """Both sides, (rollout, trainer), for the checks of rlalign/verifier/periodic.py; engines take turns."""
+    def inspectors(
+        self, step: int, wanted: Sequence[What], excerpts: Sequence[Excerpt]
+    ) -> tuple[Inspecting, Inspecting]:
+        """Both sides, (rollout, trainer), for the checks of rlalign/verifier/periodic.py; engines take turns.
+
+        wanted: the digests that follow; both sides begin with them at once, so that neither waits for the other.
+        """
         index = derive_seed(self.config.run.seed, step) % len(self._rollouts)
 
-        def rollout(*args: Any) -> Any:
-            return self._call(index, "inspect", *args, pending=self._rollouts[index].inspect.remote(*args))
+        def ask_rollout(*args: Any) -> Callable[[], Any]:
+            handle = self._rollouts[index]
+            asked = handle.inspect.remote(*args)
 
-        return Inspecting(rollout), Inspecting(self.trainer.inspect)
+            def wait() -> Any:
+                here = self._rollouts[index]  # another one if it died over an earlier call
+                pending = asked if here is handle else here.inspect.remote(*args)
+                return self._call(index, "inspect", *args, pending=pending)
+
+            return wait
+
+        def ask_trainer(*args: Any) -> Callable[[], Any]:
+            return partial(self.trainer.wait_for, self._trainer_handle.inspect.remote(*args))
+
+        rollout, train = (
+            Inspecting(ask, {what: ask(what, excerpts) for what in wanted}) for ask in (ask_rollout, ask_trainer)
+        )
+        return rollout, train
 
     def facts(self) -> dict[str, Any]:
         """What a summary should say about plan, schedules and accidents, JSON-ready."""

@@ -7,8 +7,8 @@ numbers of the few rows that are asked for. Legend: T rows, N response tokens, F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -141,21 +141,28 @@ class Inspector:
 
 @dataclass(frozen=True, slots=True)
 class Inspecting:
-    """The same of an actor; ``call(what, *args)`` waits for its answer."""
+    """The same of an actor. ``ask(what, *args)`` asks it at once, and gives what waits for the answer.
 
-    call: Callable[..., Any]
+    asked: the digests that it computes already, of the excerpts of this step.
+    """
+
+    ask: Callable[..., Callable[[], Any]]
+    asked: Mapping[What, Callable[[], Any]] = field(default_factory=dict)
 
     def logit_digests(self, excerpts: Sequence[Excerpt]) -> np.ndarray:
-        return self.call("logit_digests", excerpts)
+        return self._digests("logit_digests", excerpts)
 
     def logits_at(self, excerpts: Sequence[Excerpt], places: Sequence[int]) -> np.ndarray:
-        return self.call("logits_at", excerpts, places)
+        return self.ask("logits_at", excerpts, places)()
 
     def site_digests(self, excerpts: Sequence[Excerpt]) -> SiteDigests:
-        return self.call("site_digests", excerpts)
+        return self._digests("site_digests", excerpts)
 
     def site_values(self, excerpts: Sequence[Excerpt], orders: Sequence[int], rows: Sequence[int]) -> list[Recording]:
-        return self.call("site_values", excerpts, orders, rows)
+        return self.ask("site_values", excerpts, orders, rows)()
+
+    def _digests(self, what: What, excerpts: Sequence[Excerpt]) -> Any:
+        return (self.asked.get(what) or self.ask(what, excerpts))()
 
 
 def packed(policy: Policy, feeds: Sequence[Feed]) -> Iterator[Forward]:

@@ -63,10 +63,11 @@ class TrainerActor:
         sizes = {"policy": self.trainer.policy.size(), "critic": None if critic is None else critic.backbone.size()}
         return {**sizes, "peak_tflops": self._peak}
 
-    def begin_batch(self, samples: Sequence[Sample]) -> None:
-        """Hold these samples until the next call."""
+    def begin_batch(self, samples: Sequence[Sample]) -> int:
+        """Hold these samples until the next call; returns the weights' version, the updates applied so far."""
         self._samples = list(samples)
         self.trainer.begin_batch()
+        return self.trainer.version
 
     def compute_logprobs(self) -> Arrays:
         """Train log-probs of the batch, from a forward of their own."""
@@ -122,10 +123,6 @@ class TrainerActor:
             return self._trial.publish({"trial": torch.arange(4096, device=self.trainer.policy.device)}, 0)
         except RuntimeError as error:  # of torch or CUDA, whatever the system does not allow
             return f"the trainer can't share its memory: {error}"
-
-    def version(self) -> int:
-        """Updates applied so far."""
-        return self.trainer.version
 
     def masters_sha256(self) -> dict[str, str | None]:
         """SHA-256 of the float32 masters: ``policy``, and ``critic`` (None without one)."""

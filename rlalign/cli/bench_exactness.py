@@ -35,7 +35,7 @@ from rlalign.records import Completion, Prompt, Sample, derive_seed
 from rlalign.run.facts import git_commit, versions
 from rlalign.tasks.sort import make_sort_tokenizer
 from rlalign.trainer import Trainer
-from rlalign.verifier.compare import compare, pairs_from_samples
+from rlalign.verifier.compare import compare_samples
 from rlalign.verifier.metrics import align_metrics
 
 IMPLEMENTATIONS: tuple[Numerics, ...] = ("invariant", "native")
@@ -196,7 +196,7 @@ def measure(bench: Bench, numerics: Numerics, dtype: Dtype) -> list[dict[str, An
     for axis in axes():
         completions = axis.play(bench, axis)
         samples = bench.samples(axis, completions)
-        metrics = align_metrics(compare(pairs_from_samples(samples, axis.score(bench.train, samples))))
+        metrics = align_metrics(compare_samples(samples, axis.score(bench.train, samples)))
         base = base or completions
         same_sampling = axis.params(0) is _PLAIN
         changed = sum(c.token_ids.tobytes() != b.token_ids.tobytes() for c, b in zip(completions, base, strict=True))

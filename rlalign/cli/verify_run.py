@@ -119,7 +119,7 @@ def _verify(
     from rlalign.cli.verify_prompts import encode_rows, needs_tokenizer
     from rlalign.engine import Engine
     from rlalign.run.pictures import picture_data
-    from rlalign.verifier.compare import compare, pairs_from_samples
+    from rlalign.verifier.compare import compare_samples
     from rlalign.verifier.metrics import align_metrics
     from rlalign.verifier.report import build_report
 
@@ -137,7 +137,7 @@ def _verify(
         _dump(args.dump, samples)
     with _timed(seconds, "rescore"):
         logprobs = rescore(train, samples, micro_batch_tokens=micro_batch_tokens)
-    comparison = compare(pairs_from_samples(samples, logprobs))
+    comparison = compare_samples(samples, logprobs)
     decode = None if tokenizer is None else tokenizer.decode
     report = build_report(comparison, samples, worst_tokens=args.worst, decode=decode)
     return Outcome(

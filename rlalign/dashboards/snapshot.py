@@ -58,16 +58,20 @@ class Snapshot:
 
 def take_snapshot(data: PictureData, *, full: bool = True, layers: LayerRow | None = None) -> Snapshot:
     """Snapshot of a comparison; without ``full`` it has no points, worst tokens and trace, and takes 1-3 KB as JSON."""
-    chosen = chosen_points(data, _MAX_POINTS)
     return Snapshot(
         num_tokens=len(data.delta),
         histogram=histogram(data),
         positions=None if data.position is None else position_row(data),
-        points=np.stack([data.rollout[chosen], data.train[chosen]]) if full else None,
+        points=_points(data) if full else None,
         worst=tuple(data.worst) if full else (),
         trace=data.trace if full else None,
         layers=layers,
     )
+
+
+def _points(data: PictureData) -> np.ndarray:
+    chosen = chosen_points(data, _MAX_POINTS)
+    return np.stack([data.rollout[chosen], data.train[chosen]])
 
 
 def position_row(data: PictureData) -> PositionRow:

@@ -22,10 +22,12 @@ def picture_data(
     samples: Sequence[Sample],
     *,
     decode: Callable[[Sequence[int]], str] | None = None,
+    full: bool = True,
 ) -> PictureData:
     """What the pictures show of a comparison of ``samples``, given in the order of its pairs.
 
-    decode: token ids to text; without it a trace shows ids. Raises ValueError if the counts disagree.
+    decode: token ids to text; without it a trace shows ids. Without ``full`` there are no worst tokens and no trace,
+    which a snapshot that is not ``full`` leaves out. Raises ValueError if the counts disagree.
     """
     if comparison.num_samples != len(samples):
         raise ValueError(f"comparison holds {comparison.num_samples} samples, got {len(samples)}")
@@ -34,9 +36,9 @@ def picture_data(
         train=comparison.train,
         delta=comparison.delta,
         nonfinite=comparison.nonfinite,
-        worst=[record(token) for token in report.worst],
+        worst=[record(token) for token in report.worst] if full else (),
         position=comparison.position,
-        trace=worst_trace(comparison, samples, decode),
+        trace=worst_trace(comparison, samples, decode) if full else None,
     )
 
 

@@ -21,7 +21,7 @@ from rlalign.dashboards.alerts import AlertGate, alerts_of
 from rlalign.dashboards.snapshot import snapshot_to_dict, take_snapshot
 from rlalign.generators import Generators
 from rlalign.records import Sample, derive_seed
-from rlalign.run.comparison import Checks, Compared, compare_step, run_checks
+from rlalign.run.comparison import Checks, Compared, Sides, compare_step, run_checks
 from rlalign.run.facts import git_commit, versions
 from rlalign.run.folder import RunFolder
 from rlalign.run.interrupts import Interrupts
@@ -31,7 +31,6 @@ from rlalign.run.progress import Progress
 from rlalign.run.totals import Totals, totals_of
 from rlalign.verifier.decide import MismatchHalt, enforce, policy_of
 from rlalign.verifier.metrics import Provenance
-from rlalign.verifier.periodic import Inspects
 from rlalign.verifier.report import Report, record
 
 # sets this purpose apart from others of the same run seed
@@ -159,8 +158,8 @@ class Run:
                 "reward/no_signal_frac is logged)"
             )
 
-    def check(self, samples: Sequence[Sample], sides: Callable[[], tuple[Inspects, Inspects]]) -> None:
-        """The periodic checks, where they are due; ``verify`` takes in what they find. sides: (rollout, trainer)."""
+    def check(self, samples: Sequence[Sample], sides: Sides) -> None:
+        """The periodic checks, where they are due; ``verify`` takes in what they find."""
         step, seed = self.totals.steps + 1, self.config.run.seed
         self._checks = run_checks(self.config.align, samples, sides, seed=seed, step=step)
 
@@ -308,7 +307,7 @@ class Run:
         found = alerts_of(self.metrics, settings, self.config.numerics, step=step, verdict=verdict, halted=halted)
         for alert in self._alerts.passing(found):
             self.sink.alert(alert)
-        pictures, layers = self._compared.pictures, self._compared.layers
+        pictures, layers = self._compared.pictures(full=with_pictures), self._compared.layers
         snapshot = take_snapshot(pictures, full=with_pictures, layers=layers)
         self._pictures_file.log(step, snapshot_to_dict(snapshot))
         if layers is not None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from rlalign.records import Sample
+
+_NONE = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class LogprobPair:
     weights_version: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Comparison:
     """Every compared token, flattened in the order of the pairs.
 
@@ -62,13 +65,13 @@ class Comparison:
     def num_tokens(self) -> int:
         return len(self.rollout)
 
-    @property
+    @cached_property
     def mismatch_count(self) -> int:
-        return int(self.mismatch.sum())
+        return int(np.count_nonzero(self.mismatch))
 
-    @property
+    @cached_property
     def nonfinite_count(self) -> int:
-        return int(self.nonfinite.sum())
+        return int(np.count_nonzero(self.nonfinite))
 
     @property
     def equal(self) -> bool:
@@ -78,18 +81,62 @@ class Comparison:
     @property
     def max_abs_delta(self) -> float:
         """Largest |delta|; inf as soon as one log-prob is missing or not finite; 0 when nothing was compared."""
-        if self.nonfinite.any():
+        if self.nonfinite_count:
             return float("inf")
-        return float(np.abs(self.delta).max()) if self.num_tokens else 0.0
+        return float(np.abs(self.delta).max()) if self.mismatch_count else 0.0
 
 
 def compare(pairs: Sequence[LogprobPair]) -> Comparison:
     """Compare all pairs at once. Raises ValueError for arrays that are not one-dimensional float32."""
-    rollout, train, sample, position, missing = _flattened(pairs)
-    nonfinite = missing | ~np.isfinite(rollout) | ~np.isfinite(train)
+    masks = [pair.mask for pair in pairs]
+    return _compare(
+        [pair.rollout for pair in pairs],
+        [pair.train for pair in pairs],
+        [pair.num_tokens for pair in pairs],
+        [pair.weights_version for pair in pairs],
+        masks if any(mask is not None for mask in masks) else None,
+    )
+
+
+def compare_samples(samples: Sequence[Sample], train_logprobs: Sequence[np.ndarray]) -> Comparison:
+    """Compare all samples, in order. train_logprobs: float32 [L] each, from the trainer's own forward."""
+    if len(samples) != len(train_logprobs):
+        raise ValueError(f"train_logprobs has {len(train_logprobs)} entries for {len(samples)} samples")
+    completions = [sample.completion for sample in samples]
+    return _compare(
+        [completion.logprobs for completion in completions],
+        train_logprobs,
+        [len(completion.token_ids) for completion in completions],
+        [completion.weights_version for completion in completions],
+    )
+
+
+def _compare(
+    rollouts: Sequence[np.ndarray],
+    trains: Sequence[np.ndarray],
+    num_tokens: Sequence[int],
+    versions: Sequence[int],
+    masks: Sequence[np.ndarray | None] | None = None,
+) -> Comparison:
+    """Columns of pairs, as ``LogprobPair`` has them; masks: None for none at all."""
+    rollout, train = _joined("rollout", rollouts), _joined("train", trains)
+    counts = np.array([num_tokens, [*map(len, rollouts)], [*map(len, trains)]], np.int64)
+    lengths = counts.max(axis=0)
+    sample = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(len(sample)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    missing = np.zeros(len(sample), np.bool_)
+    if (counts != lengths).any():
+        # surplus log-probs belong to no token: they count as missing on the other side rather than being cut off
+        expected, *present = (position < np.repeat(count, lengths) for count in counts)
+        rollout, train = _padded(rollout, present[0]), _padded(train, present[1])
+        missing = ~(expected & present[0] & present[1])
+    if masks is not None:
+        keep = _kept(masks, position < np.repeat(counts[0], lengths), counts[0])
+        sample, position, rollout, train, missing = (v[keep] for v in (sample, position, rollout, train, missing))
+    nonfinite = missing | ~(np.isfinite(rollout) & np.isfinite(train))
+    mismatch = missing | (rollout.view(np.int32) != train.view(np.int32))
     delta = np.full(len(rollout), np.nan, np.float32)
     np.subtract(train, rollout, out=delta, where=~nonfinite)
-    mismatch = missing | (rollout.view(np.int32) != train.view(np.int32))
     ulp, apart = -nonfinite.astype(np.int64), mismatch & ~nonfinite
     ulp[apart] = ulp_distance(rollout[apart], train[apart])  # equal bits are 0 apart
     return Comparison(
@@ -102,24 +149,9 @@ def compare(pairs: Sequence[LogprobPair]) -> Comparison:
         mismatch=mismatch,
         delta=delta,
         ulp=ulp,
-        versions=np.array([pair.weights_version for pair in pairs], np.int64)[sample],
-        num_samples=len(pairs),
+        versions=np.array(versions, np.int64)[sample],
+        num_samples=len(lengths),
     )
-
-
-def pairs_from_samples(samples: Sequence[Sample], train_logprobs: Sequence[np.ndarray]) -> list[LogprobPair]:
-    """One pair per sample, in order. train_logprobs: float32 [L] each, from the trainer's own forward."""
-    if len(samples) != len(train_logprobs):
-        raise ValueError(f"train_logprobs has {len(train_logprobs)} entries for {len(samples)} samples")
-    return [
-        LogprobPair(
-            rollout=sample.completion.logprobs,
-            train=train,
-            num_tokens=len(sample.completion.token_ids),
-            weights_version=sample.completion.weights_version,
-        )
-        for sample, train in zip(samples, train_logprobs, strict=True)
-    ]
 
 
 def ulp_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -136,42 +168,34 @@ def _number_line(values: np.ndarray) -> np.ndarray:
     return np.where(bits < 0, ~(bits & 0x7FFFFFFF), bits)
 
 
-def _flattened(pairs: Sequence[LogprobPair]) -> tuple[np.ndarray, ...]:
-    """(rollout, train, sample, position, missing) of all pairs, as ``Comparison`` has them."""
-    for index, pair in enumerate(pairs):
-        _check(index, pair)
-    counts = np.array([(p.num_tokens, len(p.rollout), len(p.train)) for p in pairs], np.int64).reshape(-1, 3)
-    lengths = counts.max(axis=1)
-    sample = np.repeat(np.arange(len(pairs), dtype=np.int64), lengths)
-    position = np.arange(len(sample), dtype=np.int64) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    # surplus log-probs belong to no token: they count as missing on the other side rather than being cut off
-    expected, *present = (position < np.repeat(count, lengths) for count in counts.T)
-    rollout = _padded([pair.rollout for pair in pairs], present[0])
-    train = _padded([pair.train for pair in pairs], present[1])
-    flat = rollout, train, sample, position, ~(expected & present[0] & present[1])
-    if any(pair.mask is not None for pair in pairs):
-        keep = np.ones(len(sample), np.bool_)
-        keep[expected] = np.concatenate([np.ones(p.num_tokens, np.bool_) if p.mask is None else p.mask for p in pairs])
-        flat = tuple(values[keep] for values in flat)
-    return flat
+def _joined(name: str, sides: Sequence[np.ndarray]) -> np.ndarray:
+    """One after another: float32 [their lengths]."""
+    try:
+        # no cast; an empty one more: numpy refuses none at all, and it is of one dimension
+        return np.concatenate([*sides, _NONE], dtype=np.float32, casting="no")
+    except (TypeError, ValueError):
+        index = next(i for i, side in enumerate(sides) if side.dtype != np.float32 or side.ndim != 1)
+    raise ValueError(
+        f"{name} log-probs of sample {index} are {sides[index].dtype} of shape {sides[index].shape}; only "
+        "one-dimensional float32 is compared, since a cast would hide or invent differences"
+    )
 
 
-def _check(index: int, pair: LogprobPair) -> None:
-    for name, side in (("rollout", pair.rollout), ("train", pair.train)):
-        if side.dtype != np.float32 or side.ndim != 1:
-            raise ValueError(
-                f"{name} log-probs of sample {index} are {side.dtype} of shape {side.shape}; only one-dimensional "
-                "float32 is compared, since a cast would hide or invent differences"
-            )
-    if pair.mask is not None and (pair.mask.dtype != np.bool_ or pair.mask.shape != (pair.num_tokens,)):
-        raise ValueError(
-            f"mask of sample {index} must be bool of shape ({pair.num_tokens},), is {pair.mask.dtype} "
-            f"of shape {pair.mask.shape}"
-        )
-
-
-def _padded(parts: list[np.ndarray], present: np.ndarray) -> np.ndarray:
-    """The parts where ``present``, bool [N], NaN elsewhere: float32 [N]."""
+def _padded(values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """The values where ``present``, bool [N], NaN elsewhere: float32 [N]."""
     flat = np.full(len(present), np.nan, np.float32)
-    flat[present] = np.concatenate([*parts, flat[:0]])  # an empty one more: numpy refuses none at all
+    flat[present] = values
     return flat
+
+
+def _kept(masks: Sequence[np.ndarray | None], expected: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+    """Bool [N]: what no mask leaves out. expected: bool [N] of the tokens that masks are of, num_tokens each."""
+    for index, (mask, count) in enumerate(zip(masks, num_tokens.tolist(), strict=True)):
+        if mask is not None and (mask.dtype != np.bool_ or mask.shape != (count,)):
+            raise ValueError(
+                f"mask of sample {index} must be bool of shape ({count},), is {mask.dtype} of shape {mask.shape}"
+            )
+    full = [np.ones(n, np.bool_) if mask is None else mask for mask, n in zip(masks, num_tokens, strict=True)]
+    keep = np.ones(len(expected), np.bool_)
+    keep[expected] = np.concatenate(full)
+    return keep

@@ -13,6 +13,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -44,18 +45,15 @@ def align_metrics(
 
     A statistic of no tokens at all is NaN. Raises ValueError if ``advantages`` does not fit the comparison.
     """
-    finite = ~comparison.nonfinite
+    equal, finite = comparison.equal, _finite(comparison)
     delta = comparison.delta[finite].astype(np.float64)
-    train, rollout = (side[finite].astype(np.float64) for side in (comparison.train, comparison.rollout))
+    train = comparison.train[finite].astype(np.float64)
+    rollout = train if equal else comparison.rollout[finite].astype(np.float64)
     values = {
         "mismatch_count": float(comparison.mismatch_count),
         "nonfinite_count": float(comparison.nonfinite_count),
-        "bitwise_match_frac": _mean(~comparison.mismatch),
-        **_logp(delta),
-        **_ulp(comparison.ulp[finite]),
-        **_prob(train, rollout),
-        **_divergence(delta),
-        **_ratio(delta),
+        "bitwise_match_frac": 1.0 if equal else _mean(~comparison.mismatch),
+        **(_agreement() if equal else _tokens(train, rollout, delta, comparison.ulp[finite])),
         **_sequences(comparison.sample[finite], train, rollout, delta),
     }
     if comparison.nonfinite_count:
@@ -68,6 +66,23 @@ def align_metrics(
             values["ratio_frac_modified"] = _mean(np.exp(delta) > cap)
         values |= _provenance(comparison, provenance)
     return {f"align/{name}": value for name, value in values.items()}
+
+
+def _finite(comparison: Comparison) -> np.ndarray | slice:
+    """Index of the n finite tokens; where these are all, one that copies nothing."""
+    return ~comparison.nonfinite if comparison.nonfinite_count else slice(None)
+
+
+def _tokens(train: np.ndarray, rollout: np.ndarray, delta: np.ndarray, ulp: np.ndarray) -> dict[str, float]:
+    """Statistics of Δ and of what follows from it. All of them [n]."""
+    return {**_logp(delta), **_ulp(ulp), **_prob(train, rollout), **_divergence(delta), **_ratio(delta)}
+
+
+@cache
+def _agreement() -> dict[str, float]:
+    """``_tokens`` where all are equal: it is that of one, however many they are."""
+    zero = np.zeros(1)
+    return _tokens(zero, zero, zero, zero)
 
 
 def _logp(delta: np.ndarray) -> dict[str, float]:
@@ -131,9 +146,9 @@ def _ratio(delta: np.ndarray) -> dict[str, float]:
 def _sequences(sample: np.ndarray, train: np.ndarray, rollout: np.ndarray, delta: np.ndarray) -> dict[str, float]:
     """Per sample over its finite tokens, then the mean over the samples that have one. All of them [n]."""
     # pairs are flattened in order: a sample's tokens are one slice
-    bounds = np.flatnonzero(np.diff(sample, prepend=-1, append=-1))
-    lengths = np.diff(bounds)
-    spans = [slice(begin, end) for begin, end in pairwise(bounds.tolist())]
+    lengths = np.bincount(sample)
+    lengths = lengths[lengths > 0]
+    spans = [slice(begin, end) for begin, end in pairwise([0, *np.cumsum(lengths).tolist()])]
     total, equal = _sums(train, spans), np.array_equal(train, rollout)
     # equal numbers have equal sums, and 0 as every delta
     rollout, log_ratio = (total, np.zeros(len(spans))) if equal else (_sums(rollout, spans), _sums(delta, spans))
@@ -152,10 +167,10 @@ def _adv_skew(comparison: Comparison, delta: np.ndarray, advantages: Sequence[np
     """Correlation of Δ, float64 [n], with the advantage's sign; 0 when either is constant, as Δ is when all agrees."""
     if len(advantages) != comparison.num_samples:
         raise ValueError(f"advantages has {len(advantages)} entries for {comparison.num_samples} samples")
-    finite = ~comparison.nonfinite
+    finite = _finite(comparison)
     sample, position = comparison.sample[finite], comparison.position[finite]
     sizes = np.array([values.size for values in advantages], np.int64)
-    if any(values.ndim != 1 for values in advantages) or (position >= sizes[sample]).any():
+    if {values.ndim for values in advantages} - {1} or (position >= sizes[sample]).any():
         raise ValueError("advantages must have one value per response token of each sample")
     if _constant(delta):  # it correlates with nothing, whatever the signs are
         return 0.0

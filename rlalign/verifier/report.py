@@ -136,6 +136,8 @@ def worst_first(comparison: Comparison) -> np.ndarray:
     Ties keep the order of the samples, so the same comparison always gives the same list.
     """
     bad = np.flatnonzero(comparison.mismatch | comparison.nonfinite)
+    if not len(bad):
+        return bad
     size = np.where(comparison.nonfinite[bad], np.inf, np.abs(comparison.delta[bad].astype(np.float64)))
     order = np.lexsort((-comparison.ulp[bad], -size, ~comparison.missing[bad]))
     return bad[order]

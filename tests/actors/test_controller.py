@@ -7,6 +7,7 @@ import re
 import threading
 import time
 
+import numpy as np
 import pytest
 import ray
 from rlalign_kernels import Fingerprint
@@ -19,8 +20,10 @@ from rlalign.actors.controller import _merge
 from rlalign.actors.weight_sync import WeightBundle
 from rlalign.config import Config, SamplingParams
 from rlalign.modeling import load_tokenizer, make_tiny_model
+from rlalign.records import derive_seed
 from rlalign.tasks import make_task
 from rlalign.tasks.sort import make_sort_tokenizer
+from rlalign.verifier.periodic import choose_excerpts
 
 STEP = {"step": 1}
 
@@ -76,6 +79,40 @@ def test_a_dead_actor_is_replaced_in_the_middle_of_a_rollout_and_its_planted_fau
     assert outcome(actors.generate(prompts[:6], **STEP)) == clean
 
 
+def test_a_dead_actor_is_replaced_once_for_all_digests_that_were_asked(setting):
+    actors, _, prompts = setting
+    samples = actors.generate(prompts[:3], **STEP).samples
+    excerpts = choose_excerpts(samples, count=4, tokens=4, seed=0, step=1)
+    step = next(step for step in range(100) if derive_seed(actors.config.run.seed, step) % 2 == 0)
+    restarts, before = actors.num_restarts, _digests(actors, step, excerpts)
+    kill(actors._rollouts[0])
+    assert _digests(actors, step, excerpts) == before
+    assert actors.num_restarts == restarts + 1
+
+
+def _digests(actors, step, excerpts):
+    """Of the rollout's side; the trainer's have the same bits, asked ahead or when they are wanted."""
+    rollout, train = actors.inspectors(step, ["logit_digests", "site_digests"], excerpts)
+    later = actors.inspectors(step, [], excerpts)[1]
+    found = [(side.logit_digests(excerpts).tolist(), side.site_digests(excerpts)) for side in (rollout, train, later)]
+    plain = [(logits, sites.sites, sites.digests.tolist()) for logits, sites in found]
+    assert plain[0] == plain[1] == plain[2]
+    return plain[0]
+
+
+def test_a_batch_tells_the_version_of_the_trainers_weights(setting):
+    actors, _, prompts = setting
+    samples = actors.generate(prompts[:2], **STEP).samples
+    actors.begin_batch(samples)
+    version = actors.trainer_version
+    assert version == actors.weights_version
+    actors.trainer.accumulate(range(len(samples)), [np.ones(len(s.completion.token_ids), np.float32) for s in samples])
+    actors.trainer.apply_update()
+    actors.begin_batch(samples)
+    assert actors.trainer_version == version + 1 == actors.weights_version + 1
+    actors.sync_weights()
+
+
 def test_a_dead_actor_is_replaced_when_weights_arrive(setting):
     actors, _, prompts = setting
     before = outcome(actors.generate(prompts[:3], **STEP))
@@ -99,7 +136,7 @@ def odd_actor(config, start_seconds=0.0, load_seconds=0.0, plan=None):
         def generate(self, requests, *, plant_fault):
             raise NotImplementedError
 
-        def version(self):
+        def begin_batch(self, samples):
             raise NotImplementedError
 
     return start_actor(Odd, config.cluster)
@@ -226,4 +263,4 @@ def test_a_dead_trainer_ends_the_run_with_its_name(setting, monkeypatch):
     monkeypatch.setattr(actors.trainer, "_handle", stand_in)
     kill(stand_in)
     with pytest.raises(RuntimeError, match="the trainer actor died"):
-        actors.trainer.version()
+        actors.begin_batch([])

@@ -25,7 +25,7 @@ from rlalign.modeling import Policy, align, audit
 from rlalign.records import Completion, Prompt, Sample
 from rlalign.trainer import Trainer, pack_samples
 from rlalign.trainer.step import score
-from rlalign.verifier.compare import Comparison, compare, pairs_from_samples
+from rlalign.verifier.compare import Comparison, compare_samples
 from rlalign.verifier.report import build_report
 
 LONGEST = 4096
@@ -57,7 +57,7 @@ def trained(policy: Policy, samples: Sequence[Sample], micro_batch_tokens: int =
 
 
 def compared(policy: Policy, samples: Sequence[Sample], **packing: int) -> Comparison:
-    return compare(pairs_from_samples(samples, trained(policy, samples, **packing)))
+    return compare_samples(samples, trained(policy, samples, **packing))
 
 
 @pytest.fixture(scope="module", params=[("0.6B", 2), ("0.6B", 28), ("1.7B", 28)], ids=lambda p: f"{p[0]}-{p[1]}-layers")
@@ -148,7 +148,7 @@ def grpo_steps(checkpointing: bool) -> tuple[str, list[Comparison]]:
         ]
         trainer.begin_batch()
         result = trainer.accumulate(samples, estimate_grpo(samples, algorithm).advantages)
-        comparisons.append(compare(pairs_from_samples(samples, result.train_logprobs)))
+        comparisons.append(compare_samples(samples, result.train_logprobs))
         assert trainer.apply_update()["grad_norm"] > 0
     assert len({*hashes, trainer.weights()[2]}) == 3  # every update changed weights
     return trainer.masters_sha256(), comparisons

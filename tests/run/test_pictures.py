@@ -8,7 +8,7 @@ import pytest
 from rlalign.config import SamplingParams
 from rlalign.records import Completion, Prompt, Sample
 from rlalign.run.pictures import picture_data, worst_trace
-from rlalign.verifier.compare import compare, pairs_from_samples
+from rlalign.verifier.compare import compare_samples
 from rlalign.verifier.report import build_report
 
 
@@ -26,7 +26,7 @@ SAMPLES = [sample(0, 3), sample(1, 0), sample(2, 5), sample(3, 5)]
 
 
 def test_the_longest_sample_if_all_agree() -> None:
-    trace = worst_trace(compare(pairs_from_samples(SAMPLES, [s.completion.logprobs for s in SAMPLES])), SAMPLES)
+    trace = worst_trace(compare_samples(SAMPLES, [s.completion.logprobs for s in SAMPLES]), SAMPLES)
     assert (trace.name, trace.tokens) == ("2/7/2", ("0", "1", "2", "3", "4"))
     assert trace.positions.tolist() == [0, 1, 2, 3, 4]
 
@@ -34,7 +34,7 @@ def test_the_longest_sample_if_all_agree() -> None:
 def test_the_worst_tokens_sample_surplus_log_probs_included() -> None:
     train = [s.completion.logprobs for s in SAMPLES]
     train[0] = np.full(4, -1, np.float32)
-    trace = worst_trace(compare(pairs_from_samples(SAMPLES, train)), SAMPLES, lambda ids: f"{ids}\n")
+    trace = worst_trace(compare_samples(SAMPLES, train), SAMPLES, lambda ids: f"{ids}\n")
     assert (trace.name, trace.tokens) == ("2/7/0", ("[0]⏎", "[1]⏎", "[2]⏎", "(no token)"))
     assert np.isnan(trace.rollout[3]) and trace.train[3] == -1
 
@@ -44,13 +44,13 @@ def test_at_most_512_tokens_around_the_worst(worst: int, first: int) -> None:
     samples = [*SAMPLES, sample(4, 600)]
     train = [s.completion.logprobs.copy() for s in samples]
     train[4][worst] = -2
-    trace = worst_trace(compare(pairs_from_samples(samples, train)), samples)
+    trace = worst_trace(compare_samples(samples, train), samples)
     assert trace.positions.tolist() == list(range(first, first + 512))
     assert trace.train[worst - first] == -2
 
 
 def test_nothing_compared_has_no_trace_and_counts_must_agree() -> None:
-    nothing = compare([])
+    nothing = compare_samples([], [])
     assert worst_trace(nothing, []) is None
     with pytest.raises(ValueError, match="0 samples, got 4"):
         picture_data(nothing, build_report(nothing, []), SAMPLES)

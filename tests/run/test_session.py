@@ -284,7 +284,7 @@ def test_a_difference_beyond_the_sampled_tokens_stops_a_run_too(shift, tmp_path)
                 with run.phase(name):
                     pass
             run.totals.steps = step  # the next one is 2, then 3: the second is not due
-            run.check(SAMPLES, lambda: (rollout, train))
+            run.check(SAMPLES, lambda *_: (rollout, train))
             verify(run)
             run.end_step(step + 1, SAMPLES, rollout_stats={})
     assert rollout.asked == (["logit_digests", "logits_at"] if shift else ["logit_digests"])

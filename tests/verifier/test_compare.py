@@ -110,7 +110,10 @@ def test_ulp_counts_floats_between() -> None:
     assert ulp_distance(np.float32([-1.0]), np.float32([-2.0])).tolist() == [2**23]
 
 
-@pytest.mark.parametrize("bad", [np.zeros(3), np.zeros((3, 1), np.float32), np.zeros(3, np.float16)])
+@pytest.mark.parametrize("bad", [
+    np.zeros(3), np.zeros((3, 1), np.float32), np.zeros((), np.float32), np.zeros(3, np.float16), np.zeros(3, np.bool_),
+    np.zeros(3, ">f4"),
+])  # fmt: skip
 def test_other_dtypes_and_shapes_are_refused(bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match="train log-probs of sample 1"):
         compare([pair([-1.0], [-1.0]), LogprobPair(np.zeros(3, np.float32), bad, 3)])

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rlalign.config import SamplingParams, config_from_dict
 from rlalign.records import Completion, Prompt, Sample
-from rlalign.verifier.compare import compare, pairs_from_samples
+from rlalign.verifier.compare import compare_samples
 from rlalign.verifier.decide import MismatchHalt, decide, enforce, policy_of
 from rlalign.verifier.report import Report, build_report, record
 
@@ -28,7 +28,7 @@ def sample(index: int, logprobs: list[float], token_ids: list[int] | None = None
 
 
 def report_of(samples: list[Sample], train: list[list[float]], **more: object) -> Report:
-    return build_report(compare(pairs_from_samples(samples, [np.float32(t) for t in train])), samples, **more)
+    return build_report(compare_samples(samples, [np.float32(t) for t in train]), samples, **more)
 
 
 def text_of(report: Report) -> str:
@@ -160,7 +160,7 @@ def test_policy_of_config(values: dict[str, object], expected: str) -> None:
 
 def test_train_logprobs_must_match_the_samples() -> None:
     with pytest.raises(ValueError, match="train_logprobs has 1 entries for 2 samples"):
-        pairs_from_samples([sample(0, [-1.0]), sample(1, [-1.0])], [np.float32([-1.0])])
+        compare_samples([sample(0, [-1.0]), sample(1, [-1.0])], [np.float32([-1.0])])
 
 
 def test_dump_and_halt_keep_the_step_and_nothing_empty() -> None:
