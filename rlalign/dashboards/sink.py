@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _CLOSE_SECONDS = 60.0
+# each may hold a step's log-probs
+_WAITING_CALLS = 16
 # wandb would put these under the home folder; with the run they make its folder complete, and able to be synced later
 _FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
 
@@ -79,6 +82,7 @@ class NullSink:
 class WandbSink:
     """A wandb run, online or offline; ``run_dir`` gets its ``wandb/`` folder.
 
+    A thread of its own draws and logs, in the order of the calls: a step's pictures take most of a second to draw.
     ``close_seconds`` bounds ``close``: what could not be uploaded by then stays on disk for ``wandb sync``.
     """
 
@@ -102,28 +106,37 @@ class WandbSink:
             self._run = _start(config, run_dir, run_config, close_seconds)
             self.folder = Path(self._run.dir).parent
             _define(self._run, self._aliases)
+            self._thread = _InOrder()
         except Exception as error:
             self._finish(exit_code=1)
             raise ValueError(f"tracking.mode={config.mode}: wandb could not start: {_describe(error)}") from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._softly(lambda run: run.log({STEP: step, **aliased(metrics, self._aliases), **metrics}))
+        values = {STEP: step, **aliased(metrics, self._aliases), **metrics}
+        self._softly(lambda run: run.log(values))
 
     def pictures(self, step: int, data: PictureData) -> None:
-        if data.position is not None and len(data.position):
-            self._positions[step] = position_row(data)
-        self._softly(lambda run: run.log({STEP: step, **_media(step, data), **self._heat_map()}))
+        def draw(run: wandb.Run) -> None:
+            if data.position is not None and len(data.position):
+                self._positions[step] = position_row(data)
+            run.log({STEP: step, **_media(step, data), **self._heat_map()})
+
+        self._softly(draw)
 
     def layers(self, step: int, row: LayerRow) -> None:
-        self._layers[step] = row
-        self._softly(lambda run: run.log({STEP: step, **self._layer_map()}))
+        def draw(run: wandb.Run) -> None:
+            self._layers[step] = row
+            run.log({STEP: step, **self._layer_map()})
+
+        self._softly(draw)
 
     def alert(self, alert: Alert) -> None:
         # the wait is ours (AlertGate), whatever the title; wandb takes 0 for a minute
         self._softly(lambda run: run.alert(alert.title, alert.text, level=alert.level, wait_duration=1))
 
     def close(self, exit_code: int = 0) -> None:
-        if problem := self._finish(exit_code):
+        late = _bounded(self._thread.finish, 2 * self._close_seconds)
+        if problem := self._finish(exit_code) or late:
             _LOG.warning("wandb did not finish: %s; what it has is in %s", problem, self.folder)
 
     def _heat_map(self) -> dict[str, Any]:
@@ -162,13 +175,16 @@ class WandbSink:
         return {"where/layer_heat_map": wandb.Image(to_image(figure))}
 
     def _softly(self, call: Callable[[wandb.Run], None]) -> None:
-        if self._run is None:
-            return
-        try:
-            call(self._run)
-        except Exception as error:  # whatever wandb does, training goes on
-            _LOG.warning("wandb failed and is switched off for the rest of the run: %s", _describe(error))
-            self._finish(exit_code=1)
+        def try_it() -> None:
+            if self._run is None:
+                return
+            try:
+                call(self._run)
+            except Exception as error:  # whatever wandb does, training goes on
+                _LOG.warning("wandb failed and is switched off for the rest of the run: %s", _describe(error))
+                self._finish(exit_code=1)
+
+        self._thread.call(try_it)
 
     def _finish(self, exit_code: int) -> str | None:
         """End the run, once; returns what went wrong."""
@@ -252,6 +268,29 @@ def _environment(config: TrackingConfig, folder: Path) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+class _InOrder:
+    """Makes calls one after another in a thread of its own; who brings many at once waits for it."""
+
+    def __init__(self) -> None:
+        self._calls: Queue[Callable[[], None] | None] = Queue(_WAITING_CALLS)
+        self._thread = threading.Thread(target=self._work, name="wandb-log", daemon=True)
+        self._thread.start()
+
+    def call(self, call: Callable[[], None]) -> None:
+        if self._thread.is_alive():
+            self._calls.put(call)
+
+    def finish(self) -> None:
+        """Return when all calls were made. Safe to call twice."""
+        if self._thread.is_alive():
+            self._calls.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
 
 
 def _bounded(call: Callable[[], object], seconds: float) -> str | None:

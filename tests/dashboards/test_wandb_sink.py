@@ -190,6 +190,25 @@ def test_a_failure_warns_once_and_switches_off(
     assert "WANDB_SILENT" not in os.environ
 
 
+def test_a_picture_holds_nobody_up_and_everything_keeps_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink, drawn = WandbSink(TrackingConfig(), tmp_path, {}), threading.Event()
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(sink._run, "log", calls.append)
+    monkeypatch.setattr("rlalign.dashboards.sink._media", lambda *_: {"drawn": drawn.wait(60)})
+    sink.log(1, {"a": 1.0})
+    sink.pictures(1, PictureData(*[np.zeros(0, np.float32)] * 3, np.zeros(0, np.bool_), []))
+    metrics = {"a": 2.0}
+    sink.log(2, metrics)
+    metrics["a"] = 3.0  # the caller may go on with it
+    drawn.set()
+    sink.close()
+    assert calls == [{"step": 1, "a": 1.0}, {"step": 1, "drawn": True}, {"step": 2, "a": 2.0}]
+    sink.log(3, metrics)  # after the end: nothing, and no wait
+    assert len(calls) == 3
+
+
 def test_close_is_bounded_in_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
