@@ -206,7 +206,8 @@ def rounding_line(rest: Gap, rounding: Rounding) -> str:
     told = "rounding explains it" if explained else "not rounding" if few else "more than rounding"
     if rounding.lean:
         side = "higher" if rounding.lean > 0 else "lower"
-        told = f"not rounding, which has no side: the dump's are {side} by {abs(rounding.lean):.3g} on average"
+        but = f" but for {counted(rounding.beyond, 'token')}" if rounding.beyond else ""
+        told = f"not rounding, which has no side: the dump's are {side} by {abs(rounding.lean):.3g} on average{but}"
     if rounding.explains_others:
         told = f"rounding explains all but {counted(rounding.beyond, 'token')}"
     if explained and rounding.dtype != "float32":

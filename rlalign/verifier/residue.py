@@ -21,6 +21,8 @@ _POSITIVE = 1e-3
 _LEAST_REPEATED, _MOST = 5, 0.85
 # sequences: tokens to tell by; times rounding within which they agree, beyond which not; how many must be either
 _LEAST_TOKENS, _NEAR, _OFF, _NEARLY_ALL = 4, 3.0, 10.0, 0.8
+# tokens of a sequence that make more than single ones
+_FEW = 3
 # the end of a sequence among others: tokens, how far off in standard errors and times the others' mean |Δ|
 _LEAST_RAISED, _RAISED_ERRORS, _RAISED = 8, 8.0, 2.0
 # a mean: how far from 0, in standard errors and of the mean |Δ|
@@ -172,19 +174,29 @@ def _clusters(
     *,
     exact: bool,
 ) -> list[Finding]:
-    """Tokens that are off, one finding per kind: from a position on, whole sequences, or here and there. size: |Δ|
-    float64 [N]. exact: the others agree bit for bit."""
-    groups: dict[str, np.ndarray] = {name: np.zeros_like(far) for name in ("from_position", "sequence", "isolated")}
+    """Tokens that are off, one finding per kind: up to a position, from one on, whole sequences, or here and there.
+    size: |Δ| float64 [N]. exact: the others agree bit for bit."""
+    names = ("until_position", "from_position", "sequence", "isolated")
+    groups: dict[str, np.ndarray] = {name: np.zeros_like(far) for name in names}
+    begun = [s for s in np.unique(place[far]) if _begins(far & (place == s), valid & (place == s), position)]
     for sequence in np.unique(place[far]):
         mine = far & (place == sequence)
+        # what changes on the way does so for all that run
+        if len(begun) > 1 and sequence in begun:
+            groups["until_position"] |= mine
+            continue
         first = int(position[mine].min())
         after = valid & (place == sequence) & (position >= first)
-        whole = mine.sum() >= 3 and mine.sum() >= 0.5 * after.sum()
+        whole = mine.sum() >= _FEW and mine.sum() >= 0.5 * after.sum()
         if not exact and not whole and (start := _raised_from(size, valid, place == sequence)) is not None:
             first, whole = int(position[start]), True
             mine = valid & (place == sequence) & (position >= first)
         groups["isolated" if not whole else "sequence" if first <= 1 else "from_position"] |= mine
     says = {
+        "until_position": "differs up to a token and agrees "
+        + ("" if exact else "to rounding ")
+        + "from there on: other weights sampled the first tokens, updated in flight (--previous-model shows it), or "
+        "sampling changed on the way",
         "from_position": ("agrees" if exact else "agrees to rounding")
         + " up to a token and differs from there on: what it attends to changed, such as a wrong "
         "or stale KV block, a prefix-cache hit after a weight update, a preempted request, or another token there than "
@@ -196,6 +208,13 @@ def _clusters(
         + ("" if exact else ", or rounding hides at the others what is wrong with them too"),
     }
     return [_finding(name, says[name], mask, place, position) for name, mask in groups.items() if mask.any()]
+
+
+def _begins(far: np.ndarray, mine: np.ndarray, position: np.ndarray) -> bool:
+    """Whether one sequence's far tokens are its beginning, and no more. mine: bool [N], its tokens that count."""
+    last = int(position[far].max())
+    begin, rest = mine & (position <= last), mine & (position > last)
+    return bool(far.sum() >= max(_FEW, _NEARLY_ALL * begin.sum()) and rest.sum() >= _FEW)
 
 
 def _raised_from(size: np.ndarray, valid: np.ndarray, mine: np.ndarray) -> int | None:
@@ -240,27 +259,40 @@ def _trends(
     if valid.sum() < _MIN_TOKENS:
         return []
     found: list[Finding] = []
-    delta = reported[valid].astype(np.float64) - scored[valid]
-    higher, lower = float((delta > 0).mean()), float((delta < 0).mean())
-    if max(higher, lower) >= _ONE_SIDED or lean(delta):
-        many = "nearly all" if max(higher, lower) >= _ONE_SIDED else "on average"
-        what = f"the dump's log-probs are {many} {{}} than scoring gives: {{}}"
-        above = "higher", "as when renormalised over a top-k or top-p set, or a lower temperature, that it doesn't name"
-        below = "lower", "as at a higher temperature, or with a penalty, that it doesn't name"
-        found.append(
-            _finding("one_sided", what.format(*(above if delta.mean() > 0 else below)), valid, place, position)
-        )
+    if (side := _side(reported[valid].astype(np.float64) - scored[valid])) is not None:
+        found.append(_finding("one_sided", f"the dump's log-probs are {side}", valid, place, position))
     length = np.array([position[place == p].max() + 1 for p in np.unique(place)])
     relative = position / np.repeat(length, [(place == p).sum() for p in np.unique(place)])
     start, end = (size[valid & part] for part in (relative < 0.25, relative >= 0.75))
     if min(len(start), len(end)) >= _MIN_TOKENS // 4:
         if start.mean() > 3 * end.mean():
-            what = "largest at the start of responses, as with another prompt or chat template"
+            what = (
+                "largest at the start of responses, as with another prompt or chat template, or weights that were "
+                "updated in flight (--previous-model)"
+            )
             found.append(_finding("at_the_start", what, valid & (relative < 0.25), place, position))
         elif end.mean() > 3 * start.mean():
             what = "grows along responses, as with other positions, RoPE scaling, or KV cache (such as its dtype)"
             found.append(_finding("grows", what, valid & (relative >= 0.75), place, position))
     return found
+
+
+def _side(delta: np.ndarray) -> str | None:
+    """What nearly all reported less scored log-probs float64 [n] have in common, or else their mean."""
+    above, below = ("higher", float((delta > 0).mean())), ("lower", float((delta < 0).mean()))
+    word, share = max(above, below, key=lambda one: one[1])
+    nearly_all = share >= _ONE_SIDED
+    if not nearly_all and not lean(delta):
+        return None
+    mean = "higher" if delta.mean() > 0 else "lower"
+    if nearly_all and mean != word:
+        # what is taken from all others goes to these
+        return f"nearly all {word} than scoring gives, and {mean} on average: as with a bias on a few tokens' logits"
+    why = {
+        "higher": "as when renormalised over a top-k or top-p set, or a lower temperature, that it doesn't name",
+        "lower": "as at a higher temperature, or with a penalty, that it doesn't name",
+    }
+    return f"{'nearly all' if nearly_all else 'on average'} {mean} than scoring gives: {why[mean]}"
 
 
 def _ulp(reported: np.ndarray, scored: np.ndarray, mask: np.ndarray) -> str:

@@ -86,7 +86,8 @@ def test_the_note_of_them_counts_sequences_and_knows_raw_log_probs(tmp_path: Pat
     assert told.endswith(": presence_penalty=0.5 in 2 sequences, min_tokens=3 in 1 sequence")
     assert notes(False) == notes(True, False) == []
     # nobody says what they are, and it matters though the temperature is 1
-    [told] = notes(None)
+    told, named = notes(None)
+    assert named == notes(True)[0]
     assert told.startswith("3 sequences don't say what their log-probs are; as vllm does by default")
     asked = asked[:1]
     assert notes(None)[0].startswith("1 sequence doesn't say what its log-probs are; as vllm does by default")

@@ -130,3 +130,33 @@ def test_without_filters_nothing_is_at_the_edge_of_a_support():
         values[3] += np.float32(8 * np.abs(gaps).mean() * size)
         outcome = attribute([replace(made[0], logprobs=values), *made[1:]], Softmax(), decode=False)
         assert outcome.broken == ()
+
+
+@pytest.mark.parametrize("settings", [ScoreSettings(), NATIVE], ids=["exact", "rounding"])
+def test_beginnings_that_older_weights_sampled_are_named_without_them(settings):
+    """At another place in every sequence, as an update meets them in flight; nobody gives the older weights."""
+    older = dump(Softmax(), settings=replace(settings, weights=1))
+    made = []
+    for index, (one, before) in enumerate(zip(dump(Softmax(), settings=settings), older, strict=True)):
+        values = one.logprobs.copy()
+        values[: 3 + 2 * index] = before.logprobs[: 3 + 2 * index]
+        made.append(replace(one, logprobs=values))
+    [finding] = attribute(made, Softmax(), decode=False).findings
+    assert finding.name == "until_position"
+    assert {place for place, _ in finding.where} == set(range(len(made)))
+    assert finding.tokens >= 0.9 * sum(3 + 2 * index for index in range(len(made)))
+
+
+def test_a_bias_on_a_few_tokens_moves_all_others_to_the_other_side():
+    scorer, made = Softmax(), []
+    for index, sequence in enumerate(dump(scorer)):
+        logits = scorer.logits(sequence, ScoreSettings())
+        logits[:, 0] -= 4.0
+        tokens = np.where(np.arange(24) == 8 + index, 0, np.maximum(sequence.token_ids, 1))
+        one = replace(sequence, token_ids=tokens)
+        made.append(replace(one, logprobs=log_softmax(logits)[np.arange(24), tokens].astype(np.float32)))
+    told = [finding.what for finding in attribute(made, scorer, decode=False).findings]
+    assert told == [
+        "the dump's log-probs are nearly all higher than scoring gives, and lower on average: as with a bias on a few "
+        "tokens' logits"
+    ]

@@ -29,7 +29,7 @@ _CONVENTIONS = {
 class Distribution:
     """flags: sampling parameters of the command line, which replace the dump's. processed: --processed, --raw, or None.
     assumed: sequences so far for which nobody said, and it matters. unmodelled: sequences so far by (field, value) of
-    the request that their log-probs are after, and that scoring can't apply."""
+    the request that scoring can't apply, and that their log-probs are after, for all that is said."""
 
     flags: Mapping[str, Any]
     processed: bool | None
@@ -48,14 +48,14 @@ class Distribution:
         """The sequence with nothing left open, and ``base`` with the transforms that its log-probs are not after."""
         params = replace(sequence.sampling or SamplingParams(), **self.flags)
         processed = sequence.processed if self.processed is None else self.processed
+        if processed is not False:
+            self.unmodelled.update(sequence.unmodelled)
         if processed is None:
             transformed = not params.greedy and (params.temperature != 1.0 or params.truncated)
             self.assumed += transformed or bool(sequence.unmodelled)
             processed = self.format.convention != "raw"
             if self.format.convention == "temperature":
                 base = replace(base, ignore=base.ignore | set(_FILTERS))
-        if processed:
-            self.unmodelled.update(sequence.unmodelled)
         return replace(sequence, sampling=params, processed=processed), base
 
     def sampling(self, sequence: DumpSequence) -> SamplingParams:
