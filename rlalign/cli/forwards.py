@@ -36,9 +36,13 @@ def make_feed(
     parts = [prompt, pads, fed] if settings.padding == "middle_seen" else [pads, prompt, fed]
     ids = np.concatenate(parts)
     real = [np.full(len(part), part is not pads) for part in parts]
-    positions = np.arange(len(ids)) + settings.position_offset
+    canonical = np.concatenate(real)
+    positions = np.arange(len(ids))
+    if settings.pad_position is not None:
+        positions = np.where(canonical, np.cumsum(canonical) - 1, settings.pad_position)
+    positions += settings.position_offset
     positions[len(pads) + len(prompt) :] += settings.response_position_offset
-    return Feed(ids, positions, np.concatenate(real), len(pads) + len(prompt), sequence.source or sequence.id)
+    return Feed(ids, positions, canonical, len(pads) + len(prompt), sequence.source or sequence.id)
 
 
 def check_feeds(policy: Policy, feeds: Sequence[Feed]) -> None:
@@ -55,7 +59,7 @@ def check_feeds(policy: Policy, feeds: Sequence[Feed]) -> None:
 def forwards(policy: Policy, feeds: Sequence[Feed], settings: ScoreSettings, max_rows: int) -> Iterator[Forward]:
     """Forwards over ``feeds``, which cover every row once. max_rows: of sequences beside each other; a longer
     sequence gets a forward, or a cache, of its own."""
-    cached = settings.phase == "decode" or settings.chunk is not None
+    cached = settings.phase == "decode" or settings.chunk is not None or any(feed.older for feed in feeds)
     rows = canonical_rows(feeds)
     for group in row_groups(feeds, 0 if settings.batch == "alone" else max_rows):
         members = [(feeds[i], rows[i]) for i in group]
@@ -70,4 +74,4 @@ def _pieces(feed: Feed, settings: ScoreSettings) -> list[int]:
     """Bounds of what one sequence feeds at a time."""
     prefill = feed.prompt_length if settings.phase == "decode" else feed.num_rows
     chunk = settings.chunk or prefill
-    return [*range(0, prefill, chunk), *range(prefill, feed.num_rows), feed.num_rows]
+    return sorted({*range(0, prefill, chunk), *range(prefill, feed.num_rows), feed.older, feed.num_rows})

@@ -7,7 +7,8 @@ Legend: P prompt tokens, L response tokens, N response tokens of all sequences, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from rlalign.modeling import Policy, eos_ids
 from rlalign.modeling.feeds import Feed
 from rlalign.trainer.packing import banned_ids
 from rlalign.verifier.dumps.record import DumpSequence
-from rlalign.verifier.score import TRANSFORMS, ScoreSettings, effective_sampling
+from rlalign.verifier.score import TRANSFORMS, ScoreSettings, UnsupportedSetting, effective_sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,17 +96,32 @@ class PolicyScorer:
         place = np.full(sum(feed.num_rows for feed in feeds if feed is not None), -1)
         place[wanted[exists]] = np.flatnonzero(exists)
         values: Tensor | None = None
-        for forward in forwards(policy, [feed for feed in feeds if feed is not None], settings, self.max_rows):
-            output = policy.hidden(forward.token_ids, forward.position_ids, forward.context)
-            if values is None:
-                values = output.new_zeros(len(wanted), output.shape[1])
-            taken = place[forward.rows]
-            chosen = torch.from_numpy(np.flatnonzero(taken >= 0)).to(output.device)
-            values[torch.from_numpy(taken[taken >= 0]).to(output.device)] = output[chosen]
+        with self._older(policy, settings) as older:
+            for forward in forwards(policy, [feed for feed in feeds if feed is not None], settings, self.max_rows):
+                if forward.older:
+                    older.hidden(forward.token_ids, forward.position_ids, forward.context)
+                    continue
+                output = policy.hidden(forward.token_ids, forward.position_ids, forward.context)
+                if values is None:
+                    values = output.new_zeros(len(wanted), output.shape[1])
+                taken = place[forward.rows]
+                chosen = torch.from_numpy(np.flatnonzero(taken >= 0)).to(output.device)
+                values[torch.from_numpy(taken[taken >= 0]).to(output.device)] = output[chosen]
         if values is None:
             raise RuntimeError("no forward ran although there are response tokens")
         targets = torch.from_numpy(np.concatenate([content.response for content in used])).to(policy.device)
         return _Hidden(tuple(sequences), values, targets, exists)
+
+    @contextmanager
+    def _older(self, policy: Policy, settings: ScoreSettings) -> Iterator[Policy]:
+        """Whose keys and values sequences begin with, if not the policy's own."""
+        if not settings.cached:
+            yield policy
+            return
+        with self.policies.using(replace(settings, weights=settings.cached_by)) as older:
+            if older.kv_layout != policy.kv_layout:
+                raise UnsupportedSetting(f"weights={settings.cached_by}: its KV cache is not of the model's shape")
+            yield older
 
     def _logprobs(
         self, policy: Policy, hidden: _Hidden, sequences: Sequence[DumpSequence], settings: ScoreSettings
@@ -151,13 +167,16 @@ def _feeds(
     """One feed per sequence, None for those without a response."""
     longest = settings.pad_to or max(len(content.prompt) for content in used)
     feeds: list[Feed | None] = []
-    for sequence, content in zip(sequences, used, strict=True):
+    cached = settings.cached or [0] * len(sequences)
+    for sequence, content, count in zip(sequences, used, cached, strict=True):
         if len(content.response) == 0:
             feeds.append(None)
             continue
         feed = make_feed(sequence, content.prompt, content.response, settings, longest_prompt=longest, pad_id=pad_id)
+        # as many of the response, whatever prompt and padding are before it
+        older = max(0, feed.prompt_length + count - len(sequence.prompt_token_ids)) if count else 0
         # a row of padding may be the one that a log-prob is read from
-        feeds.append(replace(feed, canonical=np.ones(feed.num_rows, np.bool_)))
+        feeds.append(replace(feed, canonical=np.ones(feed.num_rows, np.bool_), older=min(older, feed.num_rows)))
     return feeds
 
 
@@ -171,7 +190,7 @@ def _wanted_rows(
             continue
         rows = feed.prompt_length - 1 + np.arange(len(content.response)) + settings.target_shift
         parts.append(start + rows)
-        exist.append((rows >= 0) & (rows < feed.num_rows))
+        exist.append((rows >= feed.older) & (rows < feed.num_rows))
         start += feed.num_rows
     return np.concatenate(parts), np.concatenate(exist)
 

@@ -14,8 +14,8 @@ _DTYPES = ("float32", "bfloat16")
 HELP = (
     "native, invariant, float32, bfloat16, decode, alone, or KEY=VALUE of model, numerics, dtype, native "
     f"({'+'.join(OPERATORS)}), attention (reference, sdpa, flex), phase (prefill, decode), batch (together, alone), "
-    "chunk, padding (left_seen, middle_seen), position_offset, response_position_offset, logits (bfloat16), "
-    "config.FIELD; several with commas"
+    "chunk, padding (left_seen, middle_seen), pad_position, position_offset, response_position_offset, "
+    "logits (bfloat16), config.FIELD; several with commas"
 )
 _WORDS = {
     **{name: ("numerics", name) for name in _NUMERICS},
@@ -24,7 +24,8 @@ _WORDS = {
     **{name: ("batch", name) for name in ("together", "alone")},
 }
 _PLAIN = (
-    "dtype", "attention", "phase", "batch", "chunk", "padding", "position_offset", "response_position_offset", "logits",
+    "dtype", "attention", "phase", "batch", "chunk", "padding", "pad_position", "position_offset",
+    "response_position_offset", "logits",
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ class Feed:
     """What one sequence puts into the model.
 
     token_ids, position_ids: int64 [n]. canonical: bool [n], False for padding. prompt_length: rows before those of the
-    response, padding included. name: what an error calls it.
+    response, padding included. name: what an error calls it. older: so many first rows are computed by the weights that
+    were there before the policy's.
     """
 
     token_ids: np.ndarray
@@ -33,6 +34,7 @@ class Feed:
     canonical: np.ndarray
     prompt_length: int
     name: str
+    older: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -41,12 +43,14 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One call of ``Policy.hidden``. rows: int64 [T], each row's place among the N canonical ones; PADDING for none."""
+    """One call of ``Policy.hidden``. rows: int64 [T], each row's place among the N canonical ones; PADDING for none.
+    older: the call is another policy's, which has the weights before; what it computes is in the caches."""
 
     token_ids: Tensor
     position_ids: Tensor
     context: AttentionContext
     rows: np.ndarray
+    older: bool = False
 
 
 def canonical_rows(feeds: Sequence[Feed]) -> list[np.ndarray]:
@@ -87,15 +91,21 @@ def packed_forward(policy: Policy, members: Sequence[tuple[Feed, np.ndarray]]) -
 def paged_forwards(
     policy: Policy, members: Sequence[tuple[Feed, np.ndarray]], pieces: Sequence[Sequence[int]], *, page_size: int
 ) -> Iterator[Forward]:
-    """Pieces of all members beside each other against a cache of their own, as an engine runs them.
+    """Pieces of all members beside each other against a cache of their own, as an engine runs them; before them the
+    pieces that are of older weights.
 
-    pieces: of each member, ascending bounds of the rows that one forward takes, from 0 to its number of rows.
+    pieces: of each member, ascending bounds of the rows that one forward takes, from 0 to its number of rows; where
+    its older rows end is one of them.
     """
     page = page_size
     tables, caches = _caches(policy, [feed.num_rows for feed, _ in members], page)
-    for step in range(max(len(bounds) - 1 for bounds in pieces)):
-        active = [i for i, bounds in enumerate(pieces) if step < len(bounds) - 1]
-        spans = [slice(pieces[i][step], pieces[i][step + 1]) for i in active]
+    ends = [list(bounds).index(feed.older) for bounds, (feed, _) in zip(pieces, members, strict=True)]
+    older = [bounds[: end + 1] for bounds, end in zip(pieces, ends, strict=True)]
+    newer = [bounds[end:] for bounds, end in zip(pieces, ends, strict=True)]
+    steps = [(part, step) for part in (older, newer) for step in range(max(map(len, part)) - 1)]
+    for half, step in steps:
+        active = [i for i, bounds in enumerate(half) if step < len(bounds) - 1]
+        spans = [slice(half[i][step], half[i][step + 1]) for i in active]
         lengths = [span.stop - span.start for span in spans]
         slots = [
             tables[i, np.arange(span.start, span.stop) // page].astype(np.int64) * page
@@ -116,6 +126,7 @@ def paged_forwards(
                 max_seqlen_k=max(span.stop for span in spans),
             ),
             rows=np.concatenate([rows[span] for _, rows, span in taken]),
+            older=half is older,
         )
 
 

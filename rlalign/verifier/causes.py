@@ -67,11 +67,14 @@ def setting_cause(name: str, kind: Kind, what: str, remedy: str, *, guessed: boo
 COARSER = "dtype.bfloat16"
 # scoring in bfloat16, the engine in float32
 FINER = "dtype.float32"
+# that frameworks give to padding: cumsum of the mask - 1, clipped at 0 or filled with 0 or 1
+PAD_POSITIONS = (0, 1)
 ONE_OPERATOR = "operator."
 _PROCESSED = "vLLM: logprobs_mode=processed_logprobs; SGLang: leave SGLANG_RETURN_ORIGINAL_LOGPROB unset; or score raw"
 _FILTER = "sample with top_p=1, top_k off, min_p=0; or report log-probs after the filters (vLLM: processed_logprobs)"
 _PROMPT = "hand the engine's own prompt_token_ids to the trainer; never render or encode a prompt twice"
 _POSITIONS = "derive position_ids from the attention mask (cumsum - 1) on both sides"
+_MASK = "pass the attention mask with left-padded prompts"
 _OURS = "same numerics on both sides (rlalign: numerics=invariant)"
 
 
@@ -187,10 +190,14 @@ def position_causes() -> list[Cause]:
         c("positions[-1]", "positions", "all position ids are one too small", _POSITIONS, position_offset=-1),
         c("padding.left", "positions",
           "padding before the prompt, up to the longest prompt's length, is attended to as if it were text",
-          "pass the attention mask with left-padded prompts", padding="left_seen"),
+          _MASK, padding="left_seen", pad_position=None),
+        *(c(f"padding.left.uncounted[{place}]", "positions",
+            "padding before the prompt, up to the longest prompt's length, is attended to as if it were text, under "
+            f"position ids that don't count it: {place} at all padding", _MASK,
+            padding="left_seen", pad_position=place) for place in PAD_POSITIONS),
         c("padding.middle", "positions",
           "padding between prompt and response, up to the longest prompt's length, is attended to as if it were text",
-          "pad prompts on the left, or pass the attention mask", padding="middle_seen"),
+          "pad prompts on the left, or pass the attention mask", padding="middle_seen", pad_position=None),
     ]  # fmt: skip
 
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from rlalign.verifier.causes import Cause, Way, position_causes, setting_cause
+from rlalign.verifier.score import ScoreSettings
 from rlalign.verifier.scores import Scores
 
-_SIDES = {"padding.left": "left_seen", "padding.middle": "middle_seen"}
+_PADDING = "padding."
 # times what another order of summation gives
 _FAR_OFF = 3.0
 # widths that are tried; of one that is believed: tokens that it is told by, and what it leaves
@@ -21,30 +22,30 @@ _MOST_WIDTHS, _LEAST_TOKENS, _HALF = 16, 4, 0.5
 
 
 def padding_causes(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:
-    """One cause for either side of the prompt, if padding to another one than the longest prompt's length is nearer in
-    any sequence. Not tried within rounding, for it takes a forward for every length of a prompt."""
+    """One cause for every kind of padding, if padding to another one than the longest prompt's length is nearer in any
+    sequence. Not tried within rounding, for it takes a forward for every length of a prompt."""
     # of many lengths the larger ones are more likely a batch's largest
     widths = sorted({len(sequence.prompt_token_ids) for sequence in scores.sequences})[1:-1][-_MOST_WIDTHS:]
     order = scores.other_order(ways) if widths else None
     floor = 0.0 if order is None else scores.apart(order, now) or 0.0
     if not widths or scores.gap(now).mean_abs <= _FAR_OFF * floor:
         return []
-    told = {cause.name: cause for cause in position_causes()}
     found = []
-    for name, padding in _SIDES.items():
+    for alike in (cause for cause in position_causes() if cause.name.startswith(_PADDING)):
         try:
-            nearest = _nearest(scores, ways, now, padding, widths)
+            nearest = _nearest(scores, ways, now, alike, widths)
         except (ValueError, NotImplementedError):  # no room for so many positions, or beside what is kept by now
             continue
         if any(way.settings.pad_to is not None for way in nearest):
-            found.append(_cause(told[name], nearest))
+            found.append(_cause(alike, nearest))
     return found
 
 
-def _nearest(scores: Scores, ways: Sequence[Way], now: np.ndarray, padding: str, widths: Sequence[int]) -> list[Way]:
+def _nearest(scores: Scores, ways: Sequence[Way], now: np.ndarray, alike: Cause, widths: Sequence[int]) -> list[Way]:
     """Of every sequence the way of least mean |Δ|: as it is, padded to the longest prompt, or to one of ``widths``
     where that is far nearer than either."""
-    padded = [[_padded(way, padding, width) for way in ways] for width in (None, *widths)]
+    kind = alike.change(Way(), 0).settings
+    padded = [[_padded(way, replace(kind, pad_to=width)) for way in ways] for width in (None, *widths)]
     errors = np.array([_errors(scores, scored) for scored in (now, *map(scores.of, padded))])
     plain = errors[:2].argmin(axis=0)
     clear = errors[2:].min(axis=0) < _HALF * errors[:2].min(axis=0)
@@ -59,8 +60,9 @@ def _errors(scores: Scores, scored: np.ndarray) -> np.ndarray:
     return np.array([values.mean() if len(values) >= _LEAST_TOKENS else 0.0 for values in mine])
 
 
-def _padded(way: Way, padding: str, width: int | None) -> Way:
-    return setting_cause("", "positions", "", "", padding=padding, pad_to=width).change(way, 0)
+def _padded(way: Way, like: ScoreSettings) -> Way:
+    values = {name: getattr(like, name) for name in ("padding", "pad_to", "pad_position")}
+    return setting_cause("", "positions", "", "", **values).change(way, 0)
 
 
 def _cause(alike: Cause, nearest: Sequence[Way]) -> Cause:
@@ -68,7 +70,7 @@ def _cause(alike: Cause, nearest: Sequence[Way]) -> Cause:
 
     def change(way: Way, place: int) -> Way:
         settings = nearest[place].settings
-        return way if settings.padding == "none" else _padded(way, settings.padding, settings.pad_to)
+        return way if settings.padding == "none" else _padded(way, settings)
 
     what = alike.what.replace("up to the longest prompt's length", "up to the longest of its batch")
     return replace(alike, name=f"{alike.name}.batches", what=what, change=change, guessed=True)

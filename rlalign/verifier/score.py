@@ -41,6 +41,10 @@ class ScoreSettings:
 
     weights: int = Field(0, ge=0)
     """0: the model; n: the n-th of the previous models."""
+    cached: tuple[int, ...] = ()
+    """Of every sequence, how many first tokens, the prompt's counted, have keys and values of the weights
+    ``cached_by``, as after an update in flight. Response tokens that these rows predict are left without a log-prob."""
+    cached_by: int = Field(0, ge=0)
     config: tuple[tuple[str, int | float | str | None], ...] = ()
     """Fields of config.json that are replaced, such as ("rms_norm_eps", 1e-5); a dot steps into an object."""
     dtype: Dtype | None = None
@@ -59,6 +63,8 @@ class ScoreSettings:
     """Padding that attention sees, as without a mask: before the prompt, or between prompt and response."""
     pad_to: int | None = Field(None, ge=1)
     """Tokens of prompt and padding together, of a longer prompt its own; None: the longest prompt's."""
+    pad_position: int | None = Field(None, ge=0)
+    """Position id of all padding, which the others then don't count; None: they do."""
     position_offset: int = 0
     """Added to every position id."""
     response_position_offset: int = 0
@@ -168,5 +174,5 @@ def _shown(value: object) -> str:
     if isinstance(value, frozenset):
         return "+".join(sorted(value))
     if isinstance(value, tuple):
-        return "+".join(f"{name}:{number}" for name, number in value)
+        return "+".join(f"{one[0]}:{one[1]}" if isinstance(one, tuple) else str(one) for one in value)
     return str(value)

@@ -61,10 +61,16 @@ def again(tokens: list[int]) -> list[int]:
 
 
 @torch.no_grad()
-def logprobs(model: PreTrainedModel, prompt: list[int], response: list[int], *, row: int = 0) -> np.ndarray:
-    """float32 [L], each from the row before its token, or ``row`` later."""
+def logprobs(
+    model: PreTrainedModel, prompt: list[int], response: list[int], positions: list[int] | None = None, *, row: int = 0
+) -> np.ndarray:
+    """float32 [L], each from the row before its token, or ``row`` later. positions: the prompt's; None: from 0 on."""
     # one token more, for a row that is read too late
-    values = torch.log_softmax(model(torch.tensor([prompt + response + response[:1]])).logits[0].float(), -1)
+    ids = prompt + response + response[:1]
+    before = list(range(len(prompt))) if positions is None else positions
+    after = range(before[-1] + 1, before[-1] + 2 + len(response))
+    output = model(torch.tensor([ids]), position_ids=torch.tensor([[*before, *after]]))
+    values = torch.log_softmax(output.logits[0].float(), -1)
     first = len(prompt) - 1 + row
     rows = values[first : first + len(response)]
     return rows.gather(1, torch.tensor(response)[:, None])[:, 0].numpy()
@@ -82,8 +88,13 @@ def before(prompt: list[int]) -> list[int]:
     return [0] * (max(lengths[at : at + 2]) - len(prompt))
 
 
-# cause: (prompt and response that were computed, row)
-Plant = Callable[[list[int], list[int]], tuple[list[int], list[int]]]
+def uncounted(pads: int, prompt: list[int], response: list[int], position: int) -> tuple[list[int], ...]:
+    """With padding before the prompt, all of it at one position."""
+    return [0] * pads + prompt, response, [position] * pads + list(range(len(prompt)))
+
+
+# cause: (prompt and response that were computed, maybe the prompt's positions; row)
+Plant = Callable[[list[int], list[int]], tuple[list[int], ...]]
 PLANTED: dict[str, tuple[Plant, int]] = {
     "prompt.with_bos": (lambda p, r: ([BOS, *p], r), 0),
     "prompt.without_first": (lambda p, r: (p[1:], r), 0),
@@ -96,6 +107,9 @@ PLANTED: dict[str, tuple[Plant, int]] = {
     "target_shift[-1]": (lambda p, r: (p, r), -1),
     "padding.middle": (lambda p, r: (middle(p), r), 0),
     "padding.left.batches": (lambda p, r: ([*before(p), *p], r), 0),
+    "padding.left.uncounted[0]": (lambda p, r: uncounted(len(middle(p)) - len(p), p, r, 0), 0),
+    "padding.left.uncounted[1]": (lambda p, r: uncounted(len(middle(p)) - len(p), p, r, 1), 0),
+    "padding.left.uncounted[1].batches": (lambda p, r: uncounted(len(before(p)), p, r, 1), 0),
 }
 
 
@@ -119,7 +133,12 @@ def run(dump: list[DumpSequence], folder: Path, tmp_path: Path, *options: str) -
 
 @pytest.mark.parametrize(
     ("cause", "numerics"),
-    [*((cause, "invariant") for cause in PLANTED), ("tokenisation", "native"), ("padding.middle", "native")],
+    [
+        *((cause, "invariant") for cause in PLANTED),
+        ("tokenisation", "native"),
+        ("padding.middle", "native"),
+        ("padding.left.uncounted[0]", "native"),
+    ],
 )
 def test_what_was_computed_instead_is_named(cause, numerics, model, folder, tmp_path):
     found = run(make_dump(model, *PLANTED[cause]), folder, tmp_path, "--numerics", numerics)

@@ -279,6 +279,9 @@ def test_settings_are_read():
     )
     assert named.settings.describe() == "config=rms_norm_eps:1e-05, dtype=bfloat16, native=linear+norm, chunk=7"
     assert parse_setting("--a", "native").settings.numerics == "native"
+    uncounted = ScoreSettings(padding="left_seen", pad_position=1)
+    assert parse_setting("--a", "padding=left_seen,pad_position=1").settings == uncounted
+    assert ScoreSettings(cached=(3, 0), cached_by=1).describe() == "cached=3+0, cached_by=1"
 
 
 def test_a_sequence_that_the_model_cannot_take_is_named_and_the_rest_compared(model, tmp_path, capsys):
