@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlalign.cli.dump_options import check_outputs
+from rlalign.cli.near import did_you_mean
 from rlalign.verifier.words import counted
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _sides(args: argparse.Namespace) -> tuple[Side, Side, str | None]:
     """(rollout, train, what of the files was not used)."""
-    from rlalign.verifier.preflight import read_sides
+    from rlalign.verifier.preflight import read_sides, with_requests
 
     if args.config is not None:
         if args.rollout or args.train:
@@ -79,8 +81,12 @@ def _sides(args: argparse.Namespace) -> tuple[Side, Side, str | None]:
     if "train" not in theirs:
         raise ValueError(f"{args.train}: these are an engine's settings; --train needs a trainer's")
     # a trainer's file often describes an engine too: whoever names another file for it means that one
-    unused = None if args.rollout == args.train else f"the rollout that {args.train} describes too is not looked at"
-    return ours["rollout"], theirs["train"], unused
+    rollout, unused = with_requests(ours["rollout"], theirs["rollout"]), None
+    if args.rollout != args.train:
+        unused = f"the rollout that {args.train} describes too is not looked at"
+        if rollout is not ours["rollout"]:
+            unused += ", but for the sampling parameters, which go with each request"
+    return rollout, theirs["train"], unused
 
 
 def _show(findings: list[Finding], rollout: Side, train: Side, unused: str | None, console: Any) -> None:
@@ -110,11 +116,20 @@ def _remarks(rollout: Side, train: Side, unused: str | None) -> list[str]:
     if silent := not_stated(rollout, train):
         lines.append("not compared, as one side doesn't say: " + ", ".join(f"{n} ({who})" for n, who in silent))
     for side in dict.fromkeys((rollout.name, train.name)):
-        keys = (rollout if side == rollout.name else train).not_judged
+        one = rollout if side == rollout.name else train
+        keys = [f"{key}{_meant(key, one.known)}" for key in one.not_judged]
         if keys:
             more = f" and {len(keys) - _NAMED_KEYS} more (--json lists all)" if len(keys) > _NAMED_KEYS else ""
             lines.append(f"not judged in {side}: {', '.join(keys[:_NAMED_KEYS])}{more}")
     return [*lines, *([unused] if unused else [])]
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    """`` (did you mean NAME?)`` for a key that is near another of the same object, which the file doesn't have."""
+    group, _, name = key.rpartition(".")
+    beside = [one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == group]
+    hint = did_you_mean(name.replace("-", "_"), beside)
+    return f" ({hint.removeprefix('; ')})" if hint else ""
 
 
 def _verdict(findings: list[Finding]) -> str:

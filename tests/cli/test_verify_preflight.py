@@ -35,6 +35,31 @@ def test_findings_exit_1_and_say_what_to_set(
     assert {one["severity"] for one in result["findings"]} == {"wrong", "differs", "note"}
 
 
+def test_a_trainers_own_sampling_is_said_to_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "server.yaml").write_text("model: m\nmax_model_len: 64\nlogprobs_mode: processed_logprobs\n")
+    (tmp_path / "trl.yaml").write_text(f"{TRL}temperature: 0.7\nrepetition_penalty: 1.1\n")
+    files = ["--rollout", str(tmp_path / "server.yaml"), "--train", str(tmp_path / "trl.yaml")]
+    assert main(["preflight", *files, "--json", str(tmp_path / "out.json")]) == 1
+    assert "not looked at, but for the sampling parameters, which go with each request" in capsys.readouterr().out
+    wrong = [one for one in json.loads((tmp_path / "out.json").read_text())["findings"] if one["severity"] == "wrong"]
+    assert [(one["setting"], one["rollout"]) for one in wrong] == [("penalties", "repetition_penalty=1.1")]
+
+
+def test_a_misspelt_key_is_told_what_it_may_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "vllm.yaml"
+    path.write_text("model: m\nmax-model-len: 64\nkv-cache-dtpye: fp8\ntemprature: 0.7\nenforce_eager_2: 1\n"
+                    "enforce_eager: true\nodd: 1\n")  # fmt: skip
+    (tmp_path / "trl.yaml").write_text(f"{TRL}generation_kwargs: {{min_pp: 0.1, seed: 1}}\n")
+    main(["preflight", "--rollout", str(path), "--train", str(tmp_path / "trl.yaml")])
+    shown = " ".join(capsys.readouterr().out.split())
+    # a name that the file has too was not meant
+    assert (
+        "kv-cache-dtpye (did you mean kv_cache_dtype?), temprature (did you mean temperature?), enforce_eager_2, odd"
+        in shown
+    )
+    assert "generation_kwargs.min_pp (did you mean min_p?), generation_kwargs.seed" in shown
+
+
 def test_nothing_found_exits_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("numerics: invariant\n")
     assert main(["preflight", str(tmp_path / "config.yaml")]) == 0

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlalign.config import config_from_dict, config_to_dict
-from rlalign.verifier.preflight import check, not_stated, read_sides
+from rlalign.verifier.preflight import check, not_stated, read_sides, with_requests
 
 # an engine and a trainer between which no rule finds anything but their operators
 VLLM = {
@@ -23,7 +23,8 @@ TRL = {"model_name_or_path": "m", "bf16": True, "use_vllm": True, "num_generatio
 def sides(tmp_path: Path, rollout: dict[str, Any], train: dict[str, Any]) -> tuple[Any, Any]:
     for name, values in (("rollout", rollout), ("train", train)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    return read_sides(tmp_path / "rollout.yaml")["rollout"], read_sides(tmp_path / "train.yaml")["train"]
+    ours, theirs = (read_sides(tmp_path / f"{name}.yaml") for name in ("rollout", "train"))
+    return with_requests(ours["rollout"], theirs["rollout"]), theirs["train"]
 
 
 def found(tmp_path: Path, rollout: dict[str, Any], train: dict[str, Any]) -> set[tuple[str, str]]:
@@ -37,9 +38,13 @@ def test_the_quiet_pair_differs_only_in_its_operators(tmp_path: Path) -> None:
     assert found(tmp_path, VLLM, TRL) == OPERATORS
 
 
-def test_vllm_takes_the_checkpoints_sampling_parameters_unless_told_otherwise(tmp_path: Path) -> None:
-    told = {name: value for name, value in VLLM.items() if name != "generation_config"}
-    assert found(tmp_path, told, TRL) - OPERATORS == {("note", "sampling_defaults")}
+@pytest.mark.parametrize("requests", [{}, {"temperature": 1.0}])
+def test_vllm_takes_the_checkpoints_sampling_parameters_unless_told_otherwise(
+    tmp_path: Path, requests: dict[str, float]
+) -> None:
+    told = {name: value for name, value in VLLM.items() if name != "generation_config"} | requests
+    # TRL's own requests leave nothing out
+    assert found(tmp_path, told, TRL) - OPERATORS == ({("note", "sampling_defaults")} if requests else set())
 
 
 @pytest.mark.parametrize(("rollout", "train", "expected"), [
@@ -58,7 +63,7 @@ def test_vllm_takes_the_checkpoints_sampling_parameters_unless_told_otherwise(tm
     ({"top_k": -1, "min_p": 0.1}, {}, {("wrong", "min_p")}),
     ({"repetition_penalty": 1.1, "presence_penalty": 0}, {}, {("wrong", "penalties")}),
     ({"logit_bias": {5: -100}}, {}, {("wrong", "logit_edits")}),
-    ({"generation_config": "auto"}, {}, {("note", "sampling_defaults")}),
+    ({"generation_config": "auto", "top_p": 1}, {}, {("note", "sampling_defaults")}),
     ({"enable_chunked_prefill": True}, {}, {("differs", "chunked_prefill")}),
     ({"enable_prefix_caching": True}, {}, {("differs", "prefix_cache")}),
     ({"enforce_eager": False}, {}, {("differs", "cuda_graphs")}),
@@ -157,7 +162,8 @@ VERL = {
     ("rollout.tensor_model_parallel_size", 2, ("differs", "tensor_parallel")),
     ("actor.ulysses_sequence_parallel_size", 4, ("differs", "sequence_parallel")),
     ("actor.ppo_epochs", 2, ("note", "updates_per_sync")),
-    ("model.override_config", {"rope_theta": 1e6}, None),
+    ("model.override_config", {"rope_theta": 1e6}, ("wrong", "model_overrides")),
+    ("model.override_config", {"attention_dropout": 0.1}, None),
     ("rollout.engine_kwargs", {"vllm": {"hf_overrides": {"rope_theta": 1e6}}}, ("wrong", "model_overrides")),
     ("rollout.max_model_len", None, None),  # null leaves it to the framework
     ("rollout.logprobs_mode", None, None),  # verl asks for processed ones where nobody says
@@ -271,7 +277,7 @@ def test_our_settings_have_no_findings_and_native_ones_have(tmp_path: Path) -> N
 def test_no_key_passes_without_a_word(tmp_path: Path) -> None:
     keys = {"brand_new_setting": 1, "port": 8000}
     rollout, train = sides(tmp_path, VLLM | keys, TRL | {"something": {"else": 1}})
-    assert (rollout.not_judged, rollout.harmless) == (("brand_new_setting",), ("port",))
+    assert (rollout.not_judged, rollout.harmless) == (("brand_new_setting",), ("port", "generation_config"))
     assert train.not_judged == ("something.else",)
     stated = {setting.key for setting in rollout.settings.values() if not setting.is_default}
     assert stated | {*rollout.not_judged, *rollout.harmless} == {*VLLM, *keys}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from rlalign.config import config_from_dict, config_to_dict
-from rlalign.verifier.preflight.side import Name, Setting, Side
+from rlalign.verifier.preflight.side import SAMPLING, Name, Setting, Side
 from rlalign.verifier.preflight.tables import BOTH, FORMATS, Format, count
 
 Role = Literal["rollout", "train"]
@@ -45,6 +46,18 @@ def read_sides(path: Path, *, format: str | None = None) -> dict[Role, Side]:
     return _read_ours(path, values) if name == "rlalign" else _read_table(path, values, FORMATS[name])
 
 
+def with_requests(engine: Side, client: Side) -> Side:
+    """The engine's side with the sampling parameters that its client sends: a server's launch arguments have none, and
+    where they name some, they describe the requests too."""
+    if not client.sends or any(name in engine.settings for name in SAMPLING):
+        return engine
+    settings = dict(engine.settings)
+    defaults = settings.pop("sampling_defaults", None)  # nothing is left to them
+    unused = () if defaults is None or defaults.is_default else (defaults.key,)
+    sent = {name: client.settings[name] for name in SAMPLING if name in client.settings}
+    return replace(engine, settings=settings | sent, harmless=(*engine.harmless, *unused))
+
+
 def _detect(path: Path, values: Mapping[str, Any]) -> str:
     """The framework whose unmistakable key is there; several or none is a ValueError that says how to choose."""
     flat = {_snake(key) for key in _flat(values)}
@@ -65,9 +78,13 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
     harmless: list[str] = []
     parts: dict[str, Setting] = {}
     length: list[Setting] = []
-    for raw, value in _flat(values, whole=table.keys).items():
+    flat = _flat(values, whole=table.keys)
+    stated = {_snake(raw): value for raw, value in flat.items()}
+    for raw, value in flat.items():
         key = _snake(raw)
-        if key in table.keys:
+        if table.idle(key, stated):
+            harmless.append(raw)
+        elif key in table.keys:
             if value is None:  # written down, and left to the framework
                 continue
             for role, name, read in _targets(table, key):
@@ -98,13 +115,16 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
         fields = {key.removeprefix(table.overrides): fields[key] for key in fields if key.startswith(table.overrides)}
         text = json.dumps(fields, default=str) if fields else None
         found["train"]["model_overrides"] = Setting(text, table.overrides.rstrip("."))
+    sends = "train" in table.roles
     for role, defaults in table.defaults.items():
+        says = sends or any(name in found[role] for name in SAMPLING)
         for name, value in defaults.items():
-            if role in found and name not in found[role]:
+            if name not in found[role] and (says or name not in SAMPLING):
                 found[role][name] = Setting(value, f"{table.name}'s own", is_default=True)
     table.finish(found)
     title = f"{path} ({table.name})"
-    return {role: Side(title, settings, tuple(rest), tuple(harmless)) for role, settings in found.items()}
+    known = tuple(key for key in (*table.keys, *table.length, *table.harmless) if key not in stated and "*" not in key)
+    return {role: Side(title, settings, tuple(rest), tuple(harmless), known, sends) for role, settings in found.items()}
 
 
 def _put(settings: dict[Name, Setting], name: Name, setting: Setting) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlalign.verifier.preflight.side import NAMES, OFF, Finding, Name, Severity, Side
 
+_ROPE: tuple[Name, ...] = ("rope_scaling", "rope_theta")
 Rule = Callable[[Side, Side], Iterator[Finding]]
 
 
@@ -77,21 +78,32 @@ def _quantization(rollout: Side, train: Side) -> Iterator[Finding]:
 
 
 def _model_overrides(rollout: Side, train: Side) -> Iterator[Finding]:
-    """Fields of config.json that the engine alone changes; what only the trainer changes is listed as not judged."""
-    ours = _config_fields(rollout.get("model_overrides"))
-    theirs = _config_fields(train.get("model_overrides"))
-    for name in ("rope_scaling", "rope_theta"):  # settings of their own, wherever a trainer has them
-        theirs |= _config_fields({name: value} if (value := train.get(name)) is not None else None)
-    if differing := [name for name, value in ours.items() if theirs.get(name) != value]:
-        # the head's dtype is no other model: it only rounds logits elsewhere
-        only_head = differing == ["head_dtype"]
-        why = (
-            "the engine's head computes in another precision than the checkpoint's config.json says"
-            if only_head
-            else f"the engine runs another model than the checkpoint's config.json: {', '.join(differing)}"
-        )
-        remedy = "the same overrides in the trainer, or none"
-        yield _finding("note" if only_head else "wrong", "model_overrides", rollout, train, why, remedy)
+    """Fields of config.json that the engine alone changes, and RoPE's that either does; what else only the trainer
+    changes is listed as not judged."""
+    ours, rope = _rope_fields(rollout) | _config_fields(rollout.get("model_overrides")), _rope_fields(train)
+    theirs = rope | _config_fields(train.get("model_overrides"))
+    differing = [name for name in ours | rope if ours.get(name) != theirs.get(name)]
+    if not differing:
+        return
+    # the head's dtype is no other model: it only rounds logits elsewhere
+    only_head = differing == ["head_dtype"]
+    changes, other = ("engine", "trainer") if ours.keys() & set(differing) else ("trainer", "engine")
+    why = (
+        "the engine's head computes in another precision than the checkpoint's config.json says"
+        if only_head
+        else f"the {changes} runs another model than the checkpoint's config.json: {', '.join(differing)}"
+    )
+    remedy = f"the same overrides in the {other}, or none"
+    shown = [", ".join(f"{name}={fields[name]}" for name in differing if name in fields) for fields in (ours, theirs)]
+    keys = [side.key(name) for name in ("model_overrides", *_ROPE) for side in (rollout, train)]
+    yield Finding("note" if only_head else "wrong", "model_overrides", shown[0] or "not stated",
+                  shown[1] or "not stated", why, remedy, tuple(key for key in keys if key))  # fmt: skip
+
+
+def _rope_fields(side: Side) -> dict[str, Any]:
+    """Those that a side names as settings of their own."""
+    stated = {name: value for name in _ROPE if (value := side.get(name)) is not None}
+    return _config_fields(stated)
 
 
 def _config_fields(overrides: Any) -> dict[str, Any]:
@@ -176,8 +188,10 @@ def _truncation(rollout: Side, train: Side) -> Iterator[Finding]:
 def _sampler_only(rollout: Side, train: Side) -> Iterator[Finding]:
     for name in ("penalties", "logit_edits"):
         if (value := rollout.get(name)) and value != train.get(name):
-            severity: Severity = "note" if rollout.get("logprobs") == "raw" else "wrong"
+            raw = rollout.get("logprobs") == "raw"
+            severity: Severity = "note" if raw else "wrong"
             why = "the sampler changes logits by rules that the trainer's forward doesn't know"
+            why += "; raw log-probs are from before them, not those of the distribution that was sampled" if raw else ""
             yield _finding(severity, name, rollout, train, why, "leave it out while training")
     defaults = rollout.settings.get("sampling_defaults")
     if defaults is not None and defaults.value != "vllm":
@@ -250,8 +264,6 @@ RULES: tuple[Rule, ...] = (
     _equal("model", "wrong", "another model", "the same checkpoint on both sides"),
     _equal("tokenizer", "wrong", "another tokenizer gives other token ids", "the same tokenizer on both sides"),
     _equal("chat_template", "wrong", "another template gives other prompts", "the same chat template on both sides"),
-    _equal("rope_scaling", "wrong", "positions turn by other angles", "the same rope_scaling on both sides"),
-    _equal("rope_theta", "wrong", "positions turn by other angles", "the same rope_theta on both sides"),
     _equal("dtype", "wrong", "weights and activations have another precision", "the same dtype on both sides"),
     _quantization,
     _model_overrides,
@@ -291,5 +303,5 @@ _COMPARED: tuple[Name, ...] = tuple(
     name
     for name in NAMES
     if name in ("model", "dtype", "logits_dtype", "attention", "temperature", "top_p", "top_k", "min_p", "numerics",
-                "chat_template", "tokenizer", "rope_scaling", "max_length")
+                "chat_template", "tokenizer", "max_length")
 )  # fmt: skip

@@ -22,6 +22,8 @@ NAMES: tuple[Name, ...] = get_args(Name)
 
 # the identity of each transform of the sampling distribution
 OFF: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+# what a request says
+SAMPLING: tuple[Name, ...] = ("temperature", "top_p", "top_k", "min_p", "penalties", "logit_edits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Setting:
     is_default: bool = False
 
     def __str__(self) -> str:
-        return f"{self.value} (default)" if self.is_default else str(self.value)
+        text = (", ".join(self.value) or "none") if isinstance(self.value, tuple) else str(self.value)
+        return f"{text} (default)" if self.is_default else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,16 @@ class Side:
     """What a file says of one side. settings: only those that it states, or whose default is known.
 
     name: file and framework, for people. not_judged: keys that no rule looks at, listed because they may matter.
-    harmless: keys that are known to change no log-prob.
+    harmless: keys that are known to change no log-prob. known: keys that a table has and the file hasn't, one of which
+    a misspelt one may mean. sends: its requests name all sampling parameters, so that no default of the engine counts.
     """
 
     name: str
     settings: Mapping[Name, Setting]
     not_judged: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+    sends: bool = False
 
     def get(self, name: Name) -> Any:
         """The value, None where the side doesn't say."""

@@ -11,6 +11,7 @@ from typing import Any
 from rlalign.verifier.preflight.side import Name, Setting
 
 BOTH = "both"
+_ROLLOUT, _ACTOR, _MODEL = (f"actor_rollout_ref.{part}." for part in ("rollout", "actor", "model"))
 Read = Callable[[str, Any], Any]
 Found = dict[str, dict[Name, Setting]]
 
@@ -116,13 +117,23 @@ def verl_updates(parts: Mapping[str, float]) -> tuple[float | None, set[str]]:
     return (updates, set(used)) if used else (None, set())
 
 
+def verl_idle(key: str, values: Mapping[str, Any]) -> bool:
+    """What is there for engines other than ``rollout.name``."""
+    engine = str(values.get(f"{_ROLLOUT}name") or "vllm")
+    block = f"{_ROLLOUT}engine_kwargs."
+    if key.startswith(block):
+        return key != f"{block}{engine}" and not key.startswith(f"{block}{engine}.")
+    return engine != "vllm" and key.rpartition(".")[2].startswith("VLLM_")
+
+
 @dataclass(frozen=True)
 class Format:
     """keys: dotted key to (side, setting, how to read it). marks: keys that only this framework has. harmless: patterns
     of keys that change no log-prob. defaults: of settings that its documentation gives one. updates: how many updates
     there are between two syncs of weights, by the last words of the keys of ``updates_per_sync``, and which of them
     tell it. overrides: where a trainer changes fields of the checkpoint's config.json. length: keys of a prompt's and a
-    response's limit, which add up to a sequence's on either side."""
+    response's limit, which add up to a sequence's on either side. idle: whether a key, by the values of all, belongs to
+    an engine that isn't used."""
 
     name: str
     roles: tuple[str, ...]
@@ -133,6 +144,7 @@ class Format:
     overrides: str | None = None
     length: tuple[str, ...] = ()
     updates: Callable[[Mapping[str, float]], tuple[float | None, set[str]]] = lambda parts: (None, set())
+    idle: Callable[[str, Mapping[str, Any]], bool] = lambda key, values: False
 
     def finish(self, found: Found) -> None:
         """A value of None says nothing; a reader gives it for a switch that is off."""
@@ -152,7 +164,8 @@ def _engine(prefix: str = "", *, role: str = "rollout") -> dict[str, tuple[str, 
         "speculative_config": ("speculative", present), "speculative_model": ("speculative", present),
         "attention_backend": ("attention", as_is), "logprobs_mode": ("logprobs", logprobs),
         "max_model_len": ("max_length", count), "seed": ("seed", as_is), "enable_lora": ("lora", flag),
-        "rope_scaling": ("rope_scaling", as_is), "rope_theta": ("rope_theta", number),
+        "rope_scaling": ("rope_scaling", as_is), "rope_parameters": ("rope_scaling", as_is),
+        "rope_theta": ("rope_theta", number),
         "hf_overrides": ("model_overrides", as_is), "generation_config": ("sampling_defaults", as_is),
         "override_generation_config": ("sampling_defaults", as_is),
     }  # fmt: skip
@@ -242,6 +255,9 @@ TRL = Format(
         "torch_dtype": ("train", "dtype", dtype),
         "cast_lm_head_to_fp32": ("train", "logits_dtype", dtype_if("float32")),
         "model_init_kwargs.attn_implementation": ("train", "attention", as_is),
+        "model_init_kwargs.rope_scaling": ("train", "rope_scaling", as_is),
+        "model_init_kwargs.rope_parameters": ("train", "rope_scaling", as_is),
+        "model_init_kwargs.rope_theta": ("train", "rope_theta", number),
         "attn_implementation": ("train", "attention", as_is),
         "torch_compile": ("train", "compile", flag),
         "use_liger_kernel": ("train", "fused_kernels", flag),
@@ -269,7 +285,6 @@ TRL = Format(
     updates=trl_updates,
 )  # fmt: skip
 
-_ROLLOUT, _ACTOR, _MODEL = (f"actor_rollout_ref.{part}." for part in ("rollout", "actor", "model"))
 VERL = Format(
     name="verl",
     roles=("rollout", "train"),
@@ -299,6 +314,7 @@ VERL = Format(
         f"{_MODEL}use_liger": ("train", "fused_kernels", flag),
         f"{_MODEL}override_config.attn_implementation": ("train", "attention", as_is),
         f"{_MODEL}override_config.rope_scaling": ("train", "rope_scaling", as_is),
+        f"{_MODEL}override_config.rope_parameters": ("train", "rope_scaling", as_is),
         f"{_MODEL}override_config.rope_theta": ("train", "rope_theta", number),
         f"{_MODEL}lora_rank": (BOTH, "lora", present),
         f"{_MODEL}path": (BOTH, "model", as_is),
@@ -328,6 +344,7 @@ VERL = Format(
     overrides=f"{_MODEL}override_config.",
     length=("data.max_prompt_length", "data.max_response_length"),
     updates=verl_updates,
+    idle=verl_idle,
 )  # fmt: skip
 
 FORMATS: dict[str, Format] = {"verl": VERL, "trl": TRL, "vllm": VLLM}
