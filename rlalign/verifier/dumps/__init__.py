@@ -93,8 +93,21 @@ def _read(format: Format, rows: Iterator[Row], options: ReadOptions | None) -> I
         raise ValueError(f"{format.name} dumps have one field of log-probs; {options.logprobs!r} can't be chosen")
     if options.prompt and not format.prompts:
         raise ValueError(f"{format.name} dumps have no log-probs of the prompt")
+    told_by = None
     for row in rows:
-        yield from format.read(row, options)
+        if told_by is None and format.matches(row.values):
+            told_by = row.line
+        try:
+            yield from format.read(row, options)
+        except ValueError as error:
+            other = _format_of(row)
+            if other is None or format.matches(row.values):
+                raise
+            how = "as an earlier line or --format says" if told_by is None else f"as line {told_by} is"
+            raise ValueError(
+                f"{error}; this row looks like {other}, but the file is read as {format.name}, {how}: a file has one "
+                "format, and --format sets it"
+            ) from error
 
 
 def choose_format(path: Path, rows: Iterator[Row], name: str | None) -> tuple[Format, Iterator[Row]]:
@@ -107,7 +120,7 @@ def choose_format(path: Path, rows: Iterator[Row], name: str | None) -> tuple[Fo
     looked_at: list[Row] = []
     for row in rows:
         looked_at.append(row)
-        found = name or next((each.name for each in FORMATS.values() if each.matches(row.values)), None)
+        found = name or _format_of(row)
         if name is None and found == "rlalign" and len(looked_at) < _LOOK_AT and _is_empty(row.values.get("logprobs")):
             continue  # a response without tokens, which could be anybody's
         if found is not None:
@@ -125,6 +138,10 @@ def choose_format(path: Path, rows: Iterator[Row], name: str | None) -> tuple[Fo
         f"no dump format has the fields {', '.join(first.values) or '(none)'}; a row of ours has id, prompt_token_ids, "
         f"token_ids, logprobs{why}. Formats: {', '.join(FORMATS)}"
     )
+
+
+def _format_of(row: Row) -> str | None:
+    return next((each.name for each in FORMATS.values() if each.matches(row.values)), None)
 
 
 def _is_empty(listed: Any) -> bool:

@@ -1,7 +1,8 @@
 """prime-rl's token export (``token_exports/step_N/rank_R.jsonl``): one packed sequence a line, a value per token.
 
 ``token_ids``, ``loss_mask``, ``inference_logprobs`` and ``trainer_logprobs`` are aligned: entry t is about token t. The
-response begins at the first token that the loss sees; null stands for what was not finite.
+response begins at the first token that the loss sees; null stands for what was not finite. Run, step, rank and
+``export_sequence_idx`` name a sequence; without the last they would name many, and rows are then numbered.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from rlalign.verifier.dumps.options import ReadOptions
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.dumps.rows import Row
 
-_KEY = ("run_id", "export_step", "rank", "export_sequence_idx")
+_IN_FILE = "export_sequence_idx"
+_KEY = ("run_id", "export_step", "rank", _IN_FILE)
 
 
 def matches(values: Mapping[str, Any]) -> bool:
@@ -35,8 +37,9 @@ def read(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
     begin = int(np.argmax(mask)) if mask.any() else len(mask)
     if begin == 0 and len(mask):
         begin = 1  # nothing predicts a sequence's first token, whatever the mask says of it
+    parts = [str(row.values[key]) for key in _KEY if row.values.get(key) is not None]
     yield DumpSequence(
-        id="/".join(str(row.values[key]) for key in _KEY if row.values.get(key) is not None),
+        id="" if row.values.get(_IN_FILE) is None else "/".join(parts),
         prompt_token_ids=token_ids[:begin],
         token_ids=token_ids[begin:],
         logprobs=logprobs[begin:],
