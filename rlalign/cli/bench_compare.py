@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, run_main
+from rlalign.cli.parser import Parser
 from rlalign.config import SamplingParams
 from rlalign.verifier.dumps import DumpSequence, write_dump
 
@@ -29,7 +30,7 @@ _CASES = (("parquet", False), ("parquet", True), ("jsonl", False), ("jsonl", Tru
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="bench_compare.py", description=__doc__.partition(": ")[2])
+    parser = Parser(prog="bench_compare.py", description=__doc__.partition(": ")[2])
     parser.add_argument("--tokens", type=int, default=10_000_000, metavar="N", help="per dump (default: 10 million)")
     parser.add_argument("--format", choices=("parquet", "jsonl"), help="only this one")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="for the files, about 120 bytes per token in all")

@@ -211,7 +211,9 @@ def make_table(records: Sequence[dict[str, Any]], gain: dict[str, float]) -> Tab
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench_engine.py", description="Invariant against native, in tokens/s.")
+    parser = argparse.ArgumentParser(
+        prog="bench_engine.py", description="Invariant against native, in tokens/s.", allow_abbrev=False
+    )
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: the quick start's model, untrained)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -283,7 +283,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench_exactness.py", description="The contract's axes, measured.")
+    parser = argparse.ArgumentParser(
+        prog="bench_exactness.py", description="The contract's axes, measured.", allow_abbrev=False
+    )
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/<machine>/exactness.json)")

@@ -266,7 +266,9 @@ def output_path(asked: Path | None, kernel: str, gpu: str) -> Path:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench_kernels.py", description="Invariant GPU kernels against libraries.")
+    parser = argparse.ArgumentParser(
+        prog="bench_kernels.py", description="Invariant GPU kernels against libraries.", allow_abbrev=False
+    )
     parser.add_argument("kernels", nargs="+", choices=_KERNELS, metavar="kernel", help=", ".join(_KERNELS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="cases whose name contains this text")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from rlalign.cli.errors import run_main
-from rlalign.cli.verify import Parser
+from rlalign.cli.parser import Parser
 
 if TYPE_CHECKING:
     import torch

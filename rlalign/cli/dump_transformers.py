@@ -11,12 +11,13 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from rlalign.cli.dump_options import positive
 from rlalign.cli.errors import EXIT_EQUAL, run_main
+from rlalign.cli.parser import Parser
 from rlalign.config import Dtype, SamplingParams
 from rlalign.records import Prompt
 from rlalign.verifier.dumps import DumpSequence, write_dump
@@ -25,14 +26,9 @@ from rlalign.verifier.dumps.native import check_dump_path
 _ENGINES = ("generate", "generate_batch")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="dump_transformers.py",
         description="Sample with transformers' generate or generate_batch, and keep token ids and log-probs as a dump.",
         epilog="Exit codes: 0 written, 2 unusable input, 3 internal error.",

@@ -62,7 +62,7 @@ def save_gap(runs: Sequence[Path], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the picture; ``argv`` None takes the process's own. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="plot_gap.py", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="plot_gap.py", description=__doc__.partition(": ")[2], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="a run's folder")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="PNG or SVG")
     args = parser.parse_args(argv)

@@ -159,7 +159,9 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: with ``--check`` 1 if a page is not what the JSON says."""
-    parser = argparse.ArgumentParser(prog="readme_tables.py", description="Tables of README and docs from JSON.")
+    parser = argparse.ArgumentParser(
+        prog="readme_tables.py", description="Tables of README and docs from JSON.", allow_abbrev=False
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
     args = parser.parse_args(argv)
 

@@ -7,19 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rlalign.cli.errors import EXIT_EQUAL, run_main
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+from rlalign.cli.parser import Parser
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="report.py",
         description="One HTML file of a run, or of two side by side, with everything that it needs inside.",
         epilog="Exit codes: 0 written, 2 unusable input, 3 internal error.",

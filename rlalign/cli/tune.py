@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, run_main
-from rlalign.cli.verify import Parser
+from rlalign.cli.parser import Parser
 
 if TYPE_CHECKING:
     import torch

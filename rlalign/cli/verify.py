@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NoReturn
 
 from rlalign.cli import (
     verify_attribute,
@@ -22,15 +21,9 @@ from rlalign.cli import (
     verify_run,
 )
 from rlalign.cli.errors import run_main
+from rlalign.cli.parser import Parser
 
 _COMMANDS = (verify_run, verify_dump, verify_compare, verify_attribute, verify_bisect, verify_preflight, verify_replay)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse prints its usage before an error; here an error is one line, like every other one."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def make_parser() -> argparse.ArgumentParser:

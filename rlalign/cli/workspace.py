@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from rlalign.cli.errors import EXIT_EQUAL, run_main
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+from rlalign.cli.parser import Parser
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = Parser(
         prog="make_workspace.py",
         description="Save a view of a wandb project: Agreement, Where, Policy, Performance, Reward.",
         epilog="Exit codes: 0 saved (or shown), 2 unusable input, 3 internal error.",
