@@ -15,6 +15,8 @@ from pydantic.dataclasses import dataclass
 
 Numerics = Literal["invariant", "native"]
 Dtype = Literal["float32", "bfloat16"]
+ScoringDtype = Literal["float32", "bfloat16", "float16"]
+"""What log-probs can be judged in; on a CPU float16 is PyTorch's alone (numerics=native)."""
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)
 # the operators' own bound: rlalign_kernels.rows

@@ -3,8 +3,8 @@
 ``z = transform(hidden @ weight.T + bias)``; transform: soft cap, divide by temperature, restrict to the kept support.
 ``logprob = z[target] - logsumexp(z)``; ``entropy = -sum(p log p)``.
 Shapes: hidden [T, H], weight [V, H], targets int64 [T] -> float32 [T]. dtypes: float32, bfloat16 and, but for
-reference, float16. Plan, in float32: reference, linear's product plan in vocabulary blocks of 1,024, merged in ascending order
-(``reference/vocab.py``); triton, one chain over H in blocks of 128 (``vocab/plan.py``).
+reference, float16. Plan, in float32: reference, linear's product plan in vocabulary blocks of 1,024, merged in
+ascending order (``reference/vocab.py``); triton, one chain over H in blocks of 128 (``vocab/plan.py``).
 Promised: forward, a row's bits depend on that row, its settings and the weights only. Backward recomputes the logits,
 holds the support constant, and is deterministic run to run.
 """

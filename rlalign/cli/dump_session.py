@@ -15,7 +15,7 @@ from rlalign.cli.dump_options import thresholds
 from rlalign.cli.dump_output import Decode, LeftOut, Verdict
 from rlalign.cli.dump_scoring import score_dump
 from rlalign.cli.dump_watch import WatchedFolder
-from rlalign.config import Dtype
+from rlalign.config import ScoringDtype
 from rlalign.verifier.dumps import DumpSequence, Format, ReadOptions, detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.dumps.ids import Ids
@@ -46,7 +46,7 @@ class Session:
         self._pictures = _pictures() if args.html is not None else None
         self._tally = Tally(worst=args.worst, watch=None if self._pictures is None else self._pictures.add)
         self._policy: Policy | None = None
-        self._dtype: Dtype | None = None
+        self._dtype: ScoringDtype | None = None
         self._distributions: dict[str, Distribution] = {}
         self._ids, self._signs = Ids(within_files=True), Signs()
         self._failed: list[LeftOut] = []

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from rlalign.cli.near import did_you_mean
-from rlalign.config import Dtype
+from rlalign.config import Dtype, ScoringDtype
 from rlalign.modeling import AuditError, Policy, load_policy
 from rlalign.modeling.inner_attention import InnerAttention, Reference, Sdpa
 from rlalign.modeling.torch_attention import Flex
@@ -28,7 +28,7 @@ from rlalign.verifier.score import Operator, ScoreSettings, UnsupportedSetting
 if TYPE_CHECKING:
     from torch import nn
 
-_Key = tuple[int, tuple[tuple[str, Any], ...], Dtype, bool]
+_Key = tuple[int, tuple[tuple[str, Any], ...], ScoringDtype, bool]
 # the object of config.json that holds the fields of any kind of RoPE, and those
 _NEWER, _OLDER = "rope_parameters", "rope_scaling"
 _ROPE_FIELDS = (
@@ -52,7 +52,7 @@ class Policies:
     """
 
     models: Sequence[Path]
-    dtype: Dtype
+    dtype: ScoringDtype
     device: str = "cpu"
     kept: int = 2
     _loaded: OrderedDict[_Key, Policy] = field(default_factory=OrderedDict)
@@ -77,7 +77,7 @@ class Policies:
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
-    def _load(self, weights: int, config: tuple[tuple[str, Any], ...], dtype: Dtype, native: bool) -> Policy:
+    def _load(self, weights: int, config: tuple[tuple[str, Any], ...], dtype: ScoringDtype, native: bool) -> Policy:
         if weights >= len(self.models):
             raise UnsupportedSetting(f"weights={weights}: {len(self.models) - 1} other checkpoints were given")
         transformers_logging.disable_progress_bar()

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, thresholds
-from rlalign.config import Dtype, Numerics
+from rlalign.config import Numerics, ScoringDtype
 from rlalign.verifier.dumps import FORMATS, DumpSequence, ReadOptions, detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.dumps.ids import Ids
@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add_thresholds(parser)
     group = parser.add_argument_group("arithmetic of scoring")
     group.add_argument("--numerics", choices=get_args(Numerics), default="invariant")
-    group.add_argument("--dtype", choices=get_args(Dtype), help="default: the checkpoint's")
+    group.add_argument("--dtype", choices=get_args(ScoringDtype), help="default: the checkpoint's")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own)")
     group.add_argument(

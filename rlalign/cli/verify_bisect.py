@@ -21,7 +21,7 @@ from rich.console import Console
 from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, thresholds
 from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
 from rlalign.cli.verify_settings import HELP, NamedSetting, parse_setting
-from rlalign.config import Dtype
+from rlalign.config import ScoringDtype
 from rlalign.verifier.bisect import Recording
 from rlalign.verifier.compare import LogprobPair, compare
 from rlalign.verifier.dumps.record import DumpSequence
@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--a", default="invariant", metavar="SETTING", help=f"one side (default: invariant): {HELP}")
     parser.add_argument("--b", default="native", metavar="SETTING", help="the other side (default: native)")
     parser.add_argument("--limit", type=positive, default=8, metavar="N", help="first N sequences (default: 8)")
-    parser.add_argument("--dtype", choices=get_args(Dtype), help="of both sides (default: the checkpoint's)")
+    parser.add_argument("--dtype", choices=get_args(ScoringDtype), help="of both sides (default: the checkpoint's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own)")
     parser.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rlalign.cli.dump_options import add_output, check_outputs, positive, seconds
-from rlalign.config import Dtype, Numerics, TrainerConfig
+from rlalign.config import Numerics, ScoringDtype, TrainerConfig
 from rlalign.verifier.dumps import FORMATS
 
 
@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def _add_arithmetic(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("arithmetic of the trainer's forward")
     group.add_argument("--numerics", choices=get_args(Numerics), default="invariant")
-    group.add_argument("--dtype", choices=get_args(Dtype), help="default: the checkpoint's")
+    group.add_argument("--dtype", choices=get_args(ScoringDtype), help="default: the checkpoint's")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own)")
     group.add_argument(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rlalign.cli.errors import one_line
+from rlalign.config import ScoringDtype
 from rlalign.verifier.score import OPERATORS, ScoreSettings
 
 _NUMERICS = ("invariant", "native")
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = get_args(ScoringDtype)
 HELP = (
-    "native, invariant, float32, bfloat16, decode, alone, or KEY=VALUE of model, numerics, dtype, native "
+    f"native, invariant, {', '.join(_DTYPES)}, decode, alone, or KEY=VALUE of model, numerics, dtype, native "
     f"({'+'.join(OPERATORS)}), attention (reference, sdpa, flex), phase (prefill, decode), batch (together, alone), "
     "chunk, padding (left_seen, middle_seen), pad_position, position_offset, response_position_offset, "
     "logits (bfloat16), config.FIELD; several with commas"

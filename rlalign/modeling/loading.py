@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlalign.config import Dtype, Numerics
+from rlalign.config import Numerics, ScoringDtype
 from rlalign.modeling.align import align, backend_for
 from rlalign.modeling.audit import audit
 from rlalign.modeling.inner_attention import InnerAttention
@@ -24,7 +24,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 def load_policy(
     path: Path | str,
     *,
-    dtype: Dtype = "float32",
+    dtype: ScoringDtype = "float32",
     numerics: Numerics = "invariant",
     device: torch.device | str = "cpu",
     attention: InnerAttention | None = None,
@@ -32,9 +32,11 @@ def load_policy(
     """An aligned and audited policy from a checkpoint folder. Nothing is fetched from a hub.
 
     attention: None is the operators' own (``align``).
-    Raises FileNotFoundError for a missing folder or file, ValueError for weights that are missing or not finite,
-    AuditError for a model that can't be made exact.
+    Raises FileNotFoundError for a missing folder or file, ValueError for weights that are missing or not finite or a
+    dtype that these operators don't take, AuditError for a model that can't be made exact.
     """
+    if dtype == "float16" and backend_for(numerics, device) == "reference":
+        raise ValueError("dtype=float16: on a CPU only numerics=native computes in it")
     model = load_model(path, dtype=dtype, device=device)
     align(model, backend=backend_for(numerics, device), attention=attention)
     if numerics == "invariant":
@@ -61,7 +63,7 @@ def as_policy(model: Policy | PreTrainedModel) -> Policy:
     return Policy(model)
 
 
-def load_model(path: Path | str, *, dtype: Dtype, device: torch.device | str) -> PreTrainedModel:
+def load_model(path: Path | str, *, dtype: ScoringDtype, device: torch.device | str) -> PreTrainedModel:
     """The checkpoint's causal LM, in evaluation mode, with all of its weights, which are finite.
 
     Weights of the checkpoint that this model doesn't have, such as those of a head for several tokens, are left out.

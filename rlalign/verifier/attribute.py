@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlalign.config import Dtype
+from rlalign.config import ScoringDtype
 from rlalign.verifier import causes as catalogue
 from rlalign.verifier.attribution import Attribution, Effect, Rounding, Step, within_rounding
 from rlalign.verifier.causes import Cause, Way, without_effect
@@ -33,7 +33,6 @@ from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
 from rlalign.verifier.scores import Gap, Scores, grid_step, last_place
 
 # what the verdict on a rest compares with, beside another order of summation
-_FLOAT32 = catalogue.setting_cause("", "numerics", "", "", dtype="float32")
 # what a cause may leave where the rest is unexplained; a guessed filter where the rest is on one side
 _NEXT_TO, _HALF, _ASIDE = 0.05, 0.5, 0.01
 # what it leaves of the few sequences that it holds of, where others are off too
@@ -55,7 +54,7 @@ def attribute(
     scorer: Scorer,
     *,
     base: ScoreSettings | Sequence[ScoreSettings] | None = None,
-    dtype: Dtype = "float32",
+    dtype: ScoringDtype = "float32",
     num_previous: int = 0,
     config_changes: Sequence[Change] = (),
     generation: Mapping[str, Any] | None = None,
@@ -70,7 +69,7 @@ def attribute(
     by token, which takes as many forwards as the longest response has tokens. progress: told what is scored.
     Raises what the scorer raises for ``base``; a cause that it can't imitate is listed with the reason.
     """
-    scores = Scores(sequences, scorer, decode)
+    scores = Scores(sequences, scorer, decode, dtype)
     base = base or ScoreSettings()
     ways = [Way(one) for one in ([base] * len(sequences) if isinstance(base, ScoreSettings) else base)]
     native = any(way.settings.numerics == "native" for way in ways)
@@ -101,9 +100,9 @@ def attribute(
         [stale] = catalogue.weight_causes(1)
         effects.append(Effect(stale, _NOTHING, _NOTHING, 0.0, "no older checkpoint was given (--previous-model)"))
     tries.without = {effect.cause.name for effect in effects if effect.skipped is not None}
-    steps, kept, after, nearest = _search(scores, ways, now, tries, dtype, progress)
+    steps, kept, after, nearest = _search(scores, ways, now, tries, progress)
     scores.leave_out(moved_by_edge(scores, kept, after))
-    rest, rounding = scores.gap(after), _rounding(scores, kept, after, dtype, progress)
+    rest, rounding = scores.gap(after), _rounding(scores, kept, after, progress)
     far = _beyond(scores, after, rounding)
     rounding = replace(
         rounding,
@@ -132,7 +131,6 @@ def _search(
     ways: list[Way],
     now: np.ndarray,
     tries: _Tries,
-    dtype: Dtype,
     progress: Callable[[str], None],
 ) -> tuple[list[Step], list[Way], np.ndarray, Step | None]:
     """Causes that were kept, ways of scoring with them, log-probs float32 [N] of these; one that came near, no more.
@@ -143,9 +141,11 @@ def _search(
     wrong: list[Step] = []
     while True:
         steps, kept, after = greedily(scores, ways, now, tries, progress)
-        step = _disbelieved(scores, ways, steps, after, _rounding(scores, kept, after, dtype, progress))
+        step = _disbelieved(scores, ways, steps, after, _rounding(scores, kept, after, progress))
         if step is None:
-            nearest = min(wrong, key=lambda one: one.after.mean_abs, default=None)
+            # a guess that leaves most is no nearer than chance
+            near = [one for one in wrong if not one.cause.guessed or one.after.mean_abs <= _HALF * one.before.mean_abs]
+            nearest = min(near, key=lambda one: one.after.mean_abs, default=None)
             return _without_replaced(scores, ways, steps, kept), kept, after, nearest
         wrong.append(step)
         scores.counts = counts.copy()
@@ -325,12 +325,10 @@ def _rounding(
     scores: Scores,
     ways: Sequence[Way],
     now: np.ndarray,
-    dtype: str,
     progress: Callable[[str], None],
 ) -> Rounding:
     progress("what rounding alone gives")
-    # one of the causes that were kept may be another one
-    dtype = next((way.settings.dtype for way in ways if way.settings.dtype is not None), dtype)
+    dtype = scores.dtype_of(ways)
     grid = next((way.grid for way in ways if way.grid is not None), None)
     finite = scores.counts & np.isfinite(now)
     step = 0.0
@@ -338,7 +336,7 @@ def _rounding(
         step = float(grid_step(now[finite], grid).max(initial=0.0))
         ways = [replace(way, grid=None) for way in ways]
         now = scores.of(ways)
-    order, single = scores.other_order(ways), scores.beside(ways, _FLOAT32) if dtype != "float32" else None
+    order, single = scores.other_order(ways), scores.in_float32(ways) if dtype != "float32" else None
     other = _NOTHING if order is None else scores.between(order, now)
     own, engine = (_NOTHING if single is None else scores.between(single, of) for of in (now, scores.reported))
     units = last_place(now[finite])

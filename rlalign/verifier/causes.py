@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rlalign.config import Dtype
+from rlalign.config import ScoringDtype
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.score import OPERATORS, Operator, ScoreSettings, is_processed, named_transforms
 
@@ -52,6 +52,8 @@ def setting_cause(name: str, kind: Kind, what: str, remedy: str, *, guessed: boo
         merged = dict(values)
         if "ignore" in merged:
             merged["ignore"] = settings.ignore | frozenset(merged["ignore"])
+        elif merged.get("processed"):
+            merged["ignore"] = frozenset()
         if "config" in merged:
             merged["config"] = (*settings.config, *merged["config"])
         return replace(settings, **merged)
@@ -63,10 +65,12 @@ def setting_cause(name: str, kind: Kind, what: str, remedy: str, *, guessed: boo
     return Cause(name, kind, what, remedy, change, guessed)
 
 
-# scoring in float32, the engine in 16 bits
-COARSER = "dtype.bfloat16"
-# scoring in bfloat16, the engine in float32
-FINER = "dtype.float32"
+# the engine in 16 bits, with errors of its own
+COARSE = ("dtype.bfloat16", "dtype.float16")
+# scoring in 16 bits, the engine in float32
+FINE = setting_cause(
+    "dtype.float32", "numerics", "the engine computes in float32", "one dtype on both sides", dtype="float32"
+)
 # that frameworks give to padding: cumsum of the mask - 1, clipped at 0 or filled with 0 or 1
 PAD_POSITIONS = (0, 1)
 ONE_OPERATOR = "operator."
@@ -114,8 +118,9 @@ def sampling_causes() -> list[Cause]:
         FILTERS,
         c("raw", "sampling", "the log-probs are those of the raw logits, before any transform", _PROCESSED,
           processed=False),
-        c("processed", "sampling", "the log-probs are those after all transforms, though the dump says raw",
-          "mark the dump as processed, or ask for raw log-probs (vLLM: logprobs_mode=raw_logprobs)", processed=True),
+        c("processed", "sampling", "the log-probs are those after all transforms, though they were taken as others",
+          "say so (--processed, or a field of the dump), or ask for raw ones (vLLM: logprobs_mode=raw_logprobs)",
+          processed=True),
         c("filters_first", "sampling", "top-k, top-p and min-p were taken at temperature 1, the temperature after them",
           "use one order of transforms: temperature, top-k, top-p, min-p", filters_first=True),
     ]  # fmt: skip
@@ -126,7 +131,7 @@ def without_effect(sequences: Sequence[DumpSequence], ways: Sequence[Way], cause
     change = cause.change(Way(), 0).settings
     settings = [way.settings for way in ways]
     taken = {is_processed(sequence, one) for sequence, one in zip(sequences, settings, strict=True)}
-    if taken == {change.processed}:
+    if taken == {change.processed} and not (change.processed and any(one.ignore for one in settings)):
         return f"the log-probs are taken as {'processed' if change.processed else 'raw'} to begin with"
     used = [named_transforms(sequence) for sequence in sequences]
     if change.filters_first:
@@ -201,11 +206,12 @@ def position_causes() -> list[Cause]:
     ]  # fmt: skip
 
 
-def numeric_causes(dtype: Dtype, *, decode: bool, native: bool = False) -> list[Cause]:
+def numeric_causes(dtype: ScoringDtype, *, decode: bool, native: bool = False) -> list[Cause]:
     """Arithmetic. dtype: what scoring uses. decode: also token by token, which takes a forward per token. native:
     scoring is by PyTorch's operators to begin with, which can only be exchanged for ours all together."""
     c = setting_cause
-    other: Dtype = "bfloat16" if dtype == "float32" else "float32"
+    # PyTorch's alone computes in it everywhere
+    other_dtypes = {"float32": {}, "bfloat16": {}, "float16": {"native": OPERATORS}}
     operators: dict[Operator, str] = {
         "attention": "attention (PyTorch's SDPA; vLLM: VLLM_ATTENTION_BACKEND, SGLang: --attention-backend)",
         "linear": "matrix products (PyTorch's)",
@@ -220,8 +226,9 @@ def numeric_causes(dtype: Dtype, *, decode: bool, native: bool = False) -> list[
           logits="bfloat16"),
         c("logits.bfloat16_softmax", "numerics", "logits and their log-softmax are in bfloat16",
           "convert logits to float32 before log_softmax", logits="bfloat16_softmax"),
-        c(f"dtype.{other}", "numerics", f"the engine computes in {other}, scoring in {dtype}",
-          f"one dtype on both sides (vLLM, SGLang: --dtype {dtype})", dtype=other),
+        *(c(f"dtype.{other}", "numerics", f"the engine computes in {other}, scoring in {dtype}",
+            f"one dtype on both sides (vLLM, SGLang: --dtype {dtype})", dtype=other, **beside)
+          for other, beside in other_dtypes.items() if other != dtype),
         *(c(f"{ONE_OPERATOR}{name}", "numerics", f"another implementation of {what}", _OURS, native=[name])
           for name, what in operators.items() if not native),
         other_operators(native),

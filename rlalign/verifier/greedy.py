@@ -56,7 +56,7 @@ def greedily(
             progress(f"{cause.name} on top of {counted(len(steps), 'other')}" if steps else cause.name)
             for changed, chosen in _candidates(scores, ways, now, cause, floor):
                 other = without_edge(scores, changed)
-                gain = _gain(scores, now, other, cause)
+                gain = _gain(scores, ways, now, other, cause)
                 # a cause further down the list must be better, not as good; a guess of some sequences clearly so
                 least = _SOME if cause.guessed and chosen is not None else 1e-9
                 if gain > 0 and (best is None or gain > best[0] * (1 + least)):
@@ -104,7 +104,7 @@ def _helps(scores: Scores, now: np.ndarray, other: np.ndarray, place: int, floor
     return bool(end <= 0.5 * start and typical) and start > _FAR_OFF * floor
 
 
-def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> float:
+def _gain(scores: Scores, ways: Sequence[Way], now: np.ndarray, other: np.ndarray, cause: Cause) -> float:
     """Sum of |Δ| that goes; 0 if it is too small a part, or may be chance."""
     before, after = scores.distance(now), scores.distance(other)
     both = np.isfinite(before) & np.isfinite(after)
@@ -113,12 +113,16 @@ def _gain(scores: Scores, now: np.ndarray, other: np.ndarray, cause: Cause) -> f
     better = before[both] - after[both]
     numerics = cause.kind == "numerics"
     total, share = float(better.sum()), float(better.sum()) / max(float(before[both].sum()), 1e-300)
-    if cause.name == catalogue.COARSER and share > 0:
-        fine = both & np.isfinite(now) & np.isfinite(other)
-        error, moved = (values[fine].astype(np.float64) - now[fine] for values in (scores.reported, other))
-        if _same_errors(error, moved):
-            return total
-    if share < (_MOST if cause.name == catalogue.FINER else MIN_NUMERIC_SHARE if numerics else MIN_SHARE):
+    if cause.name in catalogue.COARSE and share > 0:
+        if (fine := scores.in_float32(ways)) is not None:
+            finite = both & np.isfinite(fine) & np.isfinite(other)
+            error, moved = (values[finite].astype(np.float64) - fine[finite] for values in (scores.reported, other))
+            if _same_errors(error, moved):
+                return total
+        # of two coarse dtypes the finer one is nearer to whatever is finer than both
+        if scores.dtype_of(ways) != "float32":
+            return 0.0
+    if share < (_MOST if cause.name == catalogue.FINE.name else MIN_NUMERIC_SHARE if numerics else MIN_SHARE):
         return 0.0
     # tokens that the cause leaves as they are, of other sequences for instance, say nothing of whether it is chance
     touched = better[now[both] != other[both]]

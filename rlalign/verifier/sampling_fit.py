@@ -67,7 +67,7 @@ class _Fit:
         apart = all(way.partner is None and way.settings.prompt not in ("next", "previous") for way in ways)
         if not apart or len(places) == len(scores.sequences):
             return cls(scores, ways)
-        few = Scores([scores.sequences[place] for place in places], scores.scorer, scores.decode)
+        few = Scores([scores.sequences[place] for place in places], scores.scorer, scores.decode, scores.dtype)
         few.counts = scores.counts[np.isin(scores.place, places)]
         return cls(few, [ways[place] for place in places])
 

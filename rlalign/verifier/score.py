@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from rlalign.config import Dtype, SamplingParams
+from rlalign.config import SamplingParams, ScoringDtype
 from rlalign.verifier.dumps.record import DumpSequence
 
 Operator = Literal["attention", "linear", "norm", "rotary", "activation", "head"]
@@ -47,7 +47,7 @@ class ScoreSettings:
     cached_by: int = Field(0, ge=0)
     config: tuple[tuple[str, int | float | str | None], ...] = ()
     """Fields of config.json that are replaced, such as ("rms_norm_eps", 1e-5); a dot steps into an object."""
-    dtype: Dtype | None = None
+    dtype: ScoringDtype | None = None
     """Of weights and activations; None: the scorer's own."""
     native: frozenset[Operator] = frozenset()
     """Operators that PyTorch computes in place of ours."""

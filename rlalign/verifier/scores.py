@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from rlalign.config import ScoringDtype
 from rlalign.verifier import causes as catalogue
 from rlalign.verifier.causes import Cause, Way
 from rlalign.verifier.compare import LogprobPair
@@ -37,11 +38,13 @@ class Gap:
 @dataclass(slots=True)
 class Scores:
     """The dump flattened, and every way's log-probs as they are asked for. decode: scoring token by token may be asked
-    for, which takes as many forwards as the longest response has tokens."""
+    for, which takes as many forwards as the longest response has tokens. dtype: what the scorer computes in where a way
+    doesn't say."""
 
     sequences: Sequence[DumpSequence]
     scorer: Scorer
     decode: bool = True
+    dtype: ScoringDtype = "float32"
     reported: np.ndarray = field(init=False)
     place: np.ndarray = field(init=False)
     counts: np.ndarray = field(init=False)
@@ -87,6 +90,14 @@ class Scores:
             return self.of([cause.change(way, place) for place, way in enumerate(ways)])
         except (ValueError, NotImplementedError):
             return None
+
+    def dtype_of(self, ways: Sequence[Way]) -> ScoringDtype:
+        """What ``ways`` are scored in; one of the causes in them may be another dtype."""
+        return next((way.settings.dtype for way in ways if way.settings.dtype is not None), self.dtype)
+
+    def in_float32(self, ways: Sequence[Way]) -> np.ndarray | None:
+        """Log-probs float32 [N] of ``ways`` computed in float32; None where the scorer can't."""
+        return self.of(ways) if self.dtype_of(ways) == "float32" else self.beside(ways, catalogue.FINE)
 
     def other_order(self, ways: Sequence[Way]) -> np.ndarray | None:
         """Log-probs float32 [N] in another order of summation than ``ways`` have, if it can one that

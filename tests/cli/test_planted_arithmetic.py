@@ -1,4 +1,4 @@
-"""Dumps of plain transformers in bfloat16: ``attribute`` names how they were computed."""
+"""Dumps of plain transformers in 16 bits: ``attribute`` names how they were computed."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def decode(model: PreTrainedModel, prompt: list[int], response: list[int]) -> to
     return torch.stack(found)
 
 
-def by_transformers(folder: Path, how: Compute) -> list[DumpSequence]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+def by_transformers(folder: Path, how: Compute, dtype: torch.dtype = torch.bfloat16) -> list[DumpSequence]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     random, made = np.random.default_rng(3), []
     for index, prompt in enumerate(PROMPTS):
         response = random.integers(0, 97, 24)
@@ -73,3 +73,20 @@ def test_how_transformers_computed_it_is_named(how, numerics, cause, folder, tmp
     assert [step["name"] for step in found["causes"]] == [cause]
     assert found["rest"]["mean_abs"] < 0.5 * found["base"]["mean_abs"]
     assert found["explained"] and not found["findings"]
+
+
+@pytest.mark.parametrize("scoring", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("engine", ["float32", "bfloat16", "float16"])
+def test_the_engines_dtype_is_named_under_any_other(engine, scoring, folder, tmp_path):
+    options = ("--dtype", scoring, "--numerics", "native")
+    found = run(by_transformers(folder, forward, getattr(torch, engine)), folder, tmp_path, *options)
+    named = [step["name"] for step in found["causes"] if step["name"].startswith("dtype.")]
+    assert named == ([] if engine == scoring else [f"dtype.{engine}"])
+    assert found["explained"] and not found["findings"]
+
+
+def test_float16_is_refused_where_nothing_computes_in_it(folder, tmp_path, capsys):
+    file = tmp_path / "dump.jsonl"
+    write_dump(file, by_transformers(folder, forward, torch.float16))
+    assert main(["dump", str(file), "--model", str(folder), "--dtype", "float16"]) == 2
+    assert "dtype=float16: on a CPU only numerics=native computes in it" in capsys.readouterr().err

@@ -16,6 +16,8 @@ from rlalign.verifier.score import ScoreSettings, effective_sampling
 VOCAB, LENGTH, COUNT = 60, 24, 6
 # of the settings that give other logits, how much other
 _MOVES = {"weights": 0.1, "config": 0.5, "native": 1e-6, "phase": 1e-6, "batch": 1e-6, "padding": 0.5}
+# and of dtypes
+_COARSE = {"bfloat16": 0.03, "float16": 0.004}
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Softmax:
             if (value := getattr(settings, name)) != getattr(ScoreSettings(), name):
                 size = self.rounding if size == 1e-6 else size
                 found = found + size * _normal(sequence.id, f"{name}={sorted(value) if name == 'native' else value}")
+        if settings.dtype in _COARSE:
+            found = found + _COARSE[settings.dtype] * _normal(sequence.id, settings.dtype)
         return found
 
 

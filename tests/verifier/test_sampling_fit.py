@@ -157,6 +157,24 @@ def test_a_cause_that_leaves_much_unexplained_is_only_the_nearest():
     assert names(run(mixed(padding, 1.0))) == ["padding.left"]
 
 
+@pytest.mark.parametrize(("share", "nearest"), [(0.7, "config.rope_theta=500000.0"), (0.3, None)])
+def test_a_guess_that_leaves_most_is_not_even_near(share, nearest):
+    changes = [("rope_theta", 500000.0, "a common value")]
+    outcome = run(mixed(ScoreSettings(config=(("rope_theta", 500000.0),)), share), config_changes=changes)
+    assert outcome.steps == ()
+    assert (outcome.nearest and outcome.nearest.cause.name) == nearest
+
+
+def test_filters_that_an_engine_leaves_out_by_default_are_put_back_by_their_flag():
+    """As SGLang's: after temperature, but not renormalised. This engine did, and the request says over what."""
+    params = SamplingParams(temperature=0.8, min_p=0.1)
+    made = [replace(one, sampling=params, processed=True) for one in dump(Softmax(), params)]
+    outcome = run(made, base=ScoreSettings(ignore=frozenset({"top_k", "top_p", "min_p"})))
+    assert names(outcome) == ["processed"]
+    assert outcome.rest.mismatches == 0
+    assert "--processed" in outcome.steps[0].cause.remedy
+
+
 def test_older_weights_are_kept_where_half_of_the_difference_is_theirs():
     stale = ScoreSettings(weights=1)
     assert names(run(mixed(stale, 0.8), num_previous=1)) == ["stale_weights[1]"]
