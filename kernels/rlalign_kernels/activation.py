@@ -51,14 +51,15 @@ class _Silu(torch.autograd.Function):
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return _silu_values(gate.float()).to(gate.dtype).mul_(up)
+        activated = _silu_forward(gate)
+        ctx.save_for_backward(gate, up, activated)
+        return activated * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+        gate, up, activated = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * activated
 
 
 def _gelu_forward(x: torch.Tensor, approximate: str) -> torch.Tensor:
@@ -87,16 +88,16 @@ class _Gelu(torch.autograd.Function):
 class _GeGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor, approximate: str) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
+        activated = _gelu_forward(gate, approximate)
+        ctx.save_for_backward(gate, up, activated)
         ctx.approximate = approximate
-        return _gelu_forward(gate, approximate).mul_(up)
+        return activated * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        gate, up = ctx.saved_tensors
-        how = {"approximate": ctx.approximate}
-        return torch.ops.aten.gelu_backward(grad * up, gate, **how), grad * F.gelu(gate, **how), None
+        gate, up, activated = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad * up, gate, approximate=ctx.approximate), grad * activated, None
 
 
 def _reference_silu(x: torch.Tensor) -> torch.Tensor:

@@ -91,11 +91,16 @@ def test_activation_gradients_match_float64(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_and_geglu_are_the_activation_times_up(dtype):
-    gate, up = normal(20, 30, seed=7, dtype=dtype), normal(20, 30, seed=8, dtype=dtype)
-    assert same_bits(swiglu(gate, up, backend="reference"), silu(gate, backend="reference") * up)
-    for how in ("none", "tanh"):
-        run = {"approximate": how, "backend": "reference"}
-        assert same_bits(geglu(gate, up, **run), gelu(gate, **run) * up)
+    """Their gradients are too: a model's training does not depend on whether its gates were fused."""
+    inputs = [normal(20, 30, seed=seed, dtype=dtype).requires_grad_() for seed in (7, 8)]
+    cotangent = normal(20, 30, seed=9, dtype=dtype)
+    ways = [(silu, swiglu, {"backend": "reference"})]
+    ways += [(gelu, geglu, {"approximate": how, "backend": "reference"}) for how in ("none", "tanh")]
+    for alone, gated, run in ways:
+        expected, out = alone(inputs[0], **run) * inputs[1], gated(*inputs, **run)
+        assert same_bits(out, expected)
+        grads = (torch.autograd.grad(each, inputs, cotangent) for each in (out, expected))
+        assert all(map(same_bits, *grads))
 
 
 def test_refusals_name_the_argument():
