@@ -139,10 +139,13 @@ def apply_rotary(
     """Rotate the first R channels of query [T, Hq, D] and key [T, Hkv, D] by tables cos, sin [T, R].
 
     Tables are in the heads' dtype or in float32. Differentiable in query and key.
-    Raises ValueError for shapes or dtypes that do not fit, or R odd or larger than D.
+    Raises ValueError for shapes or dtypes that do not fit, or R odd or larger than D; NotImplementedError for tables
+    that require gradients, but with "native".
     """
     run = _APPLY[backend]
     check_dtype("apply_rotary", backend, query=query)
+    if backend != "native" and torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        raise NotImplementedError("apply_rotary: cos and sin have no gradient; detach them")
     check_same("apply_rotary", query, key=key)
     tables = query if cos.dtype == query.dtype else cos
     check_same("apply_rotary", tables, cos=cos, sin=sin)

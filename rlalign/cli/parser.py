@@ -33,6 +33,6 @@ def _refuse_hub_name(folder: Path) -> None:
     # beside other folders it is one whose name is wrong
     if _HUB_NAME.fullmatch(str(folder)) and not folder.exists() and not folder.parent.exists():
         raise FileNotFoundError(
-            f"model folder {folder} does not exist; names of the Hugging Face hub are not taken: run "
-            f"hf download {folder} --local-dir DIR, and give DIR"
+            f"model folder {folder} does not exist; if that is a name on the Hugging Face hub, run "
+            f"hf download {folder} --local-dir DIR first, and give DIR"
         )

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from queue import Queue
+from queue import Full, Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -82,8 +82,9 @@ class NullSink:
 class WandbSink:
     """A wandb run, online or offline; ``run_dir`` gets its ``wandb/`` folder.
 
-    A thread of its own draws and logs, in the order of the calls: a step's pictures take most of a second to draw.
-    ``close_seconds`` bounds ``close``: what could not be uploaded by then stays on disk for ``wandb sync``.
+    A thread of its own draws and logs, in the order of the calls: a step's pictures take half a second to draw.
+    ``close_seconds`` bounds every stage of ``close``: what is still to be logged, wandb's own end (twice that) and, if
+    one of them hangs, what it leaves behind. What could not be uploaded by then stays on disk for ``wandb sync``.
     """
 
     def __init__(
@@ -112,8 +113,8 @@ class WandbSink:
             raise ValueError(f"tracking.mode={config.mode}: wandb could not start: {_describe(error)}") from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = {STEP: step, **aliased(metrics, self._aliases), **metrics}
-        self._softly(lambda run: run.log(values))
+        metrics = dict(metrics)  # the caller may go on with its own
+        self._softly(lambda run: run.log({STEP: step, **aliased(metrics, self._aliases), **metrics}))
 
     def pictures(self, step: int, data: PictureData) -> None:
         def draw(run: wandb.Run) -> None:
@@ -135,8 +136,11 @@ class WandbSink:
         self._softly(lambda run: run.alert(alert.title, alert.text, level=alert.level, wait_duration=1))
 
     def close(self, exit_code: int = 0) -> None:
-        late = _bounded(self._thread.finish, 2 * self._close_seconds)
-        if problem := self._finish(exit_code) or late:
+        late = _bounded(self._thread.finish, self._close_seconds)
+        problem = self._finish(exit_code)
+        if late and not problem:
+            _bounded(_teardown, self._close_seconds)
+        if problem := problem or late:
             _LOG.warning("wandb did not finish: %s; what it has is in %s", problem, self.folder)
 
     def _heat_map(self) -> dict[str, Any]:
@@ -180,11 +184,15 @@ class WandbSink:
                 return
             try:
                 call(self._run)
-            except Exception as error:  # whatever wandb does, training goes on
-                _LOG.warning("wandb failed and is switched off for the rest of the run: %s", _describe(error))
-                self._finish(exit_code=1)
+            except BaseException as error:  # whatever wandb does, training goes on
+                self._switch_off(_describe(error))
 
-        self._thread.call(try_it)
+        if self._run is not None and not self._thread.call(try_it, self._close_seconds):
+            self._switch_off(f"no answer within {self._close_seconds:g} s")
+
+    def _switch_off(self, why: str) -> None:
+        _LOG.warning("wandb failed and is switched off for the rest of the run: %s", why)
+        self._finish(exit_code=1)
 
     def _finish(self, exit_code: int) -> str | None:
         """End the run, once; returns what went wrong."""
@@ -278,9 +286,12 @@ class _InOrder:
         self._thread = threading.Thread(target=self._work, name="wandb-log", daemon=True)
         self._thread.start()
 
-    def call(self, call: Callable[[], None]) -> None:
-        if self._thread.is_alive():
-            self._calls.put(call)
+    def call(self, call: Callable[[], None], seconds: float) -> bool:
+        """Whether there was room for it within that time."""
+        with contextlib.suppress(Full):
+            self._calls.put(call, timeout=seconds)
+            return True
+        return False
 
     def finish(self) -> None:
         """Return when all calls were made. Safe to call twice."""
@@ -315,5 +326,5 @@ def _teardown() -> None:
     wandb.teardown()
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

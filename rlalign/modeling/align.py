@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rlalign.config import Numerics
 from rlalign.modeling import layers
 from rlalign.modeling.attention import ATTENTION_NAME
+from rlalign.modeling.gates import align_gates
 from rlalign.modeling.inner_attention import InnerAttention, default_attention, refuse_contradiction
 from rlalign.modeling.rotation import align_rotation
 
@@ -73,8 +74,7 @@ def align(
             _align_module(name, module, backend)
     if backend != "native":
         align_rotation(model, backend)
-        for module in model.modules():
-            _align_gate(module, backend)
+        align_gates(model, backend)
     _align_storage(model)
     model.rlalign_backend = backend
     return model
@@ -94,20 +94,6 @@ def _align_module(name: str, module: nn.Module, backend: str) -> None:
     elif kind in _GELU_APPROXIMATION:
         approximate = _GELU_APPROXIMATION[kind] or module.approximate
         layers.become(module, layers.AlignedGELU, backend, approximate=approximate)
-
-
-@torch.no_grad()
-def _align_gate(module: nn.Module, backend: str) -> None:
-    """An MLP that computes ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``: activation and product as one operator."""
-    linears = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    activation = module._modules.get("act_fn")
-    if not all(isinstance(linear, layers.AlignedLinear) for linear in linears) or not hasattr(activation, "gated"):
-        return
-    x, original = _random_like_weight(linears[0], rows=8), type(module)
-    expected = module(x)
-    layers.become(module, layers.AlignedGatedMLP, backend)
-    if not torch.equal(module(x), expected):
-        module.__class__ = original
 
 
 def _align_storage(model: PreTrainedModel) -> None:

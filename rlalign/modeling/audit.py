@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rlalign.modeling.align import HOW_NATIVE
 from rlalign.modeling.context import PackedContext
-from rlalign.modeling.layers import AlignedModule
+from rlalign.modeling.layers import AlignedGELU, AlignedModule, AlignedSiLU
 
 # Exact whatever the layout: correctly rounded arithmetic, comparisons and data movement.
 _EXACT = frozenset(
@@ -85,6 +85,8 @@ def _tracked(model: nn.Module, path: list[str]) -> Iterator[None]:
     """Keep the names of the running modules on ``path``, for the time of one probe."""
     handles = []
     for name, module in model.named_modules():
+        if isinstance(module, AlignedSiLU | AlignedGELU):
+            continue  # one operator of ours; hooked, it would be computed apart from the gate's product
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name), prepend=True))
         handles.append(module.register_forward_hook(lambda *_: path.pop() and None))
     try:

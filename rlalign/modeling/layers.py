@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from rlalign_kernels import geglu, gelu, linear, rms_norm, rotary_cos_sin, silu, swiglu
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 if TYPE_CHECKING:
     from rlalign.modeling.fused import FusedProjection
@@ -92,10 +93,18 @@ class AlignedGELU(AlignedModule):
 
 
 class AlignedGatedMLP(AlignedModule):
-    def forward(self, x: Tensor) -> Tensor:
-        if self.act_fn._forward_hooks or self.act_fn._forward_pre_hooks:
-            return super().forward(x)  # somebody listens to the activation by itself: the same bits
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        if not _unheard(self.act_fn):
+            return super().forward(*args, **kwargs)  # activation and product apart: the same bits
+        (x,) = (*args, *kwargs.values())
         return self.down_proj(self.act_fn.gated(self.gate_proj(x), self.up_proj(x)))
+
+
+def _unheard(activation: nn.Module) -> bool:
+    """Whether it is one of ours that nobody has hooked or replaced."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    heard = any(getattr(activation, name) for name in hooks) or _has_any_global_hook()
+    return isinstance(activation, AlignedSiLU | AlignedGELU) and "forward" not in vars(activation) and not heard
 
 
 @cache

@@ -16,6 +16,7 @@ from types import FunctionType
 import torch
 from rlalign_kernels import Backend, apply_rotary
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlalign.modeling import layers
 
@@ -24,18 +25,22 @@ _PARAMETERS = ["q", "k", "cos", "sin", "unsqueeze_dim"]
 _Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
-def align_rotation(model: nn.Module, backend: Backend) -> None:
+def align_rotation(model: PreTrainedModel, backend: Backend) -> None:
     """Every attention module of ``model`` whose rotation is ours, in place. Rotary tables are aligned before."""
     tables = [module for module in model.modules() if hasattr(module, "inv_freq")]
     if not tables or not all(isinstance(module, layers.AlignedRotary) for module in tables):
         return
-    cast = all(module.rlalign_cast for module in tables)
+    dtype = model.dtype
+    table_dtype = dtype if all(module.rlalign_cast for module in tables) else torch.float32
+    rotating: dict[Callable[..., object], type[layers.AlignedModule]] = {}
     for module in model.modules():
         if not hasattr(module, "layer_idx") or (theirs := _rotation_of(module)) is None:
             continue
-        dtype = next(module.parameters()).dtype
-        if _same(theirs, dtype, dtype if cast else torch.float32):
-            layers.become(module, _rotating(type(module).forward, backend), backend)
+        forward = type(module).forward
+        if forward not in rotating and _same(theirs, dtype, table_dtype):
+            rotating[forward] = _rotating(forward, backend)
+        if forward in rotating:
+            layers.become(module, rotating[forward], backend)
 
 
 def _rotation_of(module: nn.Module) -> _Rotate | None:
@@ -54,13 +59,15 @@ def _same(theirs: _Rotate, dtype: torch.dtype, table_dtype: torch.dtype) -> bool
     generator = torch.Generator().manual_seed(2)
     ours = _rotate_by("native")
     for rotated, heads_axis in product((16, 8), (1, 2)):
-        query, key = (torch.randn(1, heads, 5, 16, generator=generator).to(dtype) for heads in (4, 2))
+        query, key = (torch.randn(1, heads, 5, 16, generator=generator) for heads in (4, 2))
+        # of many sizes: nothing may depend on that
+        query, key = (x.mul(10.0 ** torch.randint(-4, 5, x.shape, generator=generator)).to(dtype) for x in (query, key))
         if heads_axis == 2:
             query, key = query.transpose(1, 2), key.transpose(1, 2)
         tables = [torch.randn(1, 5, rotated, generator=generator).to(table_dtype) for _ in range(2)]
         try:
             expected = theirs(query, key, *tables, heads_axis)
-        except RuntimeError:  # it takes whole heads only
+        except Exception:  # whatever it raises: it may take whole heads only
             if rotated == 16:
                 return False
             continue
@@ -87,9 +94,8 @@ def _rotate_by(backend: Backend) -> _Rotate:
     return apply_rotary_pos_emb
 
 
-@cache
 def _rotating(forward: FunctionType, backend: Backend) -> type[layers.AlignedModule]:
-    """A class whose forward is that code, with our rotation in it."""
+    """A class whose forward is that code, with our rotation in it, and all other names as they are now."""
     names = {**forward.__globals__, _NAME: _rotate_by(backend)}
     ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__, ours.__annotations__ = forward.__kwdefaults__, forward.__annotations__

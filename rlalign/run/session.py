@@ -94,8 +94,10 @@ class Run:
         elif isinstance(error, KeyboardInterrupt | SystemExit):
             self.status = "interrupted"
         if self._begun:
-            self.folder.write_json(self.folder.summary, self._summary())
-            self.sink.close(exit_code=0 if error is None else 1)
+            try:
+                self.folder.write_json(self.folder.summary, self._summary())
+            finally:
+                self.sink.close(exit_code=0 if error is None else 1)
 
     def restore(self, trainer: Checkpointer) -> int:
         """The number of finished steps: 0, or those of the checkpoint that the trainer now goes on from."""

@@ -32,7 +32,6 @@ from rlalign.verifier.sampling_fit import fitted_sampling
 from rlalign.verifier.score import Scorer, ScoreSettings, effective_sampling
 from rlalign.verifier.scores import Gap, Scores, grid_step, last_place
 
-# what the verdict on a rest compares with, beside another order of summation
 # what a cause may leave where the rest is unexplained; a guessed filter where the rest is on one side
 _NEXT_TO, _HALF, _ASIDE = 0.05, 0.5, 0.01
 # what it leaves of the few sequences that it holds of, where others are off too

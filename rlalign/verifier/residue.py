@@ -195,8 +195,8 @@ def _clusters(
     says = {
         "until_position": "differs up to a token and agrees "
         + ("" if exact else "to rounding ")
-        + "from there on: other weights sampled the first tokens, updated in flight (--previous-model shows it), or "
-        "sampling changed on the way",
+        + "from there on: other weights sampled the first tokens, updated in flight (--previous-model shows it), "
+        "sampling changed on the way, or these were changed after they were computed",
         "from_position": ("agrees" if exact else "agrees to rounding")
         + " up to a token and differs from there on: what it attends to changed, such as a wrong "
         "or stale KV block, a prefix-cache hit after a weight update, a preempted request, or another token there than "

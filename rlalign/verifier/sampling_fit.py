@@ -63,8 +63,9 @@ class _Fit:
             if count and found < num_tokens:
                 places.append(place)
                 found += count
-        # other sequences' log-probs or prompts are looked up by place
+        # other sequences' log-probs, prompts or caches are looked up by place
         apart = all(way.partner is None and way.settings.prompt not in ("next", "previous") for way in ways)
+        apart &= not any(way.settings.cached for way in ways)
         if not apart or len(places) == len(scores.sequences):
             return cls(scores, ways)
         few = Scores([scores.sequences[place] for place in places], scores.scorer, scores.decode, scores.dtype)

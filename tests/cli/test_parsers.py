@@ -48,7 +48,9 @@ def test_a_threshold_that_is_cut_short_is_refused(capsys: pytest.CaptureFixture[
 def test_a_name_of_the_hub_is_told_from_a_folder(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--model", "Qwen/Qwen3-0.6B"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: model folder Qwen/Qwen3-0.6B does not exist; names of the Hugging Face hub")
+    assert said.startswith(
+        "error: model folder Qwen/Qwen3-0.6B does not exist; if that is a name on the Hugging Face hub"
+    )
     assert "hf download Qwen/Qwen3-0.6B --local-dir DIR" in said and said.count("\n") == 1
 
 

@@ -48,7 +48,9 @@ def folder(models, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def decoded(models: Models, prompt: list[int], response: list[int], cut: int, block: int | None) -> np.ndarray:
+def decoded(
+    models: Models, prompt: list[int], response: list[int], cut: int, block: int | None, temperature: float = 1.0
+) -> np.ndarray:
     """Log-probs float32 [L], token by token; the first ``cut`` of the older model. block: the cache is kept as far as
     it fills so many tokens, or a multiple; None: not at all."""
     ids, cache, fed, found = prompt + response, DynamicCache(), 0, []
@@ -59,7 +61,7 @@ def decoded(models: Models, prompt: list[int], response: list[int], cut: int, bl
             fed = kept
         end = len(prompt) + place
         logits = models[place >= cut](torch.tensor([ids[fed:end]]), past_key_values=cache, use_cache=True).logits[0, -1]
-        found.append(torch.log_softmax(logits.float(), -1)[token].item())
+        found.append(torch.log_softmax(logits.float() / temperature, -1)[token].item())
         fed = end
     return np.array(found, np.float32)
 
@@ -121,6 +123,14 @@ def test_how_weights_were_updated_is_named(cuts, block, cause, numerics, models,
         inside = [str(cut) for cut, (_, length) in zip(cuts, LENGTHS, strict=True) if 0 < cut < length]
         assert f"({', '.join(inside[:5])}" in step["what"]
         assert ("blocks of 16" in step["what"]) == (block == 16)
+
+
+def test_a_temperature_that_nobody_names_is_found_beside_a_kept_cache(models, folder, tmp_path, monkeypatch):
+    # of a long dump a part is fitted; here too
+    monkeypatch.setattr("rlalign.verifier.sampling_fit._FIT_TOKENS", 64)
+    found = run(make_dump(lambda place, p, r: decoded(models, p, r, CUTS[place], 1, 0.99)), folder, tmp_path)
+    assert set(named(found)) == {KEPT, "temperature=0.99"}  # cuts may be found once more, beside the temperature
+    assert found["rest"]["max_abs"] < 1e-5 and found["explained"]
 
 
 def test_a_stale_prefix_cache_is_no_update_in_flight(models, folder, tmp_path):

@@ -209,6 +209,32 @@ def test_a_picture_holds_nobody_up_and_everything_keeps_its_order(
     assert len(calls) == 3
 
 
+def test_a_wandb_that_hangs_is_switched_off_when_no_more_calls_have_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlalign.dashboards.sink._WAITING_CALLS", 2)
+    sink, release = WandbSink(TrackingConfig(), tmp_path, {}, close_seconds=0.5), threading.Event()
+    monkeypatch.setattr(sink._run, "log", lambda _: release.wait(120))
+    with caplog.at_level(logging.WARNING, logger="rlalign"):
+        for step in range(9):
+            sink.log(step, {})
+        release.set()
+        sink.close()
+    assert caplog.text.count("wandb failed and is switched off for the rest of the run: no answer within 0.5 s") == 1
+
+
+def test_a_call_that_ends_its_thread_is_a_failure_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = WandbSink(TrackingConfig(), tmp_path, {})
+    monkeypatch.setattr(sink._run, "log", lambda _: sys.exit("gone"))
+    with caplog.at_level(logging.WARNING, logger="rlalign"):
+        sink.log(1, {})
+        sink.log(2, {})
+        sink.close()
+    assert caplog.text.count("wandb failed and is switched off for the rest of the run: SystemExit: gone") == 1
+
+
 def test_close_is_bounded_in_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

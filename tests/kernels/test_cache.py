@@ -72,3 +72,5 @@ def test_refusals_name_the_argument():
     refused(r"slot_mapping is torch.int32", slot_mapping=slots.int())
     refused(r"slot_mapping is torch.int64 \(8,\), expected torch.int64 \[9\]", slot_mapping=slots[:8])
     refused(r"value \(8, 2, 8\)", value=value[:8])
+    with pytest.raises(NotImplementedError, match="has no gradient"):
+        write_kv_cache(key.requires_grad_(), value, k_cache, v_cache, slot_mapping=slots, backend="reference")

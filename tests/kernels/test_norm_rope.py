@@ -146,5 +146,7 @@ def test_refusals_name_the_argument():
         apply_rotary(heads, heads[:3], table, table, backend="reference")
     with pytest.raises(ValueError, match=r"cos is torch.bfloat16.*supported: torch.float32"):
         apply_rotary(heads, heads, table.bfloat16(), table.bfloat16(), backend="reference")
+    with pytest.raises(NotImplementedError, match="cos and sin have no gradient"):
+        apply_rotary(heads, heads, table, table.clone().requires_grad_(), backend="reference")
     with pytest.raises(ValueError, match=r"key.dtype=torch.bfloat16 differs"):
         apply_rotary(heads, heads.bfloat16(), table, table, backend="reference")

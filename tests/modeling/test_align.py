@@ -232,10 +232,11 @@ def large_logits(family: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedMo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("make", [tiny_model, large_logits])
-def test_refuses_a_model_that_scales_its_logits(make, dtype) -> None:
+@pytest.mark.parametrize("scale", [1.02, 0.25])
+def test_refuses_a_model_that_scales_its_logits(scale, make, dtype) -> None:
     model = align(make("llama", dtype), backend="reference")
     head = model.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, output: output * 3)
+    head.register_forward_hook(lambda module, args, output: output * scale)
     with pytest.raises(ValueError, match="transforms its logits"):
         Policy(model)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from rlalign_kernels import dispatch
 from support.models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CohereConfig, GlmConfig, PreTrainedModel
 
-from rlalign.modeling import PackedContext, Policy, align, audit, layers, rotation
+from rlalign.modeling import PackedContext, Policy, align, audit, gates, layers, rotation
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -44,8 +45,7 @@ def test_families_have_the_bits_of_their_own_code(family: str, dtype: torch.dtyp
     audit(fused)
     found = hidden(fused)
     monkeypatch.setattr(rotation, "_rotation_of", lambda module: None)
-    for kind in (layers.AlignedSiLU, layers.AlignedGELU):
-        monkeypatch.delattr(kind, "gated")
+    monkeypatch.setattr(gates, "_is_gated", lambda module: False)
     plain = align(original, backend="reference")
     assert counts(plain) == (0, 0)
     expected = hidden(plain)
@@ -82,18 +82,97 @@ def test_native_numerics_keep_the_models_own_code() -> None:
     assert counts(align(tiny_model("llama"), backend="native")) == (0, 0)
 
 
-@torch.no_grad()
-def test_an_mlp_that_multiplies_otherwise_is_left_alone() -> None:
-    model = tiny_model("llama")
+def shifted(mlp: nn.Module, x: Tensor) -> Tensor:
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + 1))
+
+
+def clamped(mlp: nn.Module, x: Tensor) -> Tensor:
+    """As Step-3.7 and DeepSeek-V4 do, beyond what small inputs reach."""
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).clamp(max=1e4) * mlp.up_proj(x).clamp(-1e4, 1e4))
+
+
+def dropping(mlp: nn.Module, x: Tensor) -> Tensor:
+    """As Seed-OSS does, in training."""
+    out = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    return nn.functional.dropout(out, 0.5, True) if mlp.training else out
+
+
+def scaled(mlp: nn.Module, x: Tensor) -> Tensor:
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) * mlp.down_proj.weight.new_ones(())
+
+
+def squared(mlp: nn.Module, x: Tensor) -> Tensor:
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.act_fn(mlp.gate_proj(x)))
+
+
+def unpacking(mlp: nn.Module, x: Tensor) -> Tensor:
+    _batch, _rows, _size = x.shape
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def of_two(mlp: nn.Module, x: Tensor, other: Tensor) -> Tensor:
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(other))
+
+
+def branching(mlp: nn.Module, x: Tensor) -> Tensor:
+    return x if x.sum() > 1e30 else mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+@pytest.mark.parametrize("code", [shifted, clamped, dropping, scaled, squared, unpacking, of_two, branching])
+def test_an_mlp_of_other_code_is_left_alone(code) -> None:
+    model = tiny_model("llama").train()
     mlp = model.model.layers[1].mlp
-
-    class Shifted(type(mlp)):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
-
-    mlp.__class__ = Shifted
+    other = type("Other", (type(mlp),), {"forward": code})
+    mlp.__class__ = other
     assert counts(align(model, backend="reference")) == (2, 1)
-    assert type(model.model.layers[1].mlp) is Shifted
+    assert type(mlp) is other and mlp.training
+
+
+@torch.no_grad()
+def test_a_gate_takes_its_input_by_any_name_and_an_activation_that_was_replaced() -> None:
+    model = align(tiny_model("llama"), backend="reference")
+    mlp, x = model.model.layers[0].mlp, torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = mlp(x)
+    assert torch.equal(mlp(x=x), expected)
+    mlp.act_fn.forward = lambda gate: gate * 0
+    assert not mlp(x).any()
+    mlp.act_fn = nn.Identity()
+    assert torch.equal(mlp(x), mlp.down_proj(mlp.gate_proj(x) * mlp.up_proj(x)))
+
+
+def test_a_backward_hook_on_the_activation_is_called() -> None:
+    model, heard = align(tiny_model("llama"), backend="reference"), []
+    for module in model.modules():
+        if _is_activation(module):
+            module.register_full_backward_hook(lambda *_: heard.append(1))
+    hidden(model).sum().backward()
+    assert len(heard) == 2
+
+
+def test_a_rotation_that_raises_is_left_alone(monkeypatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        raise AssertionError("not with these")
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", apply_rotary_pos_emb)
+    assert counts(align(tiny_model("llama"), backend="reference")) == (0, 2)
+
+
+def test_names_of_the_models_file_are_those_of_the_time_of_align(monkeypatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    align(tiny_model("llama"), backend="reference")
+    called, real = [], modeling_llama.ALL_ATTENTION_FUNCTIONS
+
+    class Watched(type(real)):
+        def get_interface(self, *args: object) -> object:
+            called.append(1)
+            return real.get_interface(*args)
+
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Watched())
+    hidden(align(tiny_model("llama"), backend="reference"))
+    assert called
 
 
 @torch.no_grad()
@@ -112,19 +191,23 @@ def test_hooks_on_the_activation_are_called_and_change_no_bit() -> None:
     assert heard
 
 
-def test_one_operator_each_where_nobody_listens(monkeypatch) -> None:
+@pytest.mark.parametrize("run", ["forward and backward", "audit"])
+def test_one_operator_each_where_nobody_listens(run: str, monkeypatch) -> None:
     model = align(tiny_model("qwen3"), backend="reference")
     policy = Policy(model)
     seen: list[str] = []
 
-    class Names(list):
-        def append(self, name: str) -> None:
-            seen.append(name)
-            super().append(name)
+    def noted(name: str, real: Callable[..., object], *args: object, **keywords: object) -> object:
+        seen.append(name)
+        return real(*args, **keywords)
 
-    monkeypatch.setattr(dispatch, "running", Names())
+    for module, name in ((rotation, "apply_rotary"), (layers, "swiglu"), (layers, "silu")):
+        monkeypatch.setattr(module, name, partial(noted, name, getattr(module, name)))
     context = PackedContext(torch.tensor([0, 3], dtype=torch.int32))
-    policy.hidden(torch.arange(3), torch.arange(3), context).sum().backward()
+    if run == "audit":
+        audit(model)
+    else:
+        policy.hidden(torch.arange(3), torch.arange(3), context).sum().backward()
     assert {name: seen.count(name) for name in ("apply_rotary", "swiglu", "silu")} == {
         "apply_rotary": 2, "swiglu": 2, "silu": 0
     }  # fmt: skip

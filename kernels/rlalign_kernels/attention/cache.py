@@ -41,7 +41,7 @@ def write_kv_cache(
     slot_mapping int64 [T]: page · page size + offset of each token. With backend "triton" nothing is read on the host,
     and a token whose slot lies outside of the caches is left out; the others raise IndexError, or what CUDA makes of
     it. Of tokens that share a slot any one may win. Not differentiable.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Raises ValueError for shapes, dtypes or devices that do not fit, NotImplementedError where a gradient is wanted.
     """
     run = _WRITE[backend]
     check_same("write_kv_cache", key, value=value, k_cache=k_cache, v_cache=v_cache)
@@ -62,5 +62,6 @@ def write_kv_cache(
         )
     if slot_mapping.device != key.device:
         raise ValueError(f"write_kv_cache: slot_mapping.device={slot_mapping.device} differs from key's {key.device}")
-    with torch.no_grad():
-        run(key, value, k_cache, v_cache, slot_mapping)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (key, value, k_cache, v_cache)):
+        raise NotImplementedError("write_kv_cache: has no gradient; use torch.no_grad()")
+    run(key, value, k_cache, v_cache, slot_mapping)

@@ -122,6 +122,8 @@ def _config_fields(overrides: Any) -> dict[str, Any]:
         else:
             name = name.removeprefix("rope_scaling.").removeprefix("rope_parameters.")
             fields["rope_type" if name == "type" else name] = value
+    if fields.get("rope_type") == "default":
+        del fields["rope_type"]  # which is what none says too
     return fields
 
 
