@@ -2,7 +2,8 @@
 
 Norms and rotary embeddings are recognised by what they compute, not by their name alone: each replacement is compared
 with the module it replaces on random input before it is kept. A linear is one whose forward is ``nn.Linear``'s, an
-activation one of PyTorch's or transformers'. What is not recognised stays as it was, and ``audit`` refuses it.
+activation one of PyTorch's or transformers'. What is not recognised stays as it was, and ``audit`` refuses it. Then
+what attentions and MLPs compute between these is fused (rotation.py, gates.py), where it has the same bits.
 """
 
 from __future__ import annotations
