@@ -275,7 +275,12 @@ class Side:
 @pytest.mark.parametrize("shift", [0.0, 0.25])
 def test_a_difference_beyond_the_sampled_tokens_stops_a_run_too(shift, tmp_path):
     config = tiny_run(tmp_path, align={"full_vocab_every": 2, "bisect_every": 2})
-    rollout, train = Side(), Side(shift)
+    rollout, train, told = Side(), Side(shift), []
+
+    def sides(wanted, excerpts):
+        told.append((wanted, len(excerpts)))
+        return rollout, train
+
     expected = pytest.raises(MismatchHalt, match=r"logits over the whole .*; outputs differ first at layer 0, mod")
     with expected if shift else contextlib.nullcontext(), make_run(config) as run:
         run.restore(FakeTrainer())
@@ -284,9 +289,11 @@ def test_a_difference_beyond_the_sampled_tokens_stops_a_run_too(shift, tmp_path)
                 with run.phase(name):
                     pass
             run.totals.steps = step  # the next one is 2, then 3: the second is not due
-            run.check(SAMPLES, lambda *_: (rollout, train))
+            run.check(SAMPLES, sides)
             verify(run)
             run.end_step(step + 1, SAMPLES, rollout_stats={})
+    [(wanted, num_excerpts)] = told  # before either is asked, so that both may begin
+    assert wanted == ["logit_digests", "site_digests"] and num_excerpts > 0
     assert rollout.asked == (["logit_digests", "logits_at"] if shift else ["logit_digests"])
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "align/full_vocab/tokens" in row]
     assert len(rows) == 1 and (rows[0]["align/full_vocab/kl/mean"] > 0) == (shift > 0)
