@@ -16,7 +16,7 @@ from sft import check_files, held_out, validated, warm_start
 
 from rlalign.actors import Controller
 from rlalign.actors.controller import Rollout
-from rlalign.actors.process import attention_of, set_up
+from rlalign.actors.process import attention_of, set_up, settled
 from rlalign.config import Config
 from rlalign.generators import Generators
 from rlalign.modeling import load_tokenizer
@@ -73,7 +73,7 @@ def started(recipe: str, config: Config, *, estimator: str) -> Iterator[Job]:
         actors.sync_weights()
         run.facts |= actors.facts()
         job = Job(run, actors, task, tokenizer, first_step=done + 1)
-        with run.saved_on_interrupt(actors.trainer):
+        with run.saved_on_interrupt(actors.trainer), settled():
             # before the first step, or where an interrupt came in between
             if run.evaluation_due():
                 run.evaluated(evaluate(actors, task, run), actors.trainer)

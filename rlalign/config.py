@@ -238,15 +238,15 @@ class AlignConfig:
     max_dumps: int = Field(1, ge=0)
     """Replayable steps that a run leaves at most, weights included."""
     worst_tokens: int = Field(10, ge=1)
-    full_vocab_every: int = Field(50, ge=0)
+    full_vocab_every: int = Field(100, ge=0)
     """Steps between comparisons of all logits of a few sequences, the first step included; 0: never."""
     full_vocab_positions: int = Field(16, ge=1)
     """Tokens of which the KL over the vocabulary is taken, where digests differ."""
-    bisect_every: int = Field(100, ge=0)
+    bisect_every: int = Field(200, ge=0)
     """Steps between comparisons of every layer's output on them; 0: never."""
     check_sequences: int = Field(8, ge=1)
     """Sequences that these two look at."""
-    check_tokens: int = Field(8, ge=1)
+    check_tokens: int = Field(4, ge=1)
     """Most response tokens of each that are decoded once more."""
     alert: AlertConfig = AlertConfig()
     fault: FaultConfig = FaultConfig()

@@ -211,7 +211,8 @@ class Controller:
             return partial(self.trainer.wait_for, self._trainer_handle.inspect.remote(*args))
 
         rollout, train = (
-            Inspecting(ask, {what: ask(what, excerpts) for what in wanted}) for ask in (ask_rollout, ask_trainer)
+            Inspecting(ask, excerpts, {what: ask(what, excerpts) for what in wanted})
+            for ask in (ask_rollout, ask_trainer)
         )
         return rollout, train
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from rlalign.config import EngineConfig
 from rlalign.modeling import Policy
 from rlalign.modeling.feeds import Feed, Forward, canonical_rows, packed_forward, paged_forwards
-from rlalign.modeling.observe import Key, layer_of, layouts, observed_hidden, per_token
+from rlalign.modeling.observe import Key, Layout, layer_of, layouts, observed_hidden, per_token
 from rlalign.verifier.bisect import Recording, Site
 from rlalign.verifier.periodic import Excerpt, SiteDigests
 
@@ -31,12 +31,17 @@ _BLOCK = 1 << 24
 _WIDTH = 1 << 14
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inspector:
     """A ``verifier.periodic.Inspects`` over a policy. forwards: how this side runs sequences."""
 
     policy: Policy
     forwards: Forwards
+
+    @cached_property
+    def layouts(self) -> dict[Key, Layout | None]:
+        """``observe.layouts`` of the policy; two forwards, once."""
+        return layouts(self.policy)
 
     @torch.no_grad()
     def logit_digests(self, excerpts: Sequence[Excerpt]) -> np.ndarray:
@@ -61,7 +66,7 @@ class Inspector:
     def site_digests(self, excerpts: Sequence[Excerpt]) -> SiteDigests:
         """Of every output that has a row per token."""
         feeds = _feeds(excerpts)
-        num_rows, layout_of = sum(feed.num_rows for feed in feeds), layouts(self.policy)
+        num_rows, layout_of = sum(feed.num_rows for feed in feeds), self.layouts
         digests: dict[Key, np.ndarray] = {}
         for forward in self.forwards(self.policy, feeds):
             found: dict[Key, Tensor] = {}
@@ -82,7 +87,7 @@ class Inspector:
         found: dict[int, list[np.ndarray]] = {order: [] for order in orders}
         kinds: dict[int, tuple[Key, str]] = {}
         seen: list[int] = []
-        layout_of = layouts(self.policy)
+        layout_of = self.layouts
         for forward in self.forwards(self.policy, _feeds(excerpts)):
             places = {int(row): index for index, row in enumerate(forward.rows)}
             inside = [row for row in rows if row in places]
@@ -143,10 +148,11 @@ class Inspector:
 class Inspecting:
     """The same of an actor. ``ask(what, *args)`` asks it at once, and gives what waits for the answer.
 
-    asked: the digests that it computes already, of the excerpts of this step.
+    asked: the digests that it computes already, of ``excerpts``.
     """
 
     ask: Callable[..., Callable[[], Any]]
+    excerpts: Sequence[Excerpt] = ()
     asked: Mapping[What, Callable[[], Any]] = field(default_factory=dict)
 
     def logit_digests(self, excerpts: Sequence[Excerpt]) -> np.ndarray:
@@ -162,7 +168,8 @@ class Inspecting:
         return self.ask("site_values", excerpts, orders, rows)()
 
     def _digests(self, what: What, excerpts: Sequence[Excerpt]) -> Any:
-        return (self.asked.get(what) or self.ask(what, excerpts))()
+        begun = self.asked.get(what) if excerpts is self.excerpts else None
+        return (begun or self.ask(what, excerpts))()
 
 
 def packed(policy: Policy, feeds: Sequence[Feed]) -> Iterator[Forward]:

@@ -12,7 +12,7 @@ from rlalign_kernels import Fingerprint
 
 from rlalign.actors.faults import kv_page_fault
 from rlalign.actors.inspection import Inspector, What, paged
-from rlalign.actors.process import device_of, plan_of, policy_settings, set_up
+from rlalign.actors.process import device_of, plan_of, policy_settings, set_up, settle
 from rlalign.actors.shared_memory import SharedReader, SharedWeights
 from rlalign.actors.weight_sync import WeightBundle, unbundle_weights
 from rlalign.config import Config, SamplingParams
@@ -50,6 +50,8 @@ class RolloutActor:
         policy = load_policy(checkpoint, **policy_settings(config))
         check_cache(config, policy.max_positions)
         self._engine = Engine(policy, load_tokenizer(checkpoint), config.engine)
+        self._inspector = Inspector(policy, paged(config.engine))
+        settle()
         return plan_of(config)
 
     def load_weights(self, bundle: WeightBundle | SharedWeights) -> str:
@@ -86,7 +88,7 @@ class RolloutActor:
 
     def inspect(self, what: What, *args: Any) -> Any:
         """One of the checks of ``inspection.Inspector``, on this engine's weights, the way it runs sequences."""
-        return getattr(Inspector(self.engine.policy, paged(self.engine.config)), what)(*args)
+        return getattr(self._inspector, what)(*args)
 
     @property
     def engine(self) -> Engine:

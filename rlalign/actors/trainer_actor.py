@@ -14,7 +14,7 @@ from rlalign_kernels import CONFORMANCE, Fingerprint
 from rlalign.actors.faults import flip_weight_bit, position_fault
 from rlalign.actors.inspection import Inspector, What, packed
 from rlalign.actors.peak import peak_tflops
-from rlalign.actors.process import plan_of, policy_settings, set_up
+from rlalign.actors.process import plan_of, policy_settings, set_up, settle
 from rlalign.actors.shared_memory import SharedBuffer, SharedWeights
 from rlalign.actors.weight_sync import Transport, WeightBundle, bundle_weights
 from rlalign.config import Config
@@ -54,7 +54,9 @@ class TrainerActor:
             reference=load_policy(checkpoint, **settings) if algorithm.kl_coef > 0 else None,
             correction_cap=config.align.correction_cap if policy_of(config) == "correct" else None,
         )
+        self._inspector = Inspector(policy, packed)
         self._peak = peak_tflops(config, policy.device.type)
+        settle()
         return plan_of(config)
 
     def compute(self) -> dict[str, Any]:
@@ -152,7 +154,7 @@ class TrainerActor:
 
     def inspect(self, what: What, *args: Any) -> Any:
         """One of the checks of ``inspection.Inspector``, on the trainer's weights of this moment."""
-        return getattr(Inspector(self.trainer.policy, packed), what)(*args)
+        return getattr(self._inspector, what)(*args)
 
     def conformance(self) -> dict[str, Any]:
         """What this process found out about its machine, JSON-ready."""

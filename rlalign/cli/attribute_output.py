@@ -168,20 +168,24 @@ def _lines(outcome: Attribution, facts: dict[str, Any], sequences: Sequence[Dump
     for effect in _tried(outcome):
         if effect.same_as is not None and effect.removes > _NOTABLE:
             yield f"{effect.cause.name} gives the very same log-probs as {effect.same_as}: can't be told apart here"
-    trips = facts["round_trips"]
-    if trips is not None and any(trips.values()):
-        prompts, responses = trips["prompts_that_do_not"], trips["responses_that_do_not"]
-        yield (
-            f"of {counted(facts['sequences'], 'sequence')}, {counted(prompts, 'prompt')} and "
-            f"{counted(responses, 'response')} are not what encoding their own text gives: a trainer that tokenises "
-            "again disagrees"
-        )
+    yield from _re_encoding(facts)
     for finding in (*outcome.broken, *outcome.findings):
         yield f"{finding.name}: {counted(finding.tokens, 'token')}, {_places(finding, sequences)}"
     if outcome.rounding is not None:
         yield f"rounding: {rounding_line(outcome.rest, outcome.rounding)}"
     for note in facts["notes"]:
         yield f"note: {note}"
+
+
+def _re_encoding(facts: dict[str, Any]) -> Iterator[str]:
+    trips = facts["round_trips"] or {}
+    parts = (("prompt", trips.get("prompts_that_do_not", 0)), ("response", trips.get("responses_that_do_not", 0)))
+    found = [counted(count, part) for part, count in parts if count]
+    if found:
+        yield (
+            f"{' and '.join(found)} of {counted(facts['sequences'], 'sequence')} would become other tokens if decoded "
+            "and encoded again: hand token ids on, not text"
+        )
 
 
 def _not_tried(outcome: Attribution) -> Iterator[str]:

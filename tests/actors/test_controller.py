@@ -100,6 +100,15 @@ def _digests(actors, step, excerpts):
     return plain[0]
 
 
+def test_digests_asked_ahead_are_of_their_own_excerpts_only(setting):
+    actors, _, prompts = setting
+    samples = actors.generate(prompts[:3], **STEP).samples
+    ahead, others = (choose_excerpts(samples, count=2, tokens=4, seed=seed, step=1) for seed in (0, 1))
+    assert [one.name for one in ahead] != [one.name for one in others]
+    for side in actors.inspectors(1, ["logit_digests"], ahead):
+        assert side.logit_digests(others).tolist() != side.logit_digests(ahead).tolist()
+
+
 def test_a_batch_tells_the_version_of_the_trainers_weights(setting):
     actors, _, prompts = setting
     samples = actors.generate(prompts[:2], **STEP).samples

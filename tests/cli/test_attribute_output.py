@@ -96,7 +96,8 @@ def test_few_sequences_that_were_not_compared_are_named_and_one_is_no_plural() -
     text = shown(outcome(), failed=failed, round_trips=trips, sequences=1)
     assert text.count("was not compared: too long") == 5
     assert "... and 2 more were not" in text
-    assert "of 1 sequence, 1 prompt and 0 responses are not what encoding their own text gives" in text
+    assert "1 prompt of 1 sequence would become other tokens if decoded and encoded again: hand token ids on" in text
+    assert "encoded again" not in shown(outcome(), round_trips={"prompts_that_do_not": 0, "responses_that_do_not": 0})
 
 
 def test_the_page_has_the_pictures_before_and_after_what_was_kept(tmp_path: Path) -> None:
