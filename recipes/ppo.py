@@ -14,7 +14,7 @@ from common import after_step, begin_batch, check, read_config, roll_out, starte
 from omegaconf import DictConfig
 
 from rlalign.algorithms.estimate import estimate_gae
-from rlalign.algorithms.metrics import merge, values
+from rlalign.algorithms.metrics import merge_updates, values
 from rlalign.algorithms.minibatches import minibatches_of_step
 from rlalign.cli.launch import finish, launch
 from rlalign.config import Config
@@ -61,7 +61,7 @@ def train(config: Config) -> None:
                         )
                         parts.append(result.parts)
                         run.metrics |= trainer.apply_update()
-                    run.metrics |= values(merge(parts))
+                    run.metrics |= values(merge_updates(parts))
                 with run.phase("sync"):
                     actors.sync_weights()
                 run.end_step(step, samples, rollout_stats=rollout.stats)

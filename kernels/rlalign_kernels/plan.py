@@ -2,8 +2,9 @@
 
 The plan here is the reference backend's; ``gpu_plan.py`` names the triton backend's. A plan is a function of nothing
 but such constants, the model's shapes and the GPU's architecture; no schedule is in it. On a CPU whose BLAS makes a
-row's bits depend on its place among 16, products take the first of ``row_tiles`` that is free of that: a fact of CPU
-model and BLAS, which are fields of the fingerprint for this reason.
+row's bits depend on its place among 16, products take the first of ``row_tiles`` that is free of that and whose bits
+a tile of 128 rows or more keeps, or else the one kept by the tallest: a fact of CPU model and BLAS, which are fields
+of the fingerprint for this reason.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ micro-batches of unequal size is therefore impossible to write by accident.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -77,6 +77,16 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
         for name, metric in part.items():
             merged[name] = merged[name] + metric if name in merged else metric
     return merged
+
+
+def merge_updates(updates: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """One dict over the optimizer's updates of a step: as ``merge``, but what is summed within an update, its loss, is
+    averaged over them."""
+    return merge({name: _of_an_update(metric) for name, metric in update.items()} for update in updates)
+
+
+def _of_an_update(metric: Metric) -> Metric:
+    return replace(metric, reduction="mean", count=1) if metric.reduction == "sum" else metric
 
 
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:

@@ -57,7 +57,7 @@ class Snapshot:
 
 
 def take_snapshot(data: PictureData, *, full: bool = True, layers: LayerRow | None = None) -> Snapshot:
-    """Snapshot of a comparison; without ``full`` it has no points, worst tokens and trace, and takes 1-3 KB as JSON."""
+    """Snapshot of a comparison; without ``full`` no points, worst tokens and trace, and 0.3-3 KB as JSON."""
     return Snapshot(
         num_tokens=len(data.delta),
         histogram=histogram(data),

@@ -2,7 +2,7 @@
 
 config.yaml          every setting, resolved
 metrics.jsonl        one line per step
-pictures.jsonl       what the pictures of each step show, reduced: 0.3-3 KB a step, 60 KB every tracking.media_every
+pictures.jsonl       what the pictures of each step show, reduced: 0.3-3 KB a step, 30-60 KB every tracking.media_every
 samples/             step_00001.jsonl, …: every sample with its reward
 checkpoints/         initial (a model made on the spot), last, best: Hugging Face folders
 wandb/               the offline run

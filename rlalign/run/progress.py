@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 _LOG_WIDTH = 120
-_PHASES = ("rollout", "reward", "train", "verify", "update", "sync")
+_PHASES = ("rollout", "reward", "train", "check", "verify", "update", "sync")
 
 
 class Progress:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlalign.algorithms.metrics import Metric, max_of, mean_of, merge, min_of, sum_of, values
+from rlalign.algorithms.metrics import Metric, max_of, mean_of, merge, merge_updates, min_of, sum_of, values
 
 
 def test_mean_of_unequal_parts_is_the_global_mean() -> None:
@@ -16,6 +16,16 @@ def test_mean_of_unequal_parts_is_the_global_mean() -> None:
         {"x": mean_of(torch.tensor([10.0])), "y": sum_of(torch.ones(2))},
     ]
     assert values(merge(parts)) == {"x": 4.0, "y": 2.0}
+
+
+def test_a_loss_is_a_sum_within_an_update_and_a_mean_over_updates() -> None:
+    updates = [
+        merge(
+            [{"loss": sum_of(torch.tensor([1.0, 2.0])), "x": mean_of(torch.ones(2))}, {"loss": sum_of(torch.ones(1))}]
+        ),
+        {"loss": sum_of(torch.tensor([2.0])), "x": mean_of(torch.tensor([4.0])), "a": max_of(torch.tensor([5.0]))},
+    ]
+    assert values(merge_updates(updates)) == {"loss": 3.0, "x": 2.0, "a": 5.0}
 
 
 def test_extremes_survive_merging_and_empty_parts() -> None:

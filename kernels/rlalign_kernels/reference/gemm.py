@@ -2,7 +2,8 @@
 
 Plan: K in absolute blocks of 384; each block is a product from zero over a tile of 16 rows (padded); block results are
 added in ascending order. Columns in absolute blocks of 2,048. Nothing of it depends on the number of rows. Where the
-machine's library gives a row of a 16-row tile bits that depend on its place, another of ``BASES`` that is free of that.
+machine's library gives a row of a 16-row tile bits that depend on its place, or keeps them in no taller tile, another
+of ``BASES``: the first whose bits 128 rows or more keep, or else the one kept by the tallest.
 Schedule: row tiles from one row up to 4,096, and batched products, each only for shapes that a probe has found equal on
 this machine.
 """
