@@ -74,8 +74,9 @@ def align(
         if backend != "native":
             _align_module(name, module, backend)
     if backend != "native":
-        align_rotation(model, backend)
         align_gates(model, backend)
+    if backend == "triton":  # elsewhere it is the same element-wise calls, and some views more
+        align_rotation(model, backend)
     _align_storage(model)
     model.rlalign_backend = backend
     return model

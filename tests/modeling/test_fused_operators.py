@@ -23,6 +23,13 @@ SMALL = {
 INTERLEAVED = {"glm": GlmConfig(**SMALL, head_dim=16), "cohere": CohereConfig(**SMALL)}
 
 
+def fuse(model: PreTrainedModel) -> PreTrainedModel:
+    """As align() does on a GPU, with the operators of a CPU."""
+    align(model, backend="reference")
+    rotation.align_rotation(model, "reference")
+    return model
+
+
 def counts(model: PreTrainedModel) -> tuple[int, int]:
     """Aligned attentions and gates of an aligned model."""
     kinds = [type(module).__mro__[1].__name__ for module in model.modules()]
@@ -40,13 +47,13 @@ def hidden(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_families_have_the_bits_of_their_own_code(family: str, dtype: torch.dtype, monkeypatch) -> None:
     original = tiny_model(family, dtype)
-    fused = align(copy.deepcopy(original), backend="reference")
+    fused = fuse(copy.deepcopy(original))
     assert counts(fused) == (2, 0 if family == "phi3" else 2)  # whose gate and up are one product
     audit(fused)
     found = hidden(fused)
     monkeypatch.setattr(rotation, "_rotation_of", lambda module: None)
     monkeypatch.setattr(gates, "_is_gated", lambda module: False)
-    plain = align(original, backend="reference")
+    plain = fuse(original)
     assert counts(plain) == (0, 0)
     expected = hidden(plain)
     assert torch.equal(found, expected)
@@ -59,7 +66,7 @@ def test_another_rotation_stays_the_models_own(name: str) -> None:
     model = AutoModelForCausalLM.from_config(INTERLEAVED[name], attn_implementation="eager").eval()
     tokens = torch.arange(12).unsqueeze(0)
     expected = model(tokens).logits[0]
-    aligned = align(model, backend="reference")
+    aligned = fuse(model)
     assert counts(aligned)[0] == 0
     context = PackedContext(torch.tensor([0, 12], dtype=torch.int32))
     ids = {"input_ids": tokens, "position_ids": torch.arange(12).unsqueeze(0), "use_cache": False}
@@ -75,11 +82,12 @@ def test_a_rotation_of_the_same_name_that_does_something_else_is_left_alone(monk
         return real(q, k, cos, -sin, unsqueeze_dim)
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", apply_rotary_pos_emb)
-    assert counts(align(tiny_model("llama"), backend="reference")) == (0, 2)
+    assert counts(fuse(tiny_model("llama"))) == (0, 2)
 
 
-def test_native_numerics_keep_the_models_own_code() -> None:
-    assert counts(align(tiny_model("llama"), backend="native")) == (0, 0)
+@pytest.mark.parametrize(("backend", "expected"), [("native", (0, 0)), ("reference", (0, 2)), ("triton", (2, 2))])
+def test_native_numerics_and_a_cpus_rotation_keep_the_models_own_code(backend: str, expected: tuple[int, int]) -> None:
+    assert counts(align(tiny_model("llama"), backend=backend)) == expected
 
 
 def shifted(mlp: nn.Module, x: Tensor) -> Tensor:
@@ -124,13 +132,13 @@ def test_an_mlp_of_other_code_is_left_alone(code) -> None:
     mlp = model.model.layers[1].mlp
     other = type("Other", (type(mlp),), {"forward": code})
     mlp.__class__ = other
-    assert counts(align(model, backend="reference")) == (2, 1)
+    assert counts(fuse(model)) == (2, 1)
     assert type(mlp) is other and mlp.training
 
 
 @torch.no_grad()
 def test_a_gate_takes_its_input_by_any_name_and_an_activation_that_was_replaced() -> None:
-    model = align(tiny_model("llama"), backend="reference")
+    model = fuse(tiny_model("llama"))
     mlp, x = model.model.layers[0].mlp, torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     expected = mlp(x)
     assert torch.equal(mlp(x=x), expected)
@@ -141,7 +149,7 @@ def test_a_gate_takes_its_input_by_any_name_and_an_activation_that_was_replaced(
 
 
 def test_a_backward_hook_on_the_activation_is_called() -> None:
-    model, heard = align(tiny_model("llama"), backend="reference"), []
+    model, heard = fuse(tiny_model("llama")), []
     for module in model.modules():
         if _is_activation(module):
             module.register_full_backward_hook(lambda *_: heard.append(1))
@@ -156,13 +164,13 @@ def test_a_rotation_that_raises_is_left_alone(monkeypatch) -> None:
         raise AssertionError("not with these")
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", apply_rotary_pos_emb)
-    assert counts(align(tiny_model("llama"), backend="reference")) == (0, 2)
+    assert counts(fuse(tiny_model("llama"))) == (0, 2)
 
 
 def test_names_of_the_models_file_are_those_of_the_time_of_align(monkeypatch) -> None:
     from transformers.models.llama import modeling_llama
 
-    align(tiny_model("llama"), backend="reference")
+    fuse(tiny_model("llama"))
     called, real = [], modeling_llama.ALL_ATTENTION_FUNCTIONS
 
     class Watched(type(real)):
@@ -171,13 +179,13 @@ def test_names_of_the_models_file_are_those_of_the_time_of_align(monkeypatch) ->
             return real.get_interface(*args)
 
     monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Watched())
-    hidden(align(tiny_model("llama"), backend="reference"))
+    hidden(fuse(tiny_model("llama")))
     assert called
 
 
 @torch.no_grad()
 def test_hooks_on_the_activation_are_called_and_change_no_bit() -> None:
-    model = align(tiny_model("llama"), backend="reference")
+    model = fuse(tiny_model("llama"))
     expected, heard = hidden(model), []
     handles = [m.register_forward_hook(lambda *_: heard.append(1)) for m in model.modules() if _is_activation(m)]
     assert torch.equal(hidden(model), expected)
@@ -193,7 +201,7 @@ def test_hooks_on_the_activation_are_called_and_change_no_bit() -> None:
 
 @pytest.mark.parametrize("run", ["forward and backward", "audit"])
 def test_one_operator_each_where_nobody_listens(run: str, monkeypatch) -> None:
-    model = align(tiny_model("qwen3"), backend="reference")
+    model = fuse(tiny_model("qwen3"))
     policy = Policy(model)
     seen: list[str] = []
 
