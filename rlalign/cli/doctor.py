@@ -117,8 +117,8 @@ def _setting(args: argparse.Namespace) -> Setting:
         torch.device("cuda", torch.cuda.current_device()) if gpu and backend != "reference" else torch.device("cpu")
     )
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if dtype == "float16" and backend != "triton":
-        raise ValueError(f"--dtype float16 is not supported with backend {backend}; use float32 or bfloat16")
+    if dtype == "float16" and backend == "reference":
+        raise ValueError("--dtype float16 is not supported with backend reference; use float32 or bfloat16")
     return setting(backend, device, getattr(torch, dtype), schedules=not args.quick)
 
 
