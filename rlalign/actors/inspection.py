@@ -148,7 +148,7 @@ class Inspector:
 class Inspecting:
     """The same of an actor. ``ask(what, *args)`` asks it at once, and gives what waits for the answer.
 
-    asked: the digests that it computes already, of ``excerpts``.
+    asked: the digests that it computes already, of ``excerpts``: of this very object, not of an equal one.
     """
 
     ask: Callable[..., Callable[[], Any]]

@@ -45,6 +45,7 @@ def settle() -> None:
 
     Those walk every object there is: 0.4 s each time, in the midst of a step.
     """
+    gc.unfreeze()  # or a cycle that an earlier call froze would stay
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # or extension modules take what is left at the end for leaks

@@ -40,6 +40,7 @@ class RolloutActor:
     def __init__(self, threads: int) -> None:
         set_up(threads)
         self._engine: Engine | None = None
+        self._inspector: Inspector | None = None
         self._reader = SharedReader()
 
     def load(self, config: Config, checkpoint: Path) -> Fingerprint:
@@ -88,6 +89,8 @@ class RolloutActor:
 
     def inspect(self, what: What, *args: Any) -> Any:
         """One of the checks of ``inspection.Inspector``, on this engine's weights, the way it runs sequences."""
+        if self._inspector is None:
+            raise RuntimeError("load() comes first")
         return getattr(self._inspector, what)(*args)
 
     @property

@@ -33,6 +33,7 @@ class TrainerActor:
     def __init__(self, threads: int) -> None:
         set_up(threads)
         self._trainer: Trainer | None = None
+        self._inspector: Inspector | None = None
         self._samples: list[Sample] = []
         self._shift_position = False
         self._shared, self._trial = SharedBuffer(), SharedBuffer()
@@ -154,6 +155,8 @@ class TrainerActor:
 
     def inspect(self, what: What, *args: Any) -> Any:
         """One of the checks of ``inspection.Inspector``, on the trainer's weights of this moment."""
+        if self._inspector is None:
+            raise RuntimeError("load() comes first")
         return getattr(self._inspector, what)(*args)
 
     def conformance(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Norms and rotary embeddings are recognised by what they compute, not by their name alone: each replacement is compared
 with the module it replaces on random input before it is kept. A linear is one whose forward is ``nn.Linear``'s, an
 activation one of PyTorch's or transformers'. What is not recognised stays as it was, and ``audit`` refuses it. Then
-what attentions and MLPs compute between these is fused (rotation.py, gates.py), where it has the same bits.
+what MLPs and, on a GPU, attentions compute between these is fused (gates.py, rotation.py), where forward has the same
+bits.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def align(
             _align_module(name, module, backend)
     if backend != "native":
         align_gates(model, backend)
-    if backend == "triton":  # elsewhere it is the same element-wise calls, and some views more
+    if backend == "triton":  # elsewhere forward is the same element-wise calls, and some views more
         align_rotation(model, backend)
     _align_storage(model)
     model.rlalign_backend = backend

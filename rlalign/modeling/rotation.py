@@ -2,7 +2,7 @@
 
 Transformers' attention modules rotate queries and keys in the midst of their forward, by ``apply_rotary_pos_emb`` of
 the file that they stand in. An aligned one runs the same code with that name bound to ``apply_rotary``, where both have
-the same bits; elsewhere (interleaved channels, other conventions) it stays as it is, element-wise and exact.
+the same bits; elsewhere (a CPU, interleaved channels, other conventions) it stays as it is, element-wise and exact.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 _LOG_WIDTH = 120
+# seconds of a phase
+_SHOWN = 0.005
 _PHASES = ("rollout", "reward", "train", "check", "verify", "update", "sync")
 
 
@@ -65,5 +67,7 @@ def step_line(step: int, total: int, metrics: Mapping[str, float], seconds: Mapp
         f"max|Δlogp| {metrics['align/logp_abs_diff/max']:.3g}  mismatches {mismatches:,}  ",
         style="green" if mismatches == 0 else "red",
     )
-    line.append("  ".join(f"{name} {seconds[name]:.2f}s" for name in _PHASES if name in seconds), style="dim")
+    line.append(
+        "  ".join(f"{name} {seconds[name]:.2f}s" for name in _PHASES if seconds.get(name, 0) >= _SHOWN), style="dim"
+    )
     return line

@@ -48,7 +48,7 @@ _GENERATORS = 0x7261696E
 class AccumulateResult:
     """train_logprobs: float32 [L] per sample in the caller's order, the exact bits of the forward that was trained on.
 
-    parts: metrics with their reduction, to merge with those of other minibatches; metrics: the numbers.
+    parts: metrics with their reduction, for ``merge_updates`` with those of other minibatches; metrics: the numbers.
     """
 
     train_logprobs: list[np.ndarray]

@@ -13,7 +13,7 @@ from support.samples import make_samples
 from support.trainers import make_policy
 
 from rlalign.actors.faults import flip_weight_bit
-from rlalign.actors.inspection import Inspector, digest, packed, paged
+from rlalign.actors.inspection import Inspecting, Inspector, digest, packed, paged
 from rlalign.config import EngineConfig
 from rlalign.modeling import PackedContext, Policy
 from rlalign.run.pictures import layer_row
@@ -170,6 +170,19 @@ def test_excerpts_are_a_function_of_seed_and_step_and_reach_late_positions():
 def test_when_checks_are_due():
     assert [step for step in range(1, 45) if due(20, step)] == [1, 20, 40]
     assert not any(due(0, step) for step in range(1, 45))
+
+
+def test_digests_asked_ahead_are_not_asked_for_again():
+    calls: list[tuple[str, object]] = []
+
+    def ask(what: str, excerpts: object) -> Callable[[], object]:
+        calls.append((what, excerpts))
+        return lambda: what
+
+    ahead = Inspecting(ask, EXCERPTS, {"logit_digests": lambda: "ahead"})
+    assert (ahead.logit_digests(EXCERPTS), ahead.site_digests(EXCERPTS)) == ("ahead", "site_digests")
+    assert ahead.logit_digests(list(EXCERPTS)) == "logit_digests"
+    assert [what for what, _ in calls] == ["site_digests", "logit_digests"]
 
 
 def test_two_models_are_refused():

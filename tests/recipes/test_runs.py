@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import grpo
 import numpy as np
@@ -191,14 +190,18 @@ def test_a_planted_fault_stops_the_run_and_names_the_token(kind, replayed, tmp_p
     assert replayed in capsys.readouterr().out
 
 
-def test_ppo_updates_several_times_per_batch_and_still_agrees(tmp_path):
+def test_ppo_updates_several_times_per_batch_and_still_agrees(tmp_path, monkeypatch):
+    steps, merged = [], ppo.merge_updates
+    monkeypatch.setattr(ppo, "merge_updates", lambda updates: merged(steps.append(updates) or updates))
     algorithm = {"adv_estimator": "gae", "group_size": 2, "epochs": 2, "minibatches": 2, "kl_coef": 0.05}
     ppo.train(tiny_run(tmp_path / "whole", algorithm=algorithm))
     found = summary(tmp_path / "whole")
     assert found["mismatch_count"] == 0 and len(found["critic_sha256"]) == 64
     rows = [row for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "critic/loss" in row]
     assert [row["align/weights_version"] for row in rows] == [0, 4, 8]
-    assert all(math.isfinite(row["critic/loss"]) for row in rows)
+    for row, updates in zip(rows, steps, strict=True):
+        for name in ("loss", "critic/loss"):
+            assert row[name] == pytest.approx(sum(update[name].value for update in updates) / 4)
     ppo.train(tiny_run(tmp_path / "parts", algorithm=algorithm, run={"steps": 2}))
     ppo.train(resumed_config(tmp_path / "parts", ["run.steps=3"]))
     for name in ("final_weights_sha256", "critic_sha256"):

@@ -214,8 +214,8 @@ def test_a_limit_beyond_a_checkpoints_positions_is_named_before_anything_starts(
 
 
 def test_a_setting_that_only_this_recipe_lacks_keeps_hydras_hint(recipe):
-    code, _, err = recipe("sft", "sampling.max_tokens=8")
-    assert code == 2 and "+sampling.max_tokens=8" in err and "no such setting" not in err
+    code, _, err = recipe("sft", "cluster.num_rollout_actors=2")
+    assert code == 2 and "+cluster.num_rollout_actors=2" in err and "no such setting" not in err
 
 
 def test_a_reward_is_looked_at_before_a_supervised_run_has_a_folder(recipe, tmp_path, monkeypatch):
