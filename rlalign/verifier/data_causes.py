@@ -22,6 +22,8 @@ _MIDDLE, _ENDS = 0.01, 0.05
 _LEAST_TOKENS = 20
 _MIN_VALUES = 40
 _DECIMALS = range(1, 7)
+# tokens, and standard errors, by which log-probs are another sequence's and not their own
+_LEAST_ALIKE, _SURELY_ALIKE = 8, 6.0
 # one dump in e**20
 _CHANCE = 20.0
 
@@ -41,7 +43,7 @@ def shift_causes() -> list[Cause]:
 
 def swaps(scores: Scores, now: np.ndarray) -> list[Cause]:
     """The cause that sequences carry each other's log-probs, if any do: their |Δ| to the other's scores is far smaller
-    than to their own."""
+    than to their own, or they rise and fall with the other's and not with their own, as they do at any temperature."""
     ends = np.cumsum([0, *(len(s.token_ids) for s in scores.sequences)])
     scored = [now[a:b] for a, b in pairwise(ends.tolist())]
     own = scores.distance(now)
@@ -58,12 +60,27 @@ def swaps(scores: Scores, now: np.ndarray) -> list[Cause]:
         nearest = min(others, default=(np.inf, -1))
         if nearest[0] <= 0.25 * np.nanmean(mine):
             partners[place] = nearest[1]
+            continue
+        alike = max(
+            ((_likeness(sequence.logprobs, scored[other]), other) for _, other in others), default=(-np.inf, -1)
+        )
+        if alike[0] > _likeness(sequence.logprobs, scored[place]) + _SURELY_ALIKE:
+            partners[place] = alike[1]
     return [swap_cause(partners, [s.name for s in scores.sequences])] if partners else []
 
 
 def _mean_distance(a: np.ndarray, b: np.ndarray) -> float:
     both = np.isfinite(a) & np.isfinite(b)
     return float(np.abs(a[both].astype(np.float64) - b[both]).mean()) if both.sum() >= 2 else float("inf")
+
+
+def _likeness(a: np.ndarray, b: np.ndarray) -> float:
+    """Fisher's z of the correlation of log-probs [n], in standard errors of what chance gives."""
+    both = np.isfinite(a) & np.isfinite(b)
+    if both.sum() < _LEAST_ALIKE or not (np.ptp(a[both]) and np.ptp(b[both])):
+        return 0.0
+    with np.errstate(divide="ignore"):
+        return float(np.arctanh(np.corrcoef(a[both].astype(np.float64), b[both])[0, 1])) * (both.sum() - 3) ** 0.5
 
 
 def fitted_base(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> list[Cause]:

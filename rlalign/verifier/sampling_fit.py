@@ -99,11 +99,11 @@ class _Fit:
     def filter(self, name: str, **others: float) -> float:
         """The value of least error: around the best of the coarse ones error falls and then rises. Of equals a common
         one."""
+        return self.lowest(name, lambda value: self.error(**{name: value}, **others))
+
+    def lowest(self, name: str, error: Callable[[float], float]) -> float:
+        """The filter's value that ``error`` is least for, as ``filter`` looks for it."""
         coarse, step = _FILTERS[name]
-
-        def error(value: float) -> float:
-            return self.error(**{name: value}, **others)
-
         best = min(range(len(coarse)), key=lambda i: error(coarse[i]))
         low, high = coarse[max(0, best - 1)], coarse[min(len(coarse) - 1, best + 1)]
         values = [type(coarse[0])(round(low + step * i, 2)) for i in range(round((high - low) / step) + 1)]
@@ -185,7 +185,22 @@ def _pairs(fit: _Fit, temperature: float) -> list[dict[str, float]]:
         pairs = better
         seen += pairs.values()
     best = min(seen, key=lambda values: fit.error(**values))
+    if fit.error(**best) > 2 * fit.floor():
+        best = min(
+            [best, *(_together(fit, name, values) for name, values in pairs.items())], key=lambda v: fit.error(**v)
+        )
     return [best] if fit.error(**best) <= _HALF * alone else []
+
+
+def _together(fit: _Fit, name: str, values: dict[str, float]) -> dict[str, float]:
+    """The pair of least error around this one, the temperature fitted to each value of the filter: where a larger
+    min-p makes up for a higher temperature, neither gets better by itself."""
+
+    def beside(value: float) -> dict[str, float]:
+        return {"temperature": fit.temperature(values["temperature"], **{name: value}), name: value}
+
+    value = fit.lowest(name, lambda value: fit.error(**beside(value)))
+    return beside(value)
 
 
 def _both_filters(fit: _Fit, temperatures: Iterable[float]) -> dict[str, float] | None:

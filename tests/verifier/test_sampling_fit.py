@@ -41,6 +41,9 @@ def names(outcome: Attribution) -> list[str]:
         (SamplingParams(min_p=0.1), "min_p=0.1"),
         (SamplingParams(temperature=0.7, top_p=0.9), "temperature=0.7,top_p=0.9"),
         (SamplingParams(temperature=0.85, top_k=20), "temperature=0.85,top_k=20"),
+        (SamplingParams(temperature=0.8, min_p=0.05), "temperature=0.8,min_p=0.05"),
+        (SamplingParams(temperature=1.3, min_p=0.1), "temperature=1.3,min_p=0.1"),
+        (SamplingParams(temperature=0.6, min_p=0.02), "temperature=0.6,min_p=0.02"),
         (SamplingParams(temperature=0.6, top_k=20, top_p=0.95), "temperature=0.6,top_k=20,top_p=0.95"),
         (SamplingParams(top_k=10, top_p=0.8), "top_k=10,top_p=0.8"),
     ],
@@ -208,6 +211,23 @@ def test_swapped_sequences_are_fitted_as_a_whole(monkeypatch):
     made = dump(Softmax(), SamplingParams(temperature=0.8))
     swapped = [replace(s, logprobs=made[(i + 15) % 30].logprobs) for i, s in enumerate(made)]
     assert sorted(names(run(swapped))) == ["swapped_sequences", "temperature=0.8"]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.6), SamplingParams(temperature=1.5, top_k=5)])
+def test_a_swap_is_seen_through_what_sampling_does_to_all(params):
+    made = dump(Softmax(), params)
+    swapped = [replace(s, logprobs=made[i ^ 1].logprobs) for i, s in enumerate(made)]
+    outcome = run(swapped)
+    values = {"temperature": params.temperature} | ({"top_k": params.top_k} if params.top_k else {})
+    assert sorted(names(outcome)) == ["swapped_sequences", ",".join(f"{name}={v:g}" for name, v in values.items())]
+    assert outcome.rest.mismatches == 0
+
+
+def test_log_probs_that_are_like_nobodys_are_not_swapped():
+    made = dump(Softmax(), SamplingParams(temperature=0.3))
+    noise = np.random.default_rng(0).exponential(2.0, size=(len(made), len(made[0].token_ids)))
+    unlike = [replace(s, logprobs=-noise[i].astype(np.float32)) for i, s in enumerate(made)]
+    assert names(run(unlike)) == []
 
 
 @pytest.mark.parametrize(
