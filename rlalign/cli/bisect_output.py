@@ -29,6 +29,8 @@ def show(outcome: Bisection, facts: Facts, worst: int, console: Console) -> None
         console.print(f"sequence {one['id']} was not compared: {one['error']}", markup=False, soft_wrap=True)
     for name in facts["not_recorded"]:
         console.print(f"not compared: {name}: its output has no row per token", markup=False, soft_wrap=True)
+    for field in facts["without_effect"]:
+        console.print(f"{field} changes nothing on these tokens", markup=False, soft_wrap=True)
     good = facts["exit_code"] == 0
     lines = [outcome.verdict]
     if outcome.first is not None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
+from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE, one_line
 from rlalign.dashboards.jsonl import to_json
 from rlalign.verifier.stream.tally import Outcome
 from rlalign.verifier.stream.worst import TokenDifference
@@ -45,7 +45,8 @@ class Verdict:
     forward over the tokens of rollout, a dump; two dumps otherwise.
 
     unmatched: sequences that make the two sides different whatever their log-probs are, and why. failed: sequences
-    that could not be compared, and why. notes: what was assumed. facts: more plain JSON.
+    that could not be compared, and why. notes: what was assumed. facts: more plain JSON. unread: what ended the reading
+    before the end.
     """
 
     sides: tuple[str, str]
@@ -59,6 +60,7 @@ class Verdict:
     notes: Sequence[str] = ()
     scored: bool = False
     pictures: Snapshot | None = field(default=None, repr=False)
+    unread: ValueError | None = None
 
     @property
     def exceeded(self) -> list[str]:
@@ -77,8 +79,9 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """A difference outweighs a sequence that could not be compared; that in turn keeps the rest from equality."""
-        if self.outcome.num_tokens == 0:
+        """A difference outweighs a sequence that could not be compared; that in turn keeps the rest from equality.
+        Input that can't be read outweighs all."""
+        if self.outcome.num_tokens == 0 or self.unread is not None:
             return EXIT_UNUSABLE
         if self.exceeded:
             return EXIT_DIFFERENT
@@ -87,6 +90,10 @@ class Verdict:
     @property
     def line(self) -> str:
         """The verdict in one line."""
+        return self._found if self.unread is None else f"{self._found}; not all was read: {one_line(self.unread)}"
+
+    @property
+    def _found(self) -> str:
         outcome, left_out = self.outcome, counted(self.num_failed, "sequence")
         size = f"{counted(outcome.num_tokens, 'token')} of {counted(outcome.num_sequences, 'sequence')}"
         if outcome.num_tokens == 0:

@@ -51,6 +51,7 @@ class Session:
         self._ids, self._signs = Ids(within_files=True), Signs()
         self._failed: list[LeftOut] = []
         self._num_failed = 0
+        self._unread: ValueError | None = None
         self._seconds = {"load": 0.0, "score": 0.0}
 
     def file(self) -> Verdict:
@@ -61,7 +62,8 @@ class Session:
         return self._verdict(str(self._args.file))
 
     def watch(self, console: Console) -> Verdict:
-        """Score what the folder has and gains, a line for every change, until Ctrl-C or the time is up."""
+        """Score what the folder has and gains, a line for every change, until Ctrl-C, the time is up, or something
+        can't be read."""
         folder = WatchedFolder(self._args.watch, self._args.format, self._options)
         self._model()
         end = None if self._args.watch_seconds is None else time.monotonic() + self._args.watch_seconds
@@ -76,6 +78,8 @@ class Session:
                 time.sleep(left)
         except KeyboardInterrupt:
             console.print("interrupted: this is what was found so far", markup=False)
+        except ValueError as error:
+            self._unread = error
         notes = [f"{path} is unfinished; its end was not compared" for path in folder.unfinished]
         return self._verdict(str(self._args.watch), notes)
 
@@ -92,12 +96,18 @@ class Session:
             if len(self._failed) < _NAMED:
                 self._failed.append(LeftOut(scored.sequence.id, scored.sequence.name, scored.error))
         self._seconds["score"] = round(self._seconds["score"] + time.perf_counter() - start, 3)
+        if self._unread is not None:
+            raise self._unread
 
     def _seen(self, sequences: Iterable[DumpSequence]) -> Iterator[DumpSequence]:
-        for sequence in sequences:
-            self._ids.add(sequence)
-            self._signs.add(sequence)
-            yield sequence
+        """The sequences up to one that can't be used; ``_unread`` is why, for when those before it were scored."""
+        try:
+            for sequence in sequences:
+                self._ids.add(sequence)
+                self._signs.add(sequence)
+                yield sequence
+        except ValueError as error:
+            self._unread = error
 
     def _model(self) -> Policy:
         if self._policy is not None:
@@ -152,6 +162,7 @@ class Session:
                 *notes,
             ],
             pictures=None if self._pictures is None else self._pictures.snapshot,
+            unread=self._unread,
         )
 
     def _facts(self) -> dict[str, Any]:

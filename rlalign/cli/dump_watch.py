@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from rlalign.verifier.dumps import (
@@ -53,7 +54,7 @@ class WatchedFolder:
 
     def look(self) -> Iterator[tuple[Path, Format, Iterator[DumpSequence]]]:
         """Files with something new, in order of their names. Raises ValueError for a file that shrank, was replaced, or
-        is wrong."""
+        is wrong; so do the sequences, after those before what is wrong."""
         for path in sorted(self.folder.rglob("*")):
             if path.suffix not in _SUFFIXES or not path.is_file():
                 continue
@@ -67,13 +68,13 @@ class WatchedFolder:
 
     def _look_at_lines(self, path: Path) -> Iterator[tuple[Path, Format, Iterator[DumpSequence]]]:
         while lines := self._new_lines(path):
-            rows = [row for line, content in lines for row in parse_line(path, line, content, ended=True)]
-            if not rows:
+            rows = (row for line, content in lines for row in parse_line(path, line, content, ended=True))
+            if (first := next(rows, None)) is None:
                 continue
-            state = self._growing[path]
+            state, rows = self._growing[path], chain([first], rows)
             if state.format is None:
-                state.format, _ = choose_format(path, iter(rows), self.format)
-            yield path, state.format, self._counted(state, iter(rows))
+                state.format, rows = choose_format(path, rows, self.format)
+            yield path, state.format, self._counted(state, rows)
 
     @property
     def unfinished(self) -> list[Path]:

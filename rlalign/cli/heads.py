@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlalign.config import SamplingParams
 from rlalign.modeling import Policy, sampling_rows
-from rlalign.verifier.score import ScoreSettings
+from rlalign.verifier.score import ScoreSettings, UnsupportedSetting
 
 # bytes of one block of float32 logits
 _MAX_BYTES = 64 * 2**20
@@ -92,7 +92,7 @@ def _rounded(
     rows: SamplingRows | None,
     support: Tensor | None,
 ) -> Tensor:
-    """The log-softmax of logits that were rounded to bfloat16, in full."""
+    """The log-softmax of rounded logits, in full."""
     logits = _logits(policy, hidden, settings, rows, rounded=True)
     if support is not None:
         logits = logits.masked_fill(~support, -torch.inf)
@@ -102,11 +102,17 @@ def _rounded(
 def _logits(
     policy: Policy, hidden: Tensor, settings: ScoreSettings, rows: SamplingRows | None, *, rounded: bool
 ) -> Tensor:
-    """[N, V] after the temperature, in the model's dtype or rounded to bfloat16 before it."""
+    """[N, V] after the temperature, in the model's dtype or rounded as ``settings.logits`` says before it. Raises
+    UnsupportedSetting where float16 can't hold the logits, or loses nothing of a bfloat16 model's."""
     logits = linear(hidden, policy.head.weight, policy.head.bias, backend=policy.backend)
     if rounded:
-        logits = logits.bfloat16()
-    if settings.logits != "bfloat16_softmax":
+        coarse = torch.float16 if settings.logits.startswith("float16") else torch.bfloat16
+        if coarse is torch.float16 and policy.dtype == torch.bfloat16:
+            raise UnsupportedSetting(f"logits={settings.logits}: the model computes in bfloat16, which is coarser")
+        if coarse is torch.float16 and (logits.abs() > torch.finfo(coarse).max).any():
+            raise UnsupportedSetting(f"logits={settings.logits}: a logit is beyond float16's range")
+        logits = logits.to(coarse)
+    if not settings.logits.endswith("_softmax"):
         logits = logits.float()
     if policy.softcap is not None:
         logits = torch.tanh(logits / policy.softcap) * policy.softcap

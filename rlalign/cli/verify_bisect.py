@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         "settings_b": b.settings.describe(),
         "failed": failed,
         "not_recorded": skipped,
+        "without_effect": _without_effect(outcome, a, b),
         "logprobs": metrics,
         "exceeded": bounds.exceeded(metrics, num_tokens=logprobs.num_tokens) if logprobs.num_tokens else [],
     }
@@ -213,6 +214,12 @@ def _with_response(sequence: DumpSequence) -> DumpSequence:
     return replace(
         sequence, prompt_token_ids=prompt, token_ids=response, logprobs=np.zeros(len(response), np.float32), mask=None
     )
+
+
+def _without_effect(outcome: Bisection, a: NamedSetting, b: NamedSetting) -> list[str]:
+    """Fields of config.json that one side has in another way, where all outputs are equal."""
+    fields = {f"config.{name}={value}" for name, value in {*a.settings.config} ^ {*b.settings.config}}
+    return sorted(fields) if outcome.equal else []
 
 
 def exit_code(outcome: Bisection, bounds: Thresholds, exceeded: Sequence[str], failed: Sequence[Failed] = ()) -> int:

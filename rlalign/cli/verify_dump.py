@@ -82,4 +82,6 @@ def run(args: argparse.Namespace) -> int:
         write_json(verdict, args.json, decode)
     if args.html is not None:
         write_page(verdict, args.html, decode)
+    if verdict.unread is not None:
+        raise verdict.unread
     return verdict.exit_code

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from rlalign.cli.errors import one_line
 from rlalign.config import ScoringDtype
-from rlalign.verifier.score import OPERATORS, ScoreSettings
+from rlalign.verifier.causes import PAD_POSITIONS
+from rlalign.verifier.score import OPERATORS, Logits, ScoreSettings
 
 _NUMERICS = ("invariant", "native")
 _DTYPES = get_args(ScoringDtype)
@@ -16,7 +17,8 @@ HELP = (
     f"native, invariant, {', '.join(_DTYPES)}, decode, alone, or KEY=VALUE of model, numerics, dtype, native "
     f"({'+'.join(OPERATORS)}), attention (reference, sdpa, flex), phase (prefill, decode), batch (together, alone), "
     "chunk, padding (left_seen, middle_seen), pad_position, position_offset, response_position_offset, "
-    "logits (bfloat16), config.FIELD; several with commas"
+    "logits (bfloat16, float16, bfloat16_softmax, float16_softmax), config.FIELD, or a cause as attribute names it "
+    "(operator.NAME, padding.left, …); several with commas"
 )
 _WORDS = {
     **{name: ("numerics", name) for name in _NUMERICS},
@@ -28,6 +30,23 @@ _PLAIN = (
     "dtype", "attention", "phase", "batch", "chunk", "padding", "pad_position", "position_offset",
     "response_position_offset", "logits",
 )  # fmt: skip
+# what attribute's causes are as settings; decode is a word of its own
+_CAUSES = {
+    "operators.native": "native",
+    "operators.invariant": "invariant",
+    "batch": "native,alone",
+    "decode.alone": "native,decode,alone",
+    **{f"operator.{name}": f"native={name}" for name in OPERATORS},
+    **{f"dtype.{name}": name for name in _DTYPES},
+    "dtype.float16": "native,float16",
+    **{f"logits.{name}": f"logits={name}" for name in get_args(Logits) if name != "float32"},
+    **{f"positions[{by:+d}]": f"position_offset={by}" for by in (1, -1)},
+    **{f"response_positions[{by:+d}]": f"response_position_offset={by}" for by in (1, -1)},
+    **{f"padding.{where}": f"padding={where}_seen" for where in ("left", "middle")},
+    **{f"padding.left.uncounted[{at}]": f"padding=left_seen,pad_position={at}" for at in PAD_POSITIONS},
+}
+# as Python and as JSON write them
+_CONSTANTS = {"None": None, "null": None, "True": True, "true": True, "False": False, "false": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +65,8 @@ def parse_setting(option: str, text: str) -> NamedSetting:
     config: list[tuple[str, Any]] = []
     model: Path | None = None
     said: dict[str, tuple[str, str]] = {}
-    for part in (piece.strip() for piece in text.split(",")):
+    for part in ",".join(_CAUSES.get(piece.strip(), piece) for piece in text.split(",")).split(","):
+        part = part.strip()
         key, equals, value = part.partition("=")
         if not equals:
             if part not in _WORDS:
@@ -59,7 +79,7 @@ def parse_setting(option: str, text: str) -> NamedSetting:
         if key == "model":
             model = Path(value)
         elif key.startswith("config."):
-            config.append((key.removeprefix("config."), _number(value)))
+            config.append((key.removeprefix("config."), _value(value)))
         elif key == "numerics" and value in _NUMERICS:
             values["native"] = OPERATORS if value == "native" else ()
         elif key == "native":
@@ -74,7 +94,9 @@ def parse_setting(option: str, text: str) -> NamedSetting:
         raise ValueError(f"{option} {text!r}: {one_line(error)}") from error
 
 
-def _number(text: str) -> int | float | str:
+def _value(text: str) -> bool | int | float | str | None:
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
     for kind in (int, float):
         try:
             return kind(text)

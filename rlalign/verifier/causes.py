@@ -212,6 +212,8 @@ def numeric_causes(dtype: ScoringDtype, *, decode: bool, native: bool = False) -
     c = setting_cause
     # PyTorch's alone computes in it everywhere
     other_dtypes = {"float32": {}, "bfloat16": {}, "float16": {"native": OPERATORS}}
+    # a bfloat16 model's logits lose nothing in float16
+    logits = ("bfloat16",) if dtype == "bfloat16" else ("bfloat16", "float16")
     operators: dict[Operator, str] = {
         "attention": "attention (PyTorch's SDPA; vLLM: VLLM_ATTENTION_BACKEND, SGLang: --attention-backend)",
         "linear": "matrix products (PyTorch's)",
@@ -221,11 +223,12 @@ def numeric_causes(dtype: ScoringDtype, *, decode: bool, native: bool = False) -
         "head": "the output head (PyTorch's)",
     }
     found = [
-        c("logits.bfloat16", "numerics", "logits are rounded to bfloat16 before the softmax",
-          'float32 logits: vLLM hf_overrides={"head_dtype": "float32"}, SGLang --enable-fp32-lm-head',
-          logits="bfloat16"),
-        c("logits.bfloat16_softmax", "numerics", "logits and their log-softmax are in bfloat16",
-          "convert logits to float32 before log_softmax", logits="bfloat16_softmax"),
+        *(one for coarse in logits for one in (
+            c(f"logits.{coarse}", "numerics", f"logits are rounded to {coarse} before the softmax",
+              'float32 logits: vLLM hf_overrides={"head_dtype": "float32"}, SGLang --enable-fp32-lm-head',
+              logits=coarse),
+            c(f"logits.{coarse}_softmax", "numerics", f"logits and their log-softmax are in {coarse}",
+              "convert logits to float32 before log_softmax", logits=f"{coarse}_softmax"))),
         *(c(f"dtype.{other}", "numerics", f"the engine computes in {other}, scoring in {dtype}",
             f"one dtype on both sides (vLLM, SGLang: --dtype {dtype})", dtype=other, **beside)
           for other, beside in other_dtypes.items() if other != dtype),

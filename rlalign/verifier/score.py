@@ -20,6 +20,7 @@ from rlalign.config import SamplingParams, ScoringDtype
 from rlalign.verifier.dumps.record import DumpSequence
 
 Operator = Literal["attention", "linear", "norm", "rotary", "activation", "head"]
+Logits = Literal["float32", "bfloat16", "bfloat16_softmax", "float16", "float16_softmax"]
 Transform = Literal["temperature", "top_k", "top_p", "min_p"]
 OPERATORS: tuple[Operator, ...] = get_args(Operator)
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
@@ -45,7 +46,7 @@ class ScoreSettings:
     """Of every sequence, how many first tokens, the prompt's counted, have keys and values of the weights
     ``cached_by``, as after an update in flight. Response tokens that these rows predict are left without a log-prob."""
     cached_by: int = Field(0, ge=0)
-    config: tuple[tuple[str, int | float | str | None], ...] = ()
+    config: tuple[tuple[str, bool | int | float | str | None], ...] = ()
     """Fields of config.json that are replaced, such as ("rms_norm_eps", 1e-5); a dot steps into an object."""
     dtype: ScoringDtype | None = None
     """Of weights and activations; None: the scorer's own."""
@@ -84,8 +85,8 @@ class ScoreSettings:
     """Filters keep what they might keep if every probability were wrong by a factor of up to e**slack: their bounds are
     loosened, and what is within ``slack`` of the least likely kept token is kept too. Negative: bounds are tightened,
     so that only what is kept in any case is."""
-    logits: Literal["float32", "bfloat16", "bfloat16_softmax"] = "float32"
-    """What logits are rounded to; bfloat16_softmax: log-softmax and its result too."""
+    logits: Logits = "float32"
+    """What logits are rounded to; bfloat16_softmax, float16_softmax: log-softmax and its result too."""
     target_shift: Literal[-1, 0, 1] = 0
     """The token's log-prob is read so many rows later than the row that predicts it."""
     prompt: Literal[

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from support.models import tiny_model
 
 from rlalign.cli.heads import head_logprobs
 from rlalign.config import SamplingParams
 from rlalign.modeling import load_policy
-from rlalign.verifier.score import ScoreSettings
+from rlalign.verifier.score import ScoreSettings, UnsupportedSetting
 
 
 def test_slack_keeps_what_is_nearly_as_likely_as_the_least_kept_token(tmp_path: Path) -> None:
@@ -42,6 +43,18 @@ def test_slack_is_not_as_coarse_as_bfloat16(tmp_path: Path) -> None:
     first_left_out = ids[kept][None]
     assert head_logprobs(policy, hidden, first_left_out, ScoreSettings(slack=slack), params).item() == -float("inf")
     assert head_logprobs(policy, hidden, first_left_out, ScoreSettings(slack=8 * slack), params).isfinite()
+
+
+def test_logits_that_float16_cannot_imitate_are_refused(tmp_path: Path) -> None:
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    policy, settings = load_policy(tmp_path), ScoreSettings(logits="float16")
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    assert head_logprobs(policy, hidden, torch.tensor([0]), settings).isfinite()
+    with pytest.raises(UnsupportedSetting, match="a logit is beyond float16's range"):
+        head_logprobs(policy, 1e6 * hidden, torch.tensor([0]), settings)
+    coarse = load_policy(tmp_path, dtype="bfloat16")
+    with pytest.raises(UnsupportedSetting, match="the model computes in bfloat16, which is coarser"):
+        head_logprobs(coarse, hidden.bfloat16(), torch.tensor([0]), settings)
 
 
 def test_slack_keeps_no_banned_id(tmp_path: Path) -> None:

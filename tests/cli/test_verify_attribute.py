@@ -153,6 +153,23 @@ def test_bfloat16_logits(policy, plain, scorer):
     assert found.rest.max_abs < 1e-5 < found.base.mean_abs
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_softmax_too_in_16_bits(policy, plain, scorer, dtype):
+    def in_16_bits(sequence: DumpSequence) -> np.ndarray:
+        values = torch.log_softmax(logits_of(policy, sequence).to(dtype), -1)
+        return values.gather(1, torch.from_numpy(sequence.token_ids).unsqueeze(1)).squeeze(1).float().numpy()
+
+    found = run([replace(s, logprobs=in_16_bits(s)) for s in plain], scorer)
+    assert names(found)[0] == f"logits.{str(dtype).removeprefix('torch.')}_softmax"
+    assert found.rest.mean_abs < 0.01 * found.base.mean_abs
+
+
+def test_float16_logits(policy, plain, scorer):
+    found = run(relabel(plain, lambda s: logits_of(policy, s).half()), scorer)
+    assert names(found) == ["logits.float16"]
+    assert found.rest.max_abs < 1e-5 < found.base.mean_abs
+
+
 def other_config(folder: Path, name: str, value: float) -> list[DumpSequence]:
     with Policies([folder / "model"], "float32").using(ScoreSettings(config=((name, value),))) as policy:
         return engine_dump(policy, PLAIN)

@@ -23,6 +23,8 @@ from rlalign.config import ModelConfig
 from rlalign.modeling.feeds import Forward
 from rlalign.tasks.sort import make_sort_tokenizer
 from rlalign.verifier.bisect import Bisection, bisect
+from rlalign.verifier.causes import Way, numeric_causes, position_causes
+from rlalign.verifier.config_causes import config_causes
 from rlalign.verifier.dumps.record import DumpSequence
 from rlalign.verifier.score import ScoreSettings
 
@@ -282,6 +284,25 @@ def test_settings_are_read():
     uncounted = ScoreSettings(padding="left_seen", pad_position=1)
     assert parse_setting("--a", "padding=left_seen,pad_position=1").settings == uncounted
     assert ScoreSettings(cached=(3, 0), cached_by=1).describe() == "cached=3+0, cached_by=1"
+    constants = parse_setting("--b", "config.a=None,config.b=null,config.c=True,config.d=false,config.e=1").settings
+    assert [repr(value) for _, value in constants.config] == ["None", "None", "True", "False", "1"]
+
+
+def test_causes_are_settings_by_the_names_that_attribute_gives_them():
+    arithmetic = [*numeric_causes("float32", decode=True), *numeric_causes("bfloat16", decode=True, native=True)]
+    changes = [("final_logit_softcapping", None, ""), ("use_sliding_window", True, ""), ("rope_theta", 1e-06, "")]
+    for cause in (*arithmetic, *position_causes(), *config_causes(changes)):
+        # a setting's decode is of any operators; bisect has no say in the row that a log-prob is read from
+        if cause.name == "decode" or cause.name.startswith("target_shift"):
+            continue
+        assert parse_setting("--b", f" {cause.name}").settings == cause.change(Way(), 0).settings, cause.name
+
+
+def test_a_field_of_config_json_without_effect_is_named(model, tmp_path, capsys):
+    found = run(model, tokens(tmp_path), tmp_path, "invariant", "config.max_position_embeddings=95")
+    assert (found["equal"], found["without_effect"]) == (True, ["config.max_position_embeddings=95"])
+    assert "config.max_position_embeddings=95 changes nothing on these tokens" in capsys.readouterr().out
+    assert run(model, tokens(tmp_path), tmp_path, "invariant", "config.rms_norm_eps=1e-2")["without_effect"] == []
 
 
 def test_a_sequence_that_the_model_cannot_take_is_named_and_the_rest_compared(model, tmp_path, capsys):

@@ -315,6 +315,29 @@ def test_watch_reads_what_is_there_and_says_what_is_unfinished(
     assert f"{folder / 'a.jsonl'}: 2 sequences, 12 tokens, 0 differ" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wrong", ['{"id": "x"}', '{"id": "r0", "prompt_', "twice"])
+def test_watch_says_what_was_compared_before_a_line_that_cannot_be_read(
+    model: Path, plain: list[DumpSequence], tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str
+) -> None:
+    pytest.importorskip("plotly", reason="the page needs plotly")
+    file, page = tmp_path / "dumps" / "a.jsonl", tmp_path / "page.html"
+    file.parent.mkdir()
+    write_dump(file, plain[:3])
+    line = file.read_text().splitlines()[0] if wrong == "twice" else wrong
+    with file.open("a") as more:
+        more.write(f"{line}\n")
+    command = ["dump", "--watch", str(file.parent), "--model", str(model), "--html", str(page)]
+    result = run(command, tmp_path, "--watch-seconds", "60")
+    shown = capsys.readouterr()
+    assert (result["exit_code"], result["equal"], result["num_sequences"]) == (2, False, 3)
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    why = shown.err.removeprefix("error: ").strip()
+    assert f"{file}, line 4: " in why or f"{file}:4" in why
+    assert result["verdict"] == f"the sides agree bit for bit on 18 tokens of 3 sequences; not all was read: {why}"
+    assert shown.out.splitlines()[-1] == result["verdict"]
+    assert "not all was read" in page.read_text()
+
+
 def test_watched_files_grow_line_by_line(plain: list[DumpSequence], tmp_path: Path) -> None:
     write_dump(tmp_path / "whole.jsonl", plain)
     content = (tmp_path / "whole.jsonl").read_bytes()

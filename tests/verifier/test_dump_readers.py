@@ -149,6 +149,10 @@ def test_verl_without_its_mask_takes_what_attention_shows(tmp_path: Path, named:
     del batch["attention_mask"]
     with pytest.raises(ValueError, match="field 'response_mask' is missing, and 'attention_mask' too"):
         list(read_dump(write(tmp_path, batch)))
+    assert [ids(s) for s in read_dump(write(tmp_path, batch), options=ReadOptions(pad_token_id=0))] == read
+    inside = {"prompts": [0, 5], "responses": [0, 11, 0, 12, 0], "rollout_log_probs": [-1, -2, -3, -4, 0]}
+    found = only(write(tmp_path, inside | {"pad_token_id": 0}))
+    assert (ids(found), found.mask.tolist()) == (([5], [0, 11, 0, 12]), [True] * 4)
     row = {"input_ids": [1, 2], "rollout_log_probs": [-1.0], "response_mask": None}
     with pytest.raises(ValueError, match="field 'response_mask' is missing, and 'responses' too"):
         list(read_dump(write(tmp_path, row)))

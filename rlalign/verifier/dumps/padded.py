@@ -6,7 +6,8 @@ padded right, ``sampling_per_token_logps`` [R], their masks ``prompt_mask`` and 
 
 Padding is what the masks say. Without verl's response mask, its attention mask says which of ``responses`` [R] are
 tokens, and all of them count. Without an attention mask it is the padding id at either end; that id is given, or in
-verl's batches, where the response mask shows where responses end, seen from what fills the rest.
+verl's batches, where the response mask shows where responses end, seen from what fills the rest. Without either mask
+all of ``responses`` count up to the padding.
 """
 
 from __future__ import annotations
@@ -37,16 +38,18 @@ def read_verl(row: Row, options: ReadOptions) -> Iterator[DumpSequence]:
     """One sequence per row of the batch; ``logprobs="old_log_probs"`` reads the trainer's side instead."""
     name = options.logprobs or "rollout_log_probs"
     optional = ("input_ids", "prompts", "attention_mask")
+    pad = _pad_id(row, options)
     if row.values.get("response_mask") is not None:
         batch = _Batch(row, ("response_mask", name), (*optional, "responses"))
     else:
-        for other, where in (("responses", "begin"), ("attention_mask", "end")):
-            if row.values.get(other) is None:
-                why = f"and '{other}' too: one of them has to say where responses {where}"
-                raise row.error(f"field 'response_mask' is missing, {why}")
+        if row.values.get("responses") is None:
+            why = "and 'responses' too: one of them has to say where responses begin"
+            raise row.error(f"field 'response_mask' is missing, {why}")
+        if row.values.get("attention_mask") is None and pad is None:
+            why = "and 'attention_mask' too: one of them, or the padding id, has to say where responses end"
+            raise row.error(f"field 'response_mask' is missing, {why}")
         batch = _Batch(row, ("responses", name), optional)
     members = [batch.member(index) for index in range(batch.size)]
-    pad = _pad_id(row, options)
     if pad is None and not batch.has("attention_mask"):
         pad = _seen_padding(members)
     for member in members:
@@ -122,7 +125,7 @@ class _Batch:
 
 
 def _verl(member: _Member, name: str, pad: int | None) -> DumpSequence:
-    ids, begin, mask = _verl_parts(member)
+    ids, begin, mask = _verl_parts(member, pad)
     logprobs = fields.logprobs(member.row, member.label(name), member.values[name])
     # a full-length column is aligned with the ids: entry t is about token t
     logprobs = logprobs[begin:] if len(logprobs) == len(ids) else logprobs
@@ -142,15 +145,18 @@ def _verl(member: _Member, name: str, pad: int | None) -> DumpSequence:
     )
 
 
-def _verl_parts(member: _Member) -> tuple[np.ndarray, int, np.ndarray]:
-    """(all ids [P + R], where the response begins, its mask [R])."""
+def _verl_parts(member: _Member, pad: int | None) -> tuple[np.ndarray, int, np.ndarray]:
+    """(all ids [P + R], where the response begins, its mask [R]). pad: not None where there is no mask."""
     if "input_ids" in member.values:
         ids = member.ids("input_ids")
     else:
         ids = np.concatenate([member.ids("prompts"), member.ids("responses")])
     if "response_mask" not in member.values:
-        size = len(member.ids("responses"))
-        return ids, len(ids) - size, member.mask("attention_mask", len(ids), "input_ids")[len(ids) - size :]
+        response = member.ids("responses")
+        begin = len(ids) - len(response)
+        if "attention_mask" not in member.values:
+            return ids, begin, _unpadded(response, pad)
+        return ids, begin, member.mask("attention_mask", len(ids), "input_ids")[begin:]
     mask = fields.mask(member.row, member.label("response_mask"), member.values["response_mask"])
     if len(mask) > len(ids):
         raise member.row.error(f"field '{member.label('response_mask')}' has {len(mask)} values for {len(ids)} ids")
@@ -175,11 +181,10 @@ def _trl(member: _Member, name: str, pad: int | None) -> DumpSequence:
     prompt, ids = member.ids("prompt_ids"), member.ids("completion_ids")
     logprobs = fields.logprobs(member.row, member.label(name), member.values[name])
     fields.same_length(member.row, member.label(name), logprobs, "completion_ids", len(ids))
-    mask = np.ones(len(ids), np.bool_)
     if "completion_mask" in member.values:
         mask = member.mask("completion_mask", len(ids), "completion_ids")
-    elif pad is not None:
-        mask[_last(ids != pad) :] = False
+    else:
+        mask = _unpadded(ids, pad)
     end = _last(mask)
     if "tool_mask" in member.values:
         mask = mask & member.mask("tool_mask", len(ids), "completion_ids")
@@ -204,7 +209,7 @@ def _seen_padding(members: list[_Member]) -> int | None:
     """The id that fills what follows the last token of every response; None if nothing does, or several ids do."""
     seen: set[int] = set()
     for member in members:
-        ids, begin, mask = _verl_parts(member)
+        ids, begin, mask = _verl_parts(member, None)
         if mask.any():
             seen |= set(np.unique(ids[begin + _last(mask) :]).tolist())
     return seen.pop() if len(seen) == 1 else None
@@ -220,6 +225,14 @@ def _leading(member: _Member, prompt: np.ndarray, pad: int | None) -> int:
             "padding. Give attention_mask, or the padding id"
         )
     return 0
+
+
+def _unpadded(ids: np.ndarray, pad: int | None) -> np.ndarray:
+    """True for all ids but the padding that they end with."""
+    mask = np.ones(len(ids), np.bool_)
+    if pad is not None:
+        mask[_last(ids != pad) :] = False
+    return mask
 
 
 def _last(mask: np.ndarray) -> int:
