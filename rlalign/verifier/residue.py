@@ -5,7 +5,7 @@ Legend: N tokens of all sequences one after another; places count sequences of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,8 @@ _LEAST_REPEATED, _MOST = 5, 0.85
 _LEAST_TOKENS, _NEAR, _OFF, _NEARLY_ALL = 4, 3.0, 10.0, 0.8
 # tokens of a sequence that make more than single ones
 _FEW = 3
+# what a token's own log-prob is below, if a 0 is not its
+_ZERO = -0.1
 # the end of a sequence among others: tokens, how far off in standard errors and times the others' mean |Δ|
 _LEAST_RAISED, _RAISED_ERRORS, _RAISED = 8, 8.0, 2.0
 # a mean: how far from 0, in standard errors and of the mean |Δ|
@@ -62,8 +64,8 @@ def broken(sequences: Sequence[DumpSequence], scored: np.ndarray, place: np.ndar
 def at_the_edge(edge: np.ndarray, place: np.ndarray) -> tuple[Finding, ...]:
     """bool [N] of sampled tokens that rounding put outside the support, as a finding if there are any."""
     what = (
-        "tokens were sampled that top-k, top-p or min-p leave out here by no more than rounding: -inf on one side, and "
-        "in none of the means"
+        "tokens at the border of top-k, top-p or min-p: whether they, or those beside them, are left out is decided by "
+        "rounding; not counted in what is left"
     )
     return (_finding("edge_of_support", what, edge, place, _positions(place)),) if edge.any() else ()
 
@@ -97,6 +99,11 @@ def describe_rest(
         return tuple(each for each in (*found, penalty) if each is not None)
     exact = differs.sum() < 0.5 * valid.sum()
     far = differs if exact else differs & far
+    for name, what, same in _one_value(reported, scored, differs):
+        found.append(_finding(name, what, same, place, position))
+        valid, differs, far = valid & ~same, differs & ~same, far & ~same
+    if not differs.any() or (others and not far.any()):
+        return tuple(each for each in found if each is not None)
     # of tokens that all differ by more than rounding, the far ones are the ends of one distribution
     if (exact or others) and 0 < far.sum() < 0.5 * valid.sum():
         found += _clusters(far, valid, place, position, reported, scored, size, exact=exact)
@@ -116,6 +123,21 @@ def _outside(scored: np.ndarray, valid: np.ndarray, place: np.ndarray, position:
 def _stored(grid: str | None, valid: np.ndarray, place: np.ndarray, position: np.ndarray) -> Finding | None:
     what = f"every log-prob of the dump fits into {grid}: rounded where it was computed or stored"
     return None if grid is None else _finding("stored", what, valid, place, position)
+
+
+def _one_value(reported: np.ndarray, scored: np.ndarray, differs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Name, words and bool [N] of tokens that all have one log-prob in the dump and others by the model."""
+    zero = differs & (reported == 0)
+    if (zero & (scored < _ZERO)).any():
+        yield "zero", "the dump's log-prob is exactly 0 and the model's is not: padding, or never reported", zero
+    lowest = reported[differs].min()
+    clamped = differs & ~zero & (reported == lowest) & (scored < lowest)
+    if clamped.sum() >= _MIN_TOKENS // 4:
+        yield (
+            "clamped",
+            f"the dump's log-prob is its lowest, {lowest:.9g}, and the model's below: clamped there",
+            clamped,
+        )
 
 
 def _some_sequences(
@@ -192,6 +214,8 @@ def _clusters(
             first, whole = int(position[start]), True
             mine = valid & (place == sequence) & (position >= first)
         groups["isolated" if not whole else "sequence" if first <= 1 else "from_position"] |= mine
+    if (end := _always(groups["isolated"], valid, place)) is not None:
+        groups[end] = groups.pop("isolated")
     says = {
         "until_position": "differs up to a token and agrees "
         + ("" if exact else "to rounding ")
@@ -202,12 +226,27 @@ def _clusters(
         "or stale KV block, a prefix-cache hit after a weight update, a preempted request, or another token there than "
         "was sampled (bisect --dump shows the layer)",
         "sequence": "whole sequences differ and the others agree: other prompt, weights or padding in these",
-        "isolated": f"single tokens differ, by up to {_ulp(reported, scored, groups['isolated'])} ULP, and "
+        **{
+            name: f"only the {word} token of a response differs, of nearly all: its log-prob is another's, or none"
+            for name, word in (("first_token", "first"), ("last_token", "last"))
+        },
+        "isolated": f"single tokens differ, by up to {_ulp(reported, scored, far)} ULP, and "
         + ("most agree" if exact else "most far less")
         + ": the log-prob was changed after it was computed (conversion, rounding, storage)"
         + ("" if exact else ", or rounding hides at the others what is wrong with them too"),
     }
     return [_finding(name, says[name], mask, place, position) for name, mask in groups.items() if mask.any()]
+
+
+def _always(single: np.ndarray, valid: np.ndarray, place: np.ndarray) -> str | None:
+    """The end of the response that single tokens are at, of nearly all sequences; None if they are elsewhere."""
+    counted, first, last = np.flatnonzero(valid), np.zeros_like(valid), np.zeros_like(valid)
+    starts = np.flatnonzero(np.diff(place[counted], prepend=-1))
+    first[counted[starts]] = last[counted[np.append(starts[1:], len(counted)) - 1]] = True
+    if single.sum() < max(_FEW, _NEARLY_ALL * len(starts)):
+        return None
+    ends = {"first_token": first, "last_token": last}
+    return next((name for name, end in ends.items() if not (single & ~end).any()), None)
 
 
 def _begins(far: np.ndarray, mine: np.ndarray, position: np.ndarray) -> bool:

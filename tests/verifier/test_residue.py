@@ -52,6 +52,36 @@ def test_what_is_no_log_prob_is_not_explained_by_rounding(value):
     assert [finding.where for finding in outcome.broken] == [((2, 5),)]
 
 
+@pytest.mark.parametrize("native", [(), OPERATORS], ids=["exact", "rounding"])
+@pytest.mark.parametrize(("change", "name", "share"), [
+    (lambda values: np.where(np.arange(24) >= 18, 0, values), "zero", 6 / 24),
+    (lambda values: np.zeros(24), "zero", 1),
+    (lambda values: np.where(np.arange(24) == 0, values - 1, values), "first_token", 1 / 24),
+    (lambda values: np.where(np.arange(24) == 23, values - 1, values), "last_token", 1 / 24),
+    (lambda values: np.maximum(values, np.float32(-3.5)), "clamped", None),
+])  # fmt: skip
+def test_a_pattern_over_all_sequences_is_named_and_nothing_else(native, change, name, share):
+    made = dump(Softmax(), settings=ScoreSettings(native=native))
+    changed = [replace(s, logprobs=change(s.logprobs).astype(np.float32)) for s in made]
+    outcome = attribute(changed, Softmax(), decode=False)
+    assert not outcome.explained
+    assert [finding.name for finding in outcome.findings] == [name]
+    if share is not None:
+        assert outcome.findings[0].tokens == pytest.approx(share * 24 * len(made), abs=3)
+
+
+def test_a_confident_models_zeros_are_its_own():
+    made = dump(Softmax())
+    peaked = [replace(s, logprobs=np.where(s.logprobs > -0.5, 0, s.logprobs).astype(np.float32)) for s in made]
+    assert any((s.logprobs == 0).any() for s in peaked)
+
+    class Sure(Softmax):
+        def __call__(self, sequences, settings):
+            return [np.where(v > -0.5, np.float32(-1e-6), v) for v in super().__call__(sequences, settings)]
+
+    assert "zero" not in [finding.name for finding in attribute(peaked, Sure(), decode=False).findings]
+
+
 @pytest.mark.parametrize(("wrong_from", "name"), [(9, "from_position"), (15, "isolated")])
 def test_a_fault_that_rounding_half_hides_is_seen_in_what_follows(wrong_from, name):
     """One token is off by far more than rounding; those behind it by a few times rounding, or by no more than it."""
