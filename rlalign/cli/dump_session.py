@@ -19,7 +19,7 @@ from rlalign.config import ScoringDtype
 from rlalign.verifier.dumps import DumpSequence, Format, ReadOptions, detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.dumps.ids import Ids
-from rlalign.verifier.dumps.signs import Signs
+from rlalign.verifier.dumps.signs import Signs, Zeros
 from rlalign.verifier.stream.pieces import of_scores
 from rlalign.verifier.stream.tally import Tally
 from rlalign.verifier.words import counted
@@ -48,7 +48,7 @@ class Session:
         self._policy: Policy | None = None
         self._dtype: ScoringDtype | None = None
         self._distributions: dict[str, Distribution] = {}
-        self._ids, self._signs = Ids(within_files=True), Signs()
+        self._ids, self._signs, self._zeros = Ids(within_files=True), Signs(), Zeros()
         self._failed: list[LeftOut] = []
         self._num_failed = 0
         self._unread: ValueError | None = None
@@ -90,7 +90,9 @@ class Session:
         sequences = self._seen(sequences)
         for scored in score_dump(policy, sequences, distribution, micro_batch_tokens=self._args.micro_batch_tokens):
             if scored.train is not None:
-                self._tally.add(of_scores(scored.sequence, scored.train))
+                sides = of_scores(scored.sequence, scored.train)
+                self._tally.add(sides)
+                self._zeros.add(sides.rollout, sides.train, sides.keep)
                 continue
             self._num_failed += 1
             if len(self._failed) < _NAMED:
@@ -158,7 +160,7 @@ class Session:
             scored=True,
             notes=[
                 *(note for each in self._distributions.values() for note in each.notes),
-                *([self._signs.note] if self._signs.note else []),
+                *(note for note in (self._signs.note, self._zeros.note) if note),
                 *notes,
             ],
             pictures=None if self._pictures is None else self._pictures.snapshot,

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> Verdict:
     from rlalign.cli.dump_output import LeftOut, Verdict
     from rlalign.verifier.dumps.ahead import read_ahead
+    from rlalign.verifier.dumps.signs import Zeros
     from rlalign.verifier.stream.join import join_by_id, join_by_order
     from rlalign.verifier.stream.pieces import of_dumps
     from rlalign.verifier.stream.tally import Tally
@@ -84,6 +85,7 @@ def _compare(args: argparse.Namespace) -> Verdict:
     tally = Tally(worst=args.worst, watch=None if pictures is None else pictures.add)
     unmatched: list[LeftOut] = []
     num_unmatched = 0
+    zeros = Zeros("rollout", "train's"), Zeros("train", "rollout's")
     for pair in (join_by_order if args.by_order else join_by_id)(*readers):
         reason: str | None
         if pair.rollout is None or pair.train is None:
@@ -91,6 +93,9 @@ def _compare(args: argparse.Namespace) -> Verdict:
         else:
             sides, reason = of_dumps(pair.rollout, pair.train)
             tally.add(sides)
+            both, keep = (sides.rollout[: sides.compared], sides.train[: sides.compared]), sides.keep
+            for each, one, other in zip(zeros, both, both[::-1], strict=True):
+                each.add(one, other, None if keep is None else keep[: sides.compared])
         if reason is not None:
             num_unmatched += 1
             # kept small, and the same ones whatever the order
@@ -104,6 +109,7 @@ def _compare(args: argparse.Namespace) -> Verdict:
         facts={"formats": formats, "seconds": {"compare": round(time.perf_counter() - start, 3)}},
         unmatched=sorted(unmatched)[:_NAMED],
         num_unmatched=num_unmatched,
+        notes=[each.note for each in zeros if each.note],
         pictures=None if pictures is None else pictures.snapshot,
     )
 

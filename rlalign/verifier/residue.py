@@ -12,6 +12,7 @@ import numpy as np
 
 from rlalign.verifier.compare import ulp_distance
 from rlalign.verifier.dumps.record import DumpSequence, missing
+from rlalign.verifier.dumps.signs import CLEARLY_NEGATIVE
 
 _ONE_SIDED = 0.95
 _MIN_TOKENS = 40
@@ -23,8 +24,6 @@ _LEAST_REPEATED, _MOST = 5, 0.85
 _LEAST_TOKENS, _NEAR, _OFF, _NEARLY_ALL = 4, 3.0, 10.0, 0.8
 # tokens of a sequence that make more than single ones
 _FEW = 3
-# what a token's own log-prob is below, if a 0 is not its
-_ZERO = -0.1
 # the end of a sequence among others: tokens, how far off in standard errors and times the others' mean |Δ|
 _LEAST_RAISED, _RAISED_ERRORS, _RAISED = 8, 8.0, 2.0
 # a mean: how far from 0, in standard errors and of the mean |Δ|
@@ -98,10 +97,12 @@ def describe_rest(
     if (penalty := _penalty(sequences, reported, scored, valid, place, position)) is not None:
         return tuple(each for each in (*found, penalty) if each is not None)
     exact = differs.sum() < 0.5 * valid.sum()
-    far = differs if exact else differs & far
-    for name, what, same in _one_value(reported, scored, differs):
+    beyond, far = far, differs if exact else differs & far
+    for name, what, same in _one_value(reported, scored, valid, differs, place):
         found.append(_finding(name, what, same, place, position))
-        valid, differs, far = valid & ~same, differs & ~same, far & ~same
+        valid, differs, beyond = valid & ~same, differs & ~same, beyond & ~same
+        # rounding explains the others, in few tokens too
+        far = beyond if others and not beyond.any() else far & ~same
     if not differs.any() or (others and not far.any()):
         return tuple(each for each in found if each is not None)
     # of tokens that all differ by more than rounding, the far ones are the ends of one distribution
@@ -125,12 +126,20 @@ def _stored(grid: str | None, valid: np.ndarray, place: np.ndarray, position: np
     return None if grid is None else _finding("stored", what, valid, place, position)
 
 
-def _one_value(reported: np.ndarray, scored: np.ndarray, differs: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+def _one_value(
+    reported: np.ndarray, scored: np.ndarray, valid: np.ndarray, differs: np.ndarray, place: np.ndarray
+) -> Iterator[tuple[str, str, np.ndarray]]:
     """Name, words and bool [N] of tokens that all have one log-prob in the dump and others by the model."""
     zero = differs & (reported == 0)
-    if (zero & (scored < _ZERO)).any():
-        yield "zero", "the dump's log-prob is exactly 0 and the model's is not: padding, or never reported", zero
-    lowest = reported[differs].min()
+    none = zero & (scored < CLEARLY_NEGATIVE)
+    if none.any():
+        # where most are a sure model's own, only those that are not
+        none = zero if none.sum() >= 0.5 * zero.sum() else none
+        end = {"first_token": " (always the first token)", "last_token": " (always the last token)"}
+        always = end.get(_always(none, valid, place) or "", "")
+        what = f"the dump's log-prob is exactly 0 and the model's is not{always}: padding, or never reported"
+        yield "zero", what, none
+    lowest = reported[valid].min(initial=0)
     clamped = differs & ~zero & (reported == lowest) & (scored < lowest)
     if clamped.sum() >= _MIN_TOKENS // 4:
         yield (

@@ -46,6 +46,17 @@ def test_compare_by_id_and_by_order(plain: list[DumpSequence], tmp_path: Path) -
     assert compare(tmp_path, a, b, "--by-order")["exit_code"] == 0
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_zeros_of_one_side_are_noted(plain: list[DumpSequence], tmp_path: Path, swapped: bool) -> None:
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_dump(a, [replace(s, logprobs=s.logprobs - np.float32(1)) for s in plain])
+    write_dump(b, [replace(s, logprobs=np.where(np.arange(6) < 2, np.float32(0), s.logprobs - 1)) for s in plain])
+    whose, others = ("rollout", "train") if swapped else ("train", "rollout")
+    [note] = compare(tmp_path, *((b, a) if swapped else (a, b)))["notes"]
+    assert note.startswith(f"8 of 24 log-probs of {whose} are exactly 0 where {others}'s are below -0.1")
+    assert compare(tmp_path, b, b)["notes"] == []
+
+
 @pytest.mark.parametrize(("change", "place"), [(one_ulp, ("r2", 3)), (with_logprob(MISSING), ("r2", 3))])
 def test_compare_names_the_token(
     plain: list[DumpSequence], tmp_path: Path, change: Change, place: tuple[str, int]

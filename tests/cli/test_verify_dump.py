@@ -151,6 +151,15 @@ def test_probabilities_are_guessed_in_a_note(
     assert "probabilities, not log-probs?" in capsys.readouterr().out
 
 
+def test_zeros_that_are_not_the_models_are_noted(model: Path, plain: list[DumpSequence], tmp_path: Path) -> None:
+    ends = [replace(s, logprobs=np.append(s.logprobs[:-2], np.zeros(2, np.float32))) for s in plain]
+    notes = dump(model, ends, tmp_path)["notes"]
+    assert [note.partition(":")[0] for note in notes] == [
+        f"{2 * len(plain)} of 24 log-probs of the dump are exactly 0 where the model's are below -0.1"
+    ]
+    assert dump(model, plain, tmp_path)["notes"] == []
+
+
 def shifted(sequences: list[DumpSequence]) -> list[DumpSequence]:
     return [replace(s, logprobs=np.roll(s.logprobs, 1)) for s in sequences]
 

@@ -12,6 +12,7 @@ from support.softmax_scorer import Softmax, dump, log_softmax
 from rlalign.config import SamplingParams
 from rlalign.verifier.attribute import attribute
 from rlalign.verifier.dumps.record import MISSING
+from rlalign.verifier.residue import describe_rest
 from rlalign.verifier.score import OPERATORS, ScoreSettings
 
 NATIVE = ScoreSettings(native=OPERATORS)
@@ -80,6 +81,38 @@ def test_a_confident_models_zeros_are_its_own():
             return [np.where(v > -0.5, np.float32(-1e-6), v) for v in super().__call__(sequences, settings)]
 
     assert "zero" not in [finding.name for finding in attribute(peaked, Sure(), decode=False).findings]
+
+    values = peaked[3].logprobs.copy()
+    values[place := int(np.argmin(values))] = 0
+    outcome = attribute([*peaked[:3], replace(peaked[3], logprobs=values), *peaked[4:]], Sure(), decode=False)
+    assert [finding.where for finding in outcome.findings if finding.name == "zero"] == [((3, place),)]
+
+
+@pytest.mark.parametrize(("place", "words"), [(0, "(always the first token)"), (23, "(always the last token)")])
+def test_zeros_at_one_end_of_all_responses_are_said_to_be_there(place, words):
+    changed = [
+        replace(s, logprobs=np.where(np.arange(24) == place, np.float32(0), s.logprobs)) for s in dump(Softmax())
+    ]
+    [finding] = attribute(changed, Softmax(), decode=False).findings
+    assert finding.name == "zero"
+    assert words in finding.what
+
+
+def test_a_temperature_near_0_has_zeros_that_are_its_own():
+    made = dump(Softmax(), SamplingParams(temperature=0.01))
+    assert sum((s.logprobs == 0).sum() for s in made) > 24
+    outcome = attribute(made, Softmax(), decode=False)
+    assert "zero" not in [finding.name for finding in outcome.findings]
+
+
+def test_tokens_outside_the_support_may_be_all_that_differ():
+    made = dump(Softmax())
+    scored = np.concatenate([s.logprobs for s in made])
+    scored[5] = -np.inf
+    size, place = np.where(np.isneginf(scored), 20.0, 0.0), np.repeat(np.arange(len(made)), 24)
+    counts = np.ones(len(scored), np.bool_)
+    findings = describe_rest(made, size, scored, place, counts, np.isneginf(scored))
+    assert [(finding.name, finding.where) for finding in findings] == [("outside_support", ((0, 5),))]
 
 
 @pytest.mark.parametrize(("wrong_from", "name"), [(9, "from_position"), (15, "isolated")])
