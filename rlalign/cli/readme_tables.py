@@ -101,15 +101,6 @@ def _side_by_side(data: dict[str, Any], cell: Callable[[dict[str, Any] | None], 
     return text + _measured_on(data["meta"])
 
 
-def _host(data: dict[str, Any]) -> str:
-    """The host's time of a call, of a run that measured nothing else."""
-    times = data["meta"]["host_us"]
-    impls = list(dict.fromkeys(impl for found in times.values() for impl in found))
-    rows = [f"| case | {' | '.join(impls)} |", "|---" * (len(impls) + 1) + "|"]
-    rows += [f"| {case} | {' | '.join(f'{found[impl]:.0f} µs' for impl in impls)} |" for case, found in times.items()]
-    return "\n".join(rows) + _measured_on(data["meta"])
-
-
 def _grid(data: dict[str, Any]) -> str:
     """Time over the baseline's, a row per problem and implementation, a column per number of rows: what a case's name
     has behind its last comma."""
@@ -153,7 +144,7 @@ def _source(meta: dict[str, Any]) -> str:
 
 
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "exactness": _exactness, "speed": _speed, "kernels": _kernels, "times": _times, "grid": _grid, "host": _host
+    "exactness": _exactness, "speed": _speed, "kernels": _kernels, "times": _times, "grid": _grid,
 }  # fmt: skip
 
 

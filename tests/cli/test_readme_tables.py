@@ -57,9 +57,6 @@ def test_kernels_stand_beside_whatever_ran(tmp_path: Path) -> None:
     assert "| ragged | – | 2.00 TB/s | 2.50 TB/s | 0.80 (flash) |" in made
     assert "Host time, decode: torch sdpa 20 µs, rlalign 31 µs." in made
     assert "a GPU, driver 580" in made
-    alone = rendered("<!-- table host a.json -->\n<!-- /table -->\n", tmp_path)
-    assert "| case | torch sdpa | rlalign |" in alone
-    assert "| host time, decode | 20 µs | 31 µs |" in alone
 
 
 def test_one_file_can_have_several_tables(tmp_path: Path) -> None:
