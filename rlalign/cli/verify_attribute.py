@@ -221,14 +221,20 @@ def _progress(console: Console) -> Iterator[Callable[[str], None]]:
     """What to tell which stage begins: a status line, or in a log a line now and then."""
     if console.is_terminal:
         with console.status("scoring") as status:
-            yield lambda what: status.update(f"scoring: {what}")
+            yield lambda what: status.update(_stage(what))
         return
     last = time.monotonic()
 
     def tell(what: str) -> None:
         nonlocal last
         if time.monotonic() - last >= _SECONDS:
-            console.print(f"scoring: {what}", markup=False, highlight=False, soft_wrap=True)
+            console.print(_stage(what), markup=False, highlight=False, soft_wrap=True)
             last = time.monotonic()
 
     yield tell
+
+
+def _stage(what: str) -> str:
+    """By far the longest stages come with how to do without them."""
+    leave_out = " (a forward per response token; --no-decode leaves it out)" if what.startswith("decode") else ""
+    return f"scoring: {what}{leave_out}"

@@ -266,6 +266,9 @@ def test_a_log_gets_a_line_of_progress_now_and_then(folder, plain, dump_file, mo
     monkeypatch.setattr(verify_attribute, "_SECONDS", 0.0)
     assert main(["attribute", *wrong]) == 1
     assert {"scoring: as the dump says", "scoring: operators.native"} <= {*capsys.readouterr().err.splitlines()}
+    wrong.remove("--no-decode")
+    assert main(["attribute", *wrong]) == 1
+    assert "scoring: decode (a forward per response token; --no-decode leaves it out)" in capsys.readouterr().err
 
 
 def test_an_equal_dump_exits_0_and_an_unusable_one_2(folder, plain, dump_file, tmp_path, capsys):
