@@ -1,6 +1,7 @@
 """``linear_logprob`` and ``linear_sample`` on the "triton" backend. Imported only when it is used.
 
-Nothing is read on the host unless rows are truncated, or may be: then their logits are held, a few rows at a time.
+Nothing is read on the host unless rows are truncated, or may be: then their logits are held, a few rows at a time, to
+find what each row keeps; that takes two numbers.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from triton import knobs
 from rlalign_kernels.rows import LogprobOutput, SampleOutput, SamplingRows
 from rlalign_kernels.vocab import triton_launches as launches
 from rlalign_kernels.vocab.triton_gradient import Scored, gradients
-from rlalign_kernels.vocab.triton_launches import Head, Settings
+from rlalign_kernels.vocab.triton_launches import Cut, Head, Settings
 from rlalign_kernels.vocab.triton_launches import rows as readable
-from rlalign_kernels.vocab.triton_support import few_rows, find_support, kept_ids
+from rlalign_kernels.vocab.triton_support import find_cut, kept_ids
 
 # What the blocks' numbers of one scan may take: more rows are scanned in parts.
 _PARTS_BYTES = 256 * 2**20
@@ -35,18 +36,19 @@ def linear_logprob(
     """See the public operator; ``kept`` bool [T] marks rows that are not ignored."""
     _check_device("linear_logprob", hidden)
     with torch.no_grad():
-        mask = support
-        if mask is None:
-            mask = find_support(readable(hidden), Head.of(weight, bias, softcap), rows, banned, return_support)
+        seen, head = readable(hidden), Head.of(weight, bias, softcap)
+        cut = None if support is not None else find_cut(seen, head, rows, banned)
+        mask = support if support is not None else None if banned is None else ~banned
+        whole = kept_ids(seen, head, cut, banned) if return_support and support is None else support
     mask = None if mask is None else readable(mask)
     settings = None if rows is None else _settings(rows)
     untruncated = rows is not None and support is None and rows.truncates is False
-    problem = (softcap, settings, mask, targets.contiguous(), kept.contiguous(), untruncated)
+    problem = (softcap, settings, mask, cut, targets.contiguous(), kept.contiguous(), untruncated)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         values = _LinearLogprob.apply(hidden, weight, bias, *problem)
     else:
         values = _score(readable(hidden), Head.of(weight, bias, softcap), *problem[1:])[:3].unbind(0)
-    return LogprobOutput(*values, mask if return_support else None)
+    return LogprobOutput(*values, whole if return_support else None)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -59,32 +61,33 @@ class _LinearLogprob(torch.autograd.Function):
         softcap: float | None,
         settings: Settings | None,
         mask: torch.Tensor | None,
+        cut: Cut | None,
         targets: torch.Tensor,
         kept: torch.Tensor,
         untruncated: bool,
     ) -> tuple[torch.Tensor, ...]:
         head = Head.of(weight, bias, softcap)
-        stats = _score(readable(hidden), head, settings, mask, targets, kept, untruncated)
-        ctx.save_for_backward(hidden, weight, bias, stats, mask, targets, kept, *(settings or ()))
-        ctx.softcap = softcap
+        stats = _score(readable(hidden), head, settings, mask, cut, targets, kept, untruncated)
+        ctx.save_for_backward(hidden, weight, bias, stats, mask, targets, kept, *(settings or ()), *(cut or ()))
+        ctx.softcap, ctx.has_settings, ctx.has_cut = softcap, settings is not None, cut is not None
         ctx.set_materialize_grads(False)
         return stats[0], stats[1], stats[2]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, stats, mask, targets, kept, *settings = ctx.saved_tensors
+        hidden, weight, bias, stats, mask, targets, kept, *rest = ctx.saved_tensors
         if all(grad is None for grad in upstream):
-            return (None,) * 9
+            return (None,) * 10
         given = torch.zeros(3, hidden.shape[0], dtype=torch.float32, device=hidden.device)
         for row, grad in zip(given, upstream, strict=True):
             if grad is not None:
                 row.copy_(grad)
-        scored = Scored(
-            Settings(*settings) if settings else None, mask, targets, kept, stats, given, upstream[1] is not None
-        )
+        settings = Settings(*rest[:4]) if ctx.has_settings else None
+        cut = Cut(*rest[-2:]) if ctx.has_cut else None
+        scored = Scored(settings, mask, cut, targets, kept, stats, given, upstream[1] is not None)
         grads = gradients(readable(hidden), Head.of(weight, bias, ctx.softcap), scored, ctx.needs_input_grad[:3])
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def _score(
@@ -92,6 +95,7 @@ def _score(
     head: Head,
     settings: Settings | None,
     mask: torch.Tensor | None,
+    cut: Cut | None,
     targets: torch.Tensor,
     kept: torch.Tensor,
     untruncated: bool,
@@ -101,9 +105,10 @@ def _score(
     for part in _row_parts(hidden.shape[0], 3, head):
         own = None if settings is None else Settings(*(x[part] for x in settings))
         seen = None if mask is None else mask[part]
-        found = launches.scan(hidden[part], head, own, seen)
+        end = None if cut is None else cut.of(part)
+        found = launches.scan(hidden[part], head, own, seen, end)
         launches.score(
-            hidden[part], head, own, seen, targets[part], kept[part], found, out[:, part], untruncated
+            hidden[part], head, own, seen, end, targets[part], kept[part], found, out[:, part], untruncated
         )  # fmt: skip
         del found  # or the next part's would stand beside it
     return out
@@ -129,57 +134,20 @@ def linear_sample(
     _check_device("linear_sample", hidden)
     hidden, head = readable(hidden), Head.of(weight, bias, softcap)
     seeds, positions = seeds.view(torch.int64).contiguous(), positions.long().contiguous()
-    allowed = None if banned is None else readable(~banned)
-    if not rows.any_truncated:
-        token, values = _draw(
-            hidden, head, _settings(rows), allowed, seeds, positions, raw_logprobs, rows.truncates is False
-        )
-        return SampleOutput(token, values[0], values[1] if raw_logprobs else None)
+    allowed, settings = None if banned is None else readable(~banned), _settings(rows)
+    cut = find_cut(hidden, head, rows, banned)
     token = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    values = torch.empty(2, hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    for index in few_rows(rows.truncated.nonzero().squeeze(1), head.vocab_size):
-        own, ban = hidden[index], None if banned is None else banned[index]
-        support = kept_ids(own, head, rows[index], ban)
-        drawn, own_values = _draw(
-            own, head, _settings(rows[index]), support, seeds[index], positions[index], False, False
-        )  # fmt: skip
-        token[index], values[0, index] = drawn, own_values[0]
-        if raw_logprobs:
-            everyone = torch.ones_like(drawn, dtype=torch.bool)
-            seen = None if allowed is None else allowed[index]
-            values[1, index] = _score(own, head, None, seen, drawn, everyone, False)[0]
-    index = (~rows.truncated).nonzero().squeeze(1)
-    if index.numel():
-        seen = None if allowed is None else allowed[index]
-        drawn, own_values = _draw(
-            hidden[index], head, _settings(rows[index]), seen, seeds[index], positions[index], raw_logprobs, False
-        )
-        token[index], values[:, index] = drawn, own_values
-    return SampleOutput(token, values[0], values[1] if raw_logprobs else None)
-
-
-def _draw(
-    hidden: torch.Tensor,
-    head: Head,
-    settings: Settings,
-    mask: torch.Tensor | None,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    raw: bool,
-    untruncated: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token int64 [T] and float32 [2, T]: log-prob, and with ``raw`` that at temperature 1 over the same ids."""
-    token = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    values = torch.empty(2, hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    for part in _row_parts(hidden.shape[0], 7 if raw else 5, head):
+    values = torch.empty(2 if raw_logprobs else 1, hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    for part in _row_parts(hidden.shape[0], 7 if raw_logprobs else 5, head):
         own = Settings(*(x[part] for x in settings))
-        seen = None if mask is None else mask[part]
+        seen = None if allowed is None else allowed[part]
         found = launches.scan(
-            hidden[part], head, own, seen, seeds=seeds[part], positions=positions[part], raw=raw
+            hidden[part], head, own, seen, None if cut is None else cut.of(part), seeds=seeds[part],
+            positions=positions[part], raw=raw_logprobs,
         )  # fmt: skip
-        launches.draw(head.vocab_size, own, found, token[part], values[:, part], untruncated)
+        launches.draw(head.vocab_size, own, found, token[part], values[:, part], rows.truncates is False)
         del found  # or the next part's would stand beside it
-    return token, values
+    return SampleOutput(token, values[0], values[1] if raw_logprobs else None)
 
 
 def _settings(rows: SamplingRows) -> Settings:

@@ -84,9 +84,9 @@ def _sums_hold(m, s):
 
 @triton.jit
 def _target_logits(
-    hidden_ptr, weight_ptr, bias_ptr, mask_ptr, offs_m, target, num_rows, num_ids, depth, stride_hidden,
-    stride_weight, stride_mask, cap, M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_MASK: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, mask_ptr, limit_ptr, last_ptr, offs_m, target, num_rows, num_ids, depth,
+    stride_hidden, stride_weight, stride_mask, cap, M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CUT: tl.constexpr,
 ):  # fmt: skip
     """float32 [M] logits at ``target``: the diagonal of a product of M rows with M targets' weights."""
     known = (target >= 0) & (target < num_ids)
@@ -109,6 +109,10 @@ def _target_logits(
     if HAS_MASK:
         kept = tl.load(mask_ptr + offs_m.to(tl.int64) * stride_mask + target, mask=offs_m < num_rows, other=0)
         x = tl.where(kept != 0, x, float("-inf"))
+    if HAS_CUT:
+        limit = tl.load(limit_ptr + offs_m, mask=offs_m < num_rows, other=0.0)
+        last = tl.load(last_ptr + offs_m, mask=offs_m < num_rows, other=0)
+        x = tl.where((x < limit) | ((x == limit) & (target > last)), float("-inf"), x)
     return x, known
 
 
@@ -121,10 +125,11 @@ def _logprob(x, c, m, log_sum):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def score_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, mask_ptr, targets_ptr,
-    kept_ptr, parts_ptr, out_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight, stride_mask, stride_out, cap,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr, UNTRUNCATED: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, mask_ptr, limit_ptr,
+    last_ptr, targets_ptr, kept_ptr, parts_ptr, out_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight,
+    stride_mask, stride_out, cap, BLOCK: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_CUT: tl.constexpr, UNTRUNCATED: tl.constexpr,
 ):  # fmt: skip
     """out float32 [5, rows]: log-prob, entropy, log-sum-exp; for the gradient m and s."""
     offs_m = tl.program_id(0) * M + tl.arange(0, M)
@@ -132,8 +137,8 @@ def score_kernel(
     target = tl.load(targets_ptr + offs_m, mask=inside, other=0)
     kept = tl.load(kept_ptr + offs_m, mask=inside, other=0) != 0
     x, known = _target_logits(
-        hidden_ptr, weight_ptr, bias_ptr, mask_ptr, offs_m, target, num_rows, num_ids, depth, stride_hidden,
-        stride_weight, stride_mask, cap, M, BLOCK_K, HAS_BIAS, HAS_CAP, HAS_MASK,
+        hidden_ptr, weight_ptr, bias_ptr, mask_ptr, limit_ptr, last_ptr, offs_m, target, num_rows, num_ids, depth,
+        stride_hidden, stride_weight, stride_mask, cap, M, BLOCK_K, HAS_BIAS, HAS_CAP, HAS_MASK, HAS_CUT,
     )  # fmt: skip
     num_blocks = tl.cdiv(num_ids, BLOCK)
     field = num_blocks.to(tl.int64) * num_rows

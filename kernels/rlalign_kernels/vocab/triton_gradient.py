@@ -16,7 +16,7 @@ import torch
 
 from rlalign_kernels.gemm.triton_calls import float32_sums
 from rlalign_kernels.vocab.plan import HEAD_PLAN
-from rlalign_kernels.vocab.triton_launches import Head, Settings, logit_gradients
+from rlalign_kernels.vocab.triton_launches import Cut, Head, Settings, logit_gradients
 
 _LOGIT_BYTES = 256 * 2**20
 _SUM_BYTES = 512 * 2**20
@@ -29,6 +29,7 @@ class Scored(NamedTuple):
 
     settings: Settings | None
     mask: torch.Tensor | None
+    cut: Cut | None
     targets: torch.Tensor
     kept: torch.Tensor
     stats: torch.Tensor
@@ -59,7 +60,8 @@ class _Parts:
         out = self.buffer[: rows.stop - rows.start, : ids.stop - ids.start]
         logit_gradients(
             self.hidden[rows], self.head.part(ids), _of_rows(scored.settings, rows),
-            None if scored.mask is None else scored.mask[rows, ids], scored.targets[rows], scored.kept[rows],
+            None if scored.mask is None else scored.mask[rows, ids],
+            None if scored.cut is None else scored.cut.of(rows), scored.targets[rows], scored.kept[rows],
             scored.stats[:, rows], scored.upstream[:, rows], ids.start, out, has_entropy=scored.has_entropy,
         )  # fmt: skip
         return out

@@ -27,6 +27,9 @@ _FINISH_ROWS = 16
 _SCORE_FIELDS, _DRAW_FIELDS, _RAW_FIELDS = 3, 5, 7
 
 
+_NO_CUT = (None, None)
+
+
 class Head(NamedTuple):
     """The output layer: weight [V, H] and bias [V] in hidden's dtype; soft cap."""
 
@@ -58,6 +61,17 @@ class Settings(NamedTuple):
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
+
+
+class Cut(NamedTuple):
+    """The last id that each row keeps, ids in the order of descending logits, ascending among equals: its logit
+    float32 [T], and itself int32 [T]; -inf and V where all are kept."""
+
+    limit: torch.Tensor
+    last: torch.Tensor
+
+    def of(self, rows: slice) -> Cut:
+        return Cut(self.limit[rows], self.last[rows])
 
 
 class _Product(NamedTuple):
@@ -118,13 +132,13 @@ def _box(x: torch.Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 @lru_cache(1024)
 def _scan_launch(
-    product: _Product, tile: HeadTile, has_rows: bool, stride_mask: int | None, sample: bool, raw: bool
+    product: _Product, tile: HeadTile, has_rows: bool, stride_mask: int | None, has_cut: bool, sample: bool, raw: bool
 ) -> Launch:
     grid, constants = _tiled(product, tile)
     numbers = (*product.numbers, stride_mask or 0, product.cap, grid[0])
     return Launch(
         scan_kernel, grid, numbers, **constants, HAS_TEMPERATURE=has_rows, HAS_MASK=stride_mask is not None,
-        RAGGED=product.num_ids % HEAD_PLAN.block != 0, SAMPLE=sample, RAW=raw,
+        HAS_CUT=has_cut, RAGGED=product.num_ids % HEAD_PLAN.block != 0, SAMPLE=sample, RAW=raw,
     )  # fmt: skip
 
 
@@ -133,6 +147,7 @@ def scan(
     head: Head,
     settings: Settings | None,
     mask: torch.Tensor | None,
+    cut: Cut | None = None,
     *,
     seeds: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
@@ -142,13 +157,13 @@ def scan(
     """float32 [fields, blocks, T], see triton_scan.py; draws where there are seeds. mask bool [T, V]: False is out."""
     product = _product(hidden, head)
     sample = seeds is not None
-    tile = tile or _scan_tile(product, sample, mask is not None)
+    tile = tile or _scan_tile(product, sample, mask is not None or cut is not None)
     fields = (_RAW_FIELDS if raw else _DRAW_FIELDS) if sample else _SCORE_FIELDS
     parts = torch.empty(fields, head.num_blocks, product.num_rows, dtype=torch.float32, device=product.device)
-    launch = _scan_launch(product, tile, settings is not None, _stride(mask), sample, raw)
+    launch = _scan_launch(product, tile, settings is not None, _stride(mask), cut is not None, sample, raw)
     temperature = None if settings is None else settings.temperature
     # where there are no boxes, their parameters are not used
-    launch(*(hidden, head.weight) * 2, head.bias, temperature, mask, seeds, positions, parts)
+    launch(*(hidden, head.weight) * 2, head.bias, temperature, mask, *(cut or _NO_CUT), seeds, positions, parts)
     return parts
 
 
@@ -166,13 +181,13 @@ def _stride(mask: torch.Tensor | None) -> int | None:
 
 @lru_cache(1024)
 def _score_launch(
-    product: _Product, has_rows: bool, stride_mask: int | None, stride_out: int, untruncated: bool
+    product: _Product, has_rows: bool, stride_mask: int | None, has_cut: bool, stride_out: int, untruncated: bool
 ) -> Launch:
     numbers = (*product.numbers, stride_mask or 0, stride_out, product.cap)
     return Launch(
         score_kernel, (-(-product.num_rows // _FINISH_ROWS),), numbers, BLOCK=HEAD_PLAN.block, GROUP=HEAD_PLAN.group,
         M=_FINISH_ROWS, BLOCK_K=HEAD_PLAN.float32_block if product.dtype == torch.float32 else 128, HAS_ROWS=has_rows,
-        HAS_MASK=stride_mask is not None, UNTRUNCATED=untruncated, num_warps=4,
+        HAS_MASK=stride_mask is not None, HAS_CUT=has_cut, UNTRUNCATED=untruncated, num_warps=4,
         enable_fp_fusion=False, **product.constants(),
     )  # fmt: skip
 
@@ -182,6 +197,7 @@ def score(
     head: Head,
     settings: Settings | None,
     mask: torch.Tensor | None,
+    cut: Cut | None,
     targets: torch.Tensor,
     kept: torch.Tensor,
     parts: torch.Tensor,
@@ -192,8 +208,10 @@ def score(
 
     untruncated: settings with a filter are refused, by NaN.
     """
-    launch = _score_launch(_product(hidden, head), settings is not None, _stride(mask), out.stride(0), untruncated)
-    launch(hidden, head.weight, head.bias, *(settings or (None,) * 4), mask, targets, kept, parts, out)
+    has_rows, has_cut = settings is not None, cut is not None
+    launch = _score_launch(_product(hidden, head), has_rows, _stride(mask), has_cut, out.stride(0), untruncated)
+    given = (*(settings or (None,) * 4), mask, *(cut or _NO_CUT))
+    launch(hidden, head.weight, head.bias, *given, targets, kept, parts, out)
 
 
 @lru_cache(1024)
@@ -231,13 +249,14 @@ def logits(hidden: torch.Tensor, head: Head, tile: HeadTile | None = None) -> to
 
 @lru_cache(1024)
 def _gradient_launch(
-    product: _Product, tile: HeadTile, has_rows: bool, has_entropy: bool, first_id: int, strides: tuple[int | None, ...]
-) -> Launch:
+    product: _Product, tile: HeadTile, has_rows: bool, has_cut: bool, has_entropy: bool, first_id: int,
+    strides: tuple[int | None, ...],
+) -> Launch:  # fmt: skip
     grid, constants = _tiled(product, tile)
     numbers = (*product.numbers, *(stride or 0 for stride in strides), product.cap, first_id, grid[0])
     return Launch(
         gradient_kernel, grid, numbers, **constants, HAS_TEMPERATURE=has_rows, HAS_MASK=strides[0] is not None,
-        HAS_ENTROPY=has_entropy,
+        HAS_CUT=has_cut, HAS_ENTROPY=has_entropy,
     )  # fmt: skip
 
 
@@ -246,6 +265,7 @@ def logit_gradients(
     head: Head,
     settings: Settings | None,
     mask: torch.Tensor | None,
+    cut: Cut | None,
     targets: torch.Tensor,
     kept: torch.Tensor,
     stats: torch.Tensor,
@@ -261,9 +281,11 @@ def logit_gradients(
     stats float32 [5, T] as scored; upstream float32 [3, T]: gradients of log-prob, entropy and log-sum-exp.
     """
     product = _product(hidden, head)
-    masked = mask is not None
+    masked = mask is not None or cut is not None
     tile = tile or head_tile(product.num_rows, product.dtype, architecture(product.device), masked=masked)
     strides = (_stride(mask), stats.stride(0), upstream.stride(0), out.stride(0))
-    launch = _gradient_launch(product, tile, settings is not None, has_entropy, first_id, strides)
+    launch = _gradient_launch(product, tile, settings is not None, cut is not None, has_entropy, first_id, strides)
     temperature = None if settings is None else settings.temperature
-    launch(*(hidden, head.weight) * 2, head.bias, temperature, mask, targets, kept, stats, upstream, out)
+    launch(
+        *(hidden, head.weight) * 2, head.bias, temperature, mask, *(cut or _NO_CUT), targets, kept, stats, upstream, out
+    )

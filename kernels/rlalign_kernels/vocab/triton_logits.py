@@ -14,6 +14,7 @@ from rlalign_kernels.vocab.triton_tiles import (
     LN2,
     ZERO_EXP,
     blocks,
+    cut_off,
     exponents,
     log,
     restrict,
@@ -44,12 +45,15 @@ def logits_kernel(
 
 @triton.jit
 def _gradient_block(
-    x, first, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr, num_rows, num_ids, stride_mask, stride_out,
-    cap, M: tl.constexpr, N: tl.constexpr, HAS_CAP: tl.constexpr, HAS_MASK: tl.constexpr, CLAMP: tl.constexpr,
+    x, first, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, limit_ptr, last_ptr, out_ptr, num_rows, num_ids,
+    stride_mask, stride_out, cap, first_id, M: tl.constexpr, N: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_CUT: tl.constexpr, CLAMP: tl.constexpr,
 ):  # fmt: skip
     """Logits x [M, N] of ids first ...; hit [M]: the target's number among this call's ids."""
     ids = first + tl.arange(0, N)
     z = restrict(x, offs_m, ids, mask_ptr, num_rows, num_ids, stride_mask, HAS_MASK, False)
+    if HAS_CUT:
+        z = cut_off(z, offs_m, ids, limit_ptr, last_ptr, num_rows, first_id)
     d = exponents(tl.where(kept[:, None], z, 0.0), c, m, M, N)
     p = tl.math.exp2(d)
     if CLAMP:
@@ -59,7 +63,7 @@ def _gradient_block(
     if HAS_CAP:
         part = x * (1.0 / cap)
         gradient = gradient * (1.0 - part * part)
-    if HAS_MASK:
+    if HAS_MASK or HAS_CUT:
         gradient = tl.where(z > float("-inf"), gradient, 0.0)
     ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out + ids[None, :]
     inside = (offs_m < num_rows)[:, None] & (ids < num_ids)[None, :]
@@ -68,12 +72,12 @@ def _gradient_block(
 
 @triton.jit(do_not_specialize=["num_rows", "num_programs", "first_id"])
 def gradient_kernel(
-    hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, temperature_ptr, mask_ptr, targets_ptr, kept_ptr,
-    stats_ptr, upstream_ptr, out_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight, stride_mask,
-    stride_stats, stride_upstream, stride_out, cap, first_id, num_programs, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
-    ROW_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, temperature_ptr, mask_ptr, limit_ptr, last_ptr,
+    targets_ptr, kept_ptr, stats_ptr, upstream_ptr, out_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight,
+    stride_mask, stride_stats, stride_upstream, stride_out, cap, first_id, num_programs, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
+    FLATTEN: tl.constexpr, ROW_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CUT: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """out [rows, ids] in the weights' dtype, of ids first_id ...; upstream float32 [3, rows], stats as scored."""
     num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_ids, BLOCK_N)
@@ -103,10 +107,11 @@ def gradient_kernel(
             b = tl.where(kept, g_entropy * scale * share * (-LN2), 0.0)
         a = tl.where(kept, a * scale * share, 0.0)
         g_hit = tl.where(kept, g_hit * scale, 0.0)
-        CLAMP: tl.constexpr = HAS_BIAS or HAS_MASK
+        CLAMP: tl.constexpr = HAS_BIAS or HAS_MASK or HAS_CUT
         parts = blocks(x, BLOCK_M, BLOCK_N, BLOCK)
         for i in tl.static_range(BLOCK_N // BLOCK):
             _gradient_block(
-                parts[i], id_tile * BLOCK_N + i * BLOCK, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, out_ptr,
-                num_rows, num_ids, stride_mask, stride_out, cap, BLOCK_M, BLOCK, HAS_CAP, HAS_MASK, CLAMP,
+                parts[i], id_tile * BLOCK_N + i * BLOCK, offs_m, c, kept, hit, m, a, b, g_hit, mask_ptr, limit_ptr,
+                last_ptr, out_ptr, num_rows, num_ids, stride_mask, stride_out, cap, first_id, BLOCK_M, BLOCK, HAS_CAP,
+                HAS_MASK, HAS_CUT, CLAMP,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """Forward over the logits: a program per tile of rows and ids, which leaves a few numbers per row and block of ids.
 
 Fields of ``parts`` float32 [fields, blocks, rows]: scoring (m, s, w), sampling (m, s, noisy maximum, its id's bits, its
-logit) and with RAW (m, s) of temperature 1 without noise.
+logit) and with RAW (m, s) of temperature 1 without noise and before the cut.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rlalign_kernels.vocab.triton_tiles import (
     ZERO_EXP,
     block_maximum,
     blocks,
+    cut_off,
     exponents,
     noise,
     restrict,
@@ -27,9 +28,9 @@ from rlalign_kernels.vocab.triton_tiles import (
 
 @triton.jit
 def _scan_block(
-    x, block, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows, num_ids, stride_mask,
-    M: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, CLAMP: tl.constexpr,
-    SAMPLE: tl.constexpr, RAW: tl.constexpr,
+    x, block, offs_m, c, greedy, mask_ptr, limit_ptr, last_ptr, seeds_ptr, positions_ptr, parts_ptr, num_rows, num_ids,
+    stride_mask, M: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CUT: tl.constexpr,
+    RAGGED: tl.constexpr, CLAMP: tl.constexpr, SAMPLE: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """Logits x [M, BLOCK] of one block."""
     num_blocks = tl.cdiv(num_ids, BLOCK)
@@ -38,6 +39,9 @@ def _scan_block(
     inside = offs_m < tl.where(block < num_blocks, num_rows, 0)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     x = restrict(x, offs_m, ids, mask_ptr, num_rows, num_ids, stride_mask, HAS_MASK, RAGGED)
+    everything = x
+    if HAS_CUT:
+        x = cut_off(x, offs_m, ids, limit_ptr, last_ptr, num_rows, 0)
     m = block_maximum(x, c)
     d = exponents(x, c, m, M, BLOCK)
     p = tl.math.exp2(d)
@@ -61,19 +65,20 @@ def _scan_block(
         tl.store(ptrs + 4 * field, logit, mask=inside)
         if RAW:
             one = tl.full([M], LOG2E, tl.float32)
-            m = block_maximum(x, one)
+            m = block_maximum(everything, one)
+            p = tl.math.exp2(exponents(everything, one, m, M, BLOCK))
             tl.store(ptrs + 5 * field, m, mask=inside)
-            tl.store(ptrs + 6 * field, tree(tl.math.exp2(exponents(x, one, m, M, BLOCK)), M, BLOCK), mask=inside)
+            tl.store(ptrs + 6 * field, tree(p, M, BLOCK), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_programs"])
 def scan_kernel(
-    hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, temperature_ptr, mask_ptr, seeds_ptr, positions_ptr,
-    parts_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight, stride_mask, cap, num_programs,
+    hidden_box, weight_box, hidden_ptr, weight_ptr, bias_ptr, temperature_ptr, mask_ptr, limit_ptr, last_ptr, seeds_ptr,
+    positions_ptr, parts_ptr, num_rows, num_ids, depth, stride_hidden, stride_weight, stride_mask, cap, num_programs,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, FLATTEN: tl.constexpr, ROW_TILES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, HAS_MASK: tl.constexpr, RAGGED: tl.constexpr, SAMPLE: tl.constexpr,
-    RAW: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CUT: tl.constexpr, RAGGED: tl.constexpr,
+    SAMPLE: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(num_rows, BLOCK_M) * tl.cdiv(num_ids, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=FLATTEN):
@@ -82,10 +87,11 @@ def scan_kernel(
             stride_weight, cap, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, TMA, ROW_TILES, HAS_BIAS, HAS_CAP,
         )  # fmt: skip
         c, greedy = row_scale(temperature_ptr, offs_m, num_rows, HAS_TEMPERATURE)
-        CLAMP: tl.constexpr = HAS_BIAS or HAS_MASK or RAGGED
+        CLAMP: tl.constexpr = HAS_BIAS or HAS_MASK or HAS_CUT or RAGGED
         parts = blocks(x, BLOCK_M, BLOCK_N, BLOCK)
         for i in tl.static_range(BLOCK_N // BLOCK):
             _scan_block(
-                parts[i], id_tile * (BLOCK_N // BLOCK) + i, offs_m, c, greedy, mask_ptr, seeds_ptr, positions_ptr,
-                parts_ptr, num_rows, num_ids, stride_mask, BLOCK_M, BLOCK, HAS_MASK, RAGGED, CLAMP, SAMPLE, RAW,
+                parts[i], id_tile * (BLOCK_N // BLOCK) + i, offs_m, c, greedy, mask_ptr, limit_ptr, last_ptr,
+                seeds_ptr, positions_ptr, parts_ptr, num_rows, num_ids, stride_mask, BLOCK_M, BLOCK, HAS_MASK, HAS_CUT,
+                RAGGED, CLAMP, SAMPLE, RAW,
             )  # fmt: skip

@@ -1,7 +1,9 @@
-"""The kept support of truncated rows on a GPU, from the very logits that are scored: top-k, top-p, min-p.
+"""Which ids truncated rows keep on a GPU, from the very logits that are scored: top-k, top-p, min-p.
 
-The definition is reference/support.py's. Rows are ordered by their logits before temperature, which orders nothing
-anew. Sums have a fixed order; PyTorch's sort is stable and its exp sees one element at a time.
+The definition is reference/support.py's. Each filter keeps the first ids in the order of descending logits, ascending
+ids among equals, so what a row keeps is known by the last of them: two numbers, whatever V. Rows are ordered by their
+logits before temperature, which orders nothing anew. Sums have a fixed order; PyTorch's sort is stable and its exp sees
+one element at a time.
 """
 
 from __future__ import annotations
@@ -12,59 +14,73 @@ import torch
 
 from rlalign_kernels.reference.support import prefix_sum
 from rlalign_kernels.rows import SamplingRows
-from rlalign_kernels.vocab.triton_launches import Head, logits
+from rlalign_kernels.vocab.triton_launches import Cut, Head, logits
 
-# Logits held at a time, with what sorting them takes about 48 bytes each.
+# Logits held at a time, and what they take with sorting and summing them.
 _MOST_LOGITS = 2**23
+MOST_SORTING_BYTES = 64 * _MOST_LOGITS
 
 
-def find_support(
-    hidden: torch.Tensor, head: Head, rows: SamplingRows | None, banned: torch.Tensor | None, everything: bool
-) -> torch.Tensor | None:
-    """bool [T, V] (all but banned ids for untruncated rows), or None if that is everything and not asked for."""
-    truncated = rows is not None and rows.any_truncated
-    if not truncated:
-        if banned is not None:
-            return ~banned
-        shape = (hidden.shape[0], head.vocab_size)
-        return torch.ones(shape, dtype=torch.bool, device=hidden.device) if everything else None
-    support = torch.ones(hidden.shape[0], head.vocab_size, dtype=torch.bool, device=hidden.device)
-    if banned is not None:
-        torch.logical_not(banned, out=support)
-    index = rows.truncated.nonzero().squeeze(1)
-    for part in few_rows(index, head.vocab_size):
-        support[part] = kept_ids(hidden[part], head, rows[part], None if banned is None else banned[part])
-    return support
+def find_cut(hidden: torch.Tensor, head: Head, rows: SamplingRows | None, banned: torch.Tensor | None) -> Cut | None:
+    """None if no row is truncated, which the device may be asked for; else it is waited for."""
+    if rows is None or not rows.any_truncated:
+        return None
+    num_rows, device = hidden.shape[0], hidden.device
+    cut = Cut(
+        torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=device),
+        torch.full((num_rows,), head.vocab_size, dtype=torch.int32, device=device),
+    )
+    for part, x in _few_logits(hidden, head, rows.truncated.nonzero().squeeze(1), banned):
+        cut.limit[part], cut.last[part] = _cut(x, rows[part])
+    return cut
 
 
-def few_rows(index: torch.Tensor, vocab_size: int) -> Iterator[torch.Tensor]:
-    """``index`` [n] in pieces whose logits may be held."""
-    yield from index.split(max(1, _MOST_LOGITS // vocab_size))
-
-
-def kept_ids(hidden: torch.Tensor, head: Head, rows: SamplingRows, banned: torch.Tensor | None) -> torch.Tensor:
-    """bool [r, V] of truncated rows. Waits for the device."""
-    x = logits(hidden.contiguous(), head)
-    if banned is not None:
-        x.masked_fill_(banned, -torch.inf)
-    temperature = torch.where(rows.greedy, 1.0, rows.temperature).unsqueeze(1)
-    kept = x > -torch.inf
-    if bool(((rows.top_k > 0) | (rows.top_p < 1)).any()):
-        kept &= _top(x, temperature, rows)
-    if bool((rows.min_p > 0).any()):
-        weights = ((x - x.amax(1, keepdim=True)) / temperature).exp_()
-        kept &= weights >= rows.min_p.unsqueeze(1)
+def kept_ids(hidden: torch.Tensor, head: Head, cut: Cut | None, banned: torch.Tensor | None) -> torch.Tensor:
+    """bool [T, V]: what the cut and ``banned`` leave."""
+    shape = (hidden.shape[0], head.vocab_size)
+    kept = torch.ones(shape, dtype=torch.bool, device=hidden.device) if banned is None else ~banned
+    if cut is None:
+        return kept
+    everyone, ids = torch.arange(shape[0], device=hidden.device), torch.arange(shape[1], device=hidden.device)
+    for part, x in _few_logits(hidden, head, everyone, None):
+        limit, last = cut.limit[part, None], cut.last[part, None]
+        kept[part] &= ~((x < limit) | ((x == limit) & (ids > last)))
     return kept
 
 
-def _top(x: torch.Tensor, temperature: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """Top-k and top-p together, in sorted order, scattered back to ids."""
+def _few_logits(
+    hidden: torch.Tensor, head: Head, index: torch.Tensor, banned: torch.Tensor | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(rows [r], their logits [r, V], -inf where banned) of the rows in ``index``, as many as may be held at a time."""
+    for part in index.split(max(1, _MOST_LOGITS // head.vocab_size)):
+        x = logits(hidden[part].contiguous(), head)
+        yield part, x if banned is None else x.masked_fill_(banned[part], -torch.inf)
+
+
+def _cut(x: torch.Tensor, rows: SamplingRows) -> Cut:
+    """Of truncated rows' logits [r, V]."""
+    temperature = torch.where(rows.greedy, 1.0, rows.temperature).unsqueeze(1)
+    limit, last = x.amin(1), torch.full_like(x[:, 0], x.shape[1], dtype=torch.int32)
+    if bool(((rows.top_k > 0) | (rows.top_p < 1)).any()):
+        limit, last = _top(x, temperature, rows)
+    if bool((rows.min_p > 0).any()):
+        weights = ((x - x.amax(1, keepdim=True)) / temperature).exp_()
+        least = torch.where(weights >= rows.min_p.unsqueeze(1), x, torch.inf).amin(1)
+        last = torch.where(least > limit, x.shape[1], last)
+        limit = torch.maximum(limit, least)
+    return Cut(limit, last)
+
+
+def _top(x: torch.Tensor, temperature: torch.Tensor, rows: SamplingRows) -> Cut:
+    """Top-k and top-p together: the id before the first that is left out."""
     ordered, ids = torch.sort(x, dim=1, descending=True, stable=True)
-    limit = torch.where(rows.top_k > 0, rows.top_k, x.shape[1]).unsqueeze(1)
-    kept = torch.arange(x.shape[1], device=x.device) < limit
+    place = torch.arange(x.shape[1], device=x.device)
+    kept = place < torch.where(rows.top_k > 0, rows.top_k, x.shape[1]).unsqueeze(1)
     if bool((rows.top_p < 1).any()):
         weights = ((ordered - ordered[:, :1]) / temperature).exp_().masked_fill_(~kept, 0.0)
         totals = prefix_sum(weights)
         before = torch.cat((totals.new_zeros(totals.shape[0], 1), totals[:, :-1]), dim=1)
         kept &= (before < rows.top_p.unsqueeze(1) * totals[:, -1:]) | (rows.top_p >= 1).unsqueeze(1)
-    return torch.zeros_like(kept).scatter_(1, ids, kept)
+    # of a row of NaN none is kept
+    end = (torch.where(kept, x.shape[1], place).amin(1, keepdim=True) - 1).clamp(min=0)
+    return Cut(ordered.gather(1, end).squeeze(1), ids.gather(1, end).squeeze(1).int())

@@ -217,6 +217,17 @@ def restrict(
 
 
 @triton.jit
+def cut_off(x, offs_m, ids, limit_ptr, last_ptr, num_rows, first_id):
+    """-inf behind the last id that a row keeps, in the order of descending logits x [rows, ids], ids ascending among
+    equals. A logit that is NaN stays. ids: less first_id."""
+    inside = offs_m < num_rows
+    limit = tl.load(limit_ptr + offs_m, mask=inside, other=0.0)[:, None]
+    last = (tl.load(last_ptr + offs_m, mask=inside, other=0) - first_id)[:, None]
+    behind = (x < limit) | ((x == limit) & (ids[None, :] > last))
+    return tl.where(behind, float("-inf"), x)
+
+
+@triton.jit
 def noise(seed, position, block, M: tl.constexpr, N: tl.constexpr):
     """Gumbel noise / log 2 [M, N] of ids ``block * N`` ...: reference/philox.py's words, of seed int64 [M] and
     position [M].
