@@ -38,6 +38,8 @@ _PROMISING = 0.75
 # as renormalisation leaves them: share of tokens on one side of scoring; or how far their mean is, in standard errors
 # and of the mean |Δ|
 _ONE_SIDED, _STANDARD_ERRORS, _OF_SIZE = 0.9, 4.0, 0.2
+# sequences that differ, by their median |Δ|
+_MUCH = 0.1
 # share of |Δ| that is left where a fit is worth a try
 _WORTH = 0.9
 # what is true of several leaves far less than a part of it
@@ -49,18 +51,21 @@ _ROUNDS = 6
 
 @dataclass(slots=True)
 class _Fit:
-    """The first sequences of a dump, and mean |Δ| of scoring them with other sampling parameters."""
+    """The first of a dump's sequences that differ, and mean |Δ| of scoring them with other sampling parameters."""
 
     scores: Scores
     ways: Sequence[Way]
     known: dict[tuple[tuple[str, float], ...], float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, scores: Scores, ways: Sequence[Way], num_tokens: int) -> _Fit:
+    def of(cls, scores: Scores, ways: Sequence[Way], num_tokens: int, much: float = _MUCH) -> _Fit:
+        """much: share of the |Δ| of the sequence that differs most; 1 takes that one alone."""
+        sizes = _typical(scores, scores.of(ways))
+        least = much * max(sizes, default=0.0)
         places, found = [], 0
-        for place in range(len(scores.sequences)):
+        for place, size in enumerate(sizes):
             count = int(scores.counts[scores.place == place].sum())
-            if count and found < num_tokens:
+            if count and found < num_tokens and size >= least:
                 places.append(place)
                 found += count
         # other sequences' log-probs, prompts or caches are looked up by place
@@ -111,6 +116,13 @@ class _Fit:
         return coarse[best] if error(coarse[best]) <= _EQUAL * error(lowest) else _tidy(lowest, _TIDY[name], error)
 
 
+def _typical(scores: Scores, now: np.ndarray) -> list[float]:
+    """Of every sequence the median |Δ| of scoring's log-probs float32 [N]; 0 where no token counts."""
+    size = scores.distance(now)
+    found = [size[(scores.place == place) & np.isfinite(size)] for place in range(len(scores.sequences))]
+    return [float(np.median(one)) if len(one) else 0.0 for one in found]
+
+
 def _tidy(value: float, step: float, error: Callable[[float], float]) -> float:
     """The nearest multiple of ``step`` if rounding can't tell it from ``value``."""
     tidy = type(value)(round(round(value / step) * step, 2))
@@ -155,6 +167,11 @@ def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> lis
             temperatures = {*named, *(values["temperature"] for values in found if "temperature" in values)}
             if (several := _both_filters(few, temperatures)) and fit.error(**several) <= _HALF * alone:
                 found.append({k: v for k, v in several.items() if k != "temperature" or named != {v}})
+    if all(fit.error(**values) > _HALF * before for values in found):
+        # what holds of some sequences alone may be nothing in the mean of all
+        one = _Fit.of(scores, ways, 1, much=1.0)
+        own = [{"temperature": one.temperature()}, *({name: one.filter(name)} for name in _FILTERS)]
+        found += [values for values in own if values not in found and one.error(**values) <= _HALF * one.error()]
     return [sampling_cause(**values) for values in found]
 
 

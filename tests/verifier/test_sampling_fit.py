@@ -206,6 +206,24 @@ def test_tokens_that_do_not_count_are_not_fitted_to(monkeypatch):
     assert names(run([*hidden, *made[22:]])) == ["temperature=0.8"]
 
 
+@pytest.mark.parametrize(
+    ("halves", "found"),
+    [
+        ([SamplingParams(), SamplingParams(temperature=0.6)], ["temperature=0.6"]),
+        ([SamplingParams(), SamplingParams(top_p=0.8)], ["top_p=0.8"]),
+        ([SamplingParams(temperature=0.6), SamplingParams(temperature=1.3)], ["temperature=0.6", "temperature=1.3"]),
+    ],
+)
+def test_what_holds_of_half_of_the_sequences(halves, found):
+    made = [dump(Softmax(), halves[i % 2])[i] for i in range(softmax_scorer.COUNT)]
+    outcome = run(made)
+    assert sorted(names(outcome)) == found
+    assert outcome.rest.mismatches == 0
+    for step in outcome.steps:
+        mine = [f"temperature={one.temperature:g}" == step.cause.name or one.top_p < 1 for one in halves].index(True)
+        assert step.sequences == tuple(range(mine, softmax_scorer.COUNT, 2))
+
+
 def test_swapped_sequences_are_fitted_as_a_whole(monkeypatch):
     monkeypatch.setattr(softmax_scorer, "COUNT", 30)
     made = dump(Softmax(), SamplingParams(temperature=0.8))
