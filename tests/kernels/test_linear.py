@@ -29,6 +29,15 @@ def test_row_bits_do_not_depend_on_the_batch(width, depth, dtype):
     assert same_bits(linear(x.view(2, 265, depth), weight, bias, backend="reference").view(530, width), whole)
 
 
+def test_every_row_count_keeps_the_bits():
+    x, weight, bias = heavy(300, 150, seed=0), heavy(40, 150, seed=1), normal(40, seed=2)
+    whole = linear(x, weight, bias, backend="reference")
+    for count in range(1, 258):
+        for start in (0, 150 - count // 2, 300 - count):
+            part = linear(x[start : start + count], weight, bias, backend="reference")
+            assert same_bits(part, whole[start : start + count]), (start, count)
+
+
 def test_misaligned_and_strided_inputs_keep_the_bits():
     x, weight = normal(64, 100, seed=4), normal(50, 100, seed=5)
     whole = linear(x, weight, backend="reference")
