@@ -18,6 +18,9 @@ _MOST_ROWS = 257
 _SCHEDULED_ROWS = 193
 # Ids that are enough to compare schedules by: blocks, groups of them and a tail.
 _SCHEDULED_IDS = 40_000
+# Products are of twelve decades.
+_OCTAVES = 10
+_MEAN_SQUARE = sum(4.0**octave for octave in range(-_OCTAVES, _OCTAVES + 1)) / (2 * _OCTAVES + 1)
 
 
 def subjects(shapes: Shapes, setting: Setting) -> Iterator[Subject]:
@@ -29,9 +32,11 @@ def subjects(shapes: Shapes, setting: Setting) -> Iterator[Subject]:
 def _problem(vocab: int, depth: int, setting: Setting) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Hidden rows, the weight, row counts. Logits of a few units: larger ones leave a single id to look at."""
     sizes = [n for n in setting.rows if n <= _MOST_ROWS]
-    where = {"dtype": setting.dtype, "device": setting.device, "octaves": 0}
-    hidden = hard_data(sizes[-1], depth, seed=11, **where)
-    weight = hard_data(vocab, depth, seed=12, **where) * (2 * depth**-0.5)
+    where = {"dtype": setting.dtype, "device": setting.device, "octaves": _OCTAVES}
+    # shared by both factors: float16 has room for the octaves of each
+    scale = (2 * depth**-0.5 / _MEAN_SQUARE) ** 0.5
+    hidden = hard_data(sizes[-1], depth, seed=11, **where) * scale
+    weight = hard_data(vocab, depth, seed=12, **where) * scale
     return hidden, weight, sizes
 
 
