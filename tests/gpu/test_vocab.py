@@ -15,12 +15,20 @@ from support_attention import DEVICE, bits, heavy
 
 VOCABS = [1, 2, 31, 32, 33, 127, 128, 129, 255, 256, 257, 4095, 4096, 4097, 50257, 128256, 151936]
 FIELDS = ("logprob", "entropy", "logsumexp")
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+ALL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = pytest.mark.parametrize("dtype", ALL_DTYPES)
 MIB = 2**20
 
 
-def problem(num_rows, vocab, depth=64, dtype=torch.bfloat16):
-    hidden, weight = heavy((num_rows, depth), dtype, 1), heavy((vocab, depth), dtype, 2) * 0.2
+def decades(shape, dtype, seed):
+    """Factors over six decades, hence products over twelve, so small that logits are of a few units."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    scale = 10 ** (6 * torch.rand(shape, generator=generator, device=DEVICE) - 5.3)
+    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(dtype)
+
+
+def problem(num_rows, vocab, depth=64, dtype=torch.bfloat16, data=heavy):
+    hidden, weight = data((num_rows, depth), dtype, 1), data((vocab, depth), dtype, 2) * 0.2
     return hidden, weight, torch.arange(num_rows, device=DEVICE) * 7919 % vocab
 
 
@@ -65,26 +73,58 @@ def error(x, truth):
     return float((x.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_a_row_alone_and_among_others(vocab):
-    hidden, weight, targets = problem(4096, vocab)
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "capped"),
+    [(vocab, torch.bfloat16, False) for vocab in VOCABS]
+    + [(4097, dtype, True) for dtype in ALL_DTYPES]
+    + [(vocab, dtype, False) for vocab in (33, 50257) for dtype in ALL_DTYPES[1:]],
+)
+def test_a_row_alone_and_among_others(vocab, dtype, capped):
+    hidden, weight, targets = problem(4096, vocab, dtype=dtype)
     rows = make_rows(4096, temperature=0.6, truncates=False)
-    whole = score(hidden, weight, targets, rows=rows)
+    keywords = {"bias": heavy((vocab,), dtype, 3), "softcap": 5.0} if capped else {}
+    whole = score(hidden, weight, targets, rows=rows, **keywords)
     assert whole.isfinite().all()
     for size in (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 256, 257, 1024):
-        for start in (0, 4096 - size, 1234):
+        # row 1234 comes first, in the middle and last
+        for start in (0, 1234, 1234 - size // 2, 1235 - size, 4096 - size):
             part = slice(start, start + size)
-            got = score(hidden[part], weight, targets[part], rows=rows[part])
-            assert torch.equal(bits(got), bits(whole[:, part]))
+            got = score(hidden[part], weight, targets[part], rows=rows[part], **keywords)
+            assert torch.equal(bits(got), bits(whole[:, part])), part
     order = torch.randperm(4096, device=DEVICE)
-    assert torch.equal(bits(score(hidden[order], weight, targets[order], rows=rows)), bits(whole[:, order]))
-    hidden[1::2] = torch.nan
-    assert torch.equal(bits(score(hidden, weight, targets, rows=rows)[:, ::2]), bits(whole[:, ::2]))
+    got = score(hidden[order], weight, targets[order], rows=rows, **keywords)
+    assert torch.equal(bits(got), bits(whole[:, order]))
+    for value in (torch.nan, torch.inf, torch.finfo(dtype).max):
+        hidden[1::2] = value
+        got = score(hidden, weight, targets, rows=rows, **keywords)
+        assert torch.equal(bits(got[:, ::2]), bits(whole[:, ::2])), value
+
+
+def test_every_number_of_rows_out_of_a_hundred_thousand():
+    """Scored and drawn: the first, the middle and the last so many; one alone among them."""
+    hidden, weight, targets = problem(100_000, 4097)
+    rows, seeds = make_rows(100_000, temperature=0.6, truncates=False), torch.arange(100_000, device=DEVICE) * 977
+    rows.temperature[::3] = 0.0
+
+    def run(part):
+        scored = score(hidden[part], weight, targets[part], rows=rows[part])
+        drawn = linear_sample(
+            hidden[part], weight, rows=rows[part], seeds=seeds[part], positions=seeds[part], backend="triton"
+        )  # fmt: skip
+        return torch.stack((*scored, drawn.logprob, drawn.token.float()))
+
+    whole = run(slice(None))
+    assert whole.isfinite().all()
+    for count in (*range(258), 1023, 1024, 1025, 4096, 16384):
+        for start in (0, 50_000 - count // 2, 100_000 - count):
+            part = slice(start, start + count)
+            assert torch.equal(bits(run(part)), bits(whole[:, part])), part
 
 
 @DTYPES
 @pytest.mark.parametrize("depth", [64, 100, 2048])
-def test_every_schedule_gives_the_same_bits(dtype, depth):
+@pytest.mark.parametrize("data", [heavy, decades])
+def test_every_schedule_gives_the_same_bits(dtype, depth, data):
     from rlalign_kernels.vocab import triton_launches as launches
     from rlalign_kernels.vocab.schedules import HeadTile
 
@@ -97,7 +137,7 @@ def test_every_schedule_gives_the_same_bits(dtype, depth):
             HeadTile(128, 128, 64, 8, 3, tma=True, flatten=True), HeadTile(128, 256, 64, 8, 3, tma=True),
             HeadTile(128, 256, 32, 8, 3, tma=True, row_tiles=3),
         ]  # fmt: skip
-    hidden, weight, _ = problem(193, 1000, depth, dtype)
+    hidden, weight, _ = problem(193, 1000, depth, dtype, data)
     head = launches.Head.of(weight, None, None)
     settings = launches.Settings(*(getattr(make_rows(193, temperature=0.6), f) for f in launches.Settings._fields))
     seeds = torch.arange(193, device=DEVICE) * 977
@@ -110,6 +150,7 @@ def test_every_schedule_gives_the_same_bits(dtype, depth):
             drawing = {"seeds": seeds, "positions": seeds, "raw": True}
             parts.append(launches.scan(hidden, head, settings, None, tile=tile, **drawing))
         found.append(parts)
+    assert found[0][1].isfinite().all()
     for other in found[1:]:
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found[0], other, strict=False))
 
@@ -226,6 +267,24 @@ def test_draws(vocab):
         )  # fmt: skip
         assert torch.equal(some.token, drawn.token[part])
         assert torch.equal(bits(some.logprob), bits(drawn.logprob[part]))
+    for value in (torch.nan, torch.inf, 1e30):
+        hidden[1::2] = value
+        some = linear_sample(hidden, weight, rows=rows, seeds=seeds, positions=positions, backend="triton")
+        assert torch.equal(some.token[::2], drawn.token[::2])
+        assert torch.equal(bits(some.logprob[::2]), bits(drawn.logprob[::2]))
+
+
+@pytest.mark.parametrize("ids", [(3, 130, 33_000), (130, 135, 33_000), (33_000, 50_256)])
+def test_greedy_ties_take_the_lowest_id(ids):
+    """In one block of ids, in several, and in several groups of blocks."""
+    hidden, weight, _ = problem(70, 50257)
+    best = weight[3] * 8
+    weight[list(ids)] = best
+    hidden[:] = best.sign()
+    for size in (1, 20, 70):
+        rows, seeds = make_rows(size, temperature=0.0), torch.arange(size, device=DEVICE)
+        drawn = linear_sample(hidden[:size], weight, rows=rows, seeds=seeds, positions=seeds, backend="triton")
+        assert (drawn.token == ids[0]).all()
 
 
 @pytest.mark.parametrize("vocab", [60, 5003])
