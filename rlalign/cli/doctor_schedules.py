@@ -99,9 +99,10 @@ def _norm(shapes: Shapes, setting: Setting) -> dict[str, Any]:
 
     size, machine = setting.dtype.itemsize, architecture(setting.device)
     return {
-        f"rms_norm {n}": {
+        f"{name} {n}": {
             "forward": str(forward_tile(n, size)),
-            "backward": str(backward_tile(n, size, machine, centered=False)),
+            "backward": str(backward_tile(n, size, machine, centered=centered)),
         }
+        for name, centered in (("rms_norm", False), ("layer_norm", True))
         for n in shapes.norm
     }

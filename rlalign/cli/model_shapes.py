@@ -26,13 +26,13 @@ def model_shapes(path: Path) -> Shapes:
         raise ValueError(f"--model {path}: {type(model).__name__} has no output layer")
     modules = list(model.modules())
     linear = {tuple(m.weight.shape) for m in modules if isinstance(m, nn.Linear) and m is not head}
-    norm = {m.weight.shape[0] for m in modules if type(m).__name__.endswith("Norm") and hasattr(m, "weight")}
+    norm = {size for m in modules if type(m).__name__.endswith("Norm") and (size := _row_length(m))}
     text = config.get_text_config()
     return Shapes(
         tuple(sorted(linear)),
         tuple(head.weight.shape),
         (_attention(text),),
-        tuple(sorted(norm, reverse=True)),
+        tuple(sorted(norm, reverse=True)) or (head.weight.shape[1],),
         _field(text, "intermediate_size", 4 * text.hidden_size),
     )
 
@@ -42,6 +42,13 @@ def _attention(config: Any) -> AttentionShape:
     head_dim = _field(config, "head_dim", config.hidden_size // heads)
     value_dim = _field(config, "v_head_dim", head_dim)
     return AttentionShape(heads, _field(config, "num_key_value_heads", heads), head_dim, value_dim)
+
+
+def _row_length(norm: nn.Module) -> int | None:
+    """Channels that it normalises; None if it does not say. OLMo's has no weight, and PyTorch's may have none."""
+    if (weight := getattr(norm, "weight", None)) is not None:
+        return weight.shape[-1]
+    return (getattr(norm, "normalized_shape", None) or (None,))[-1]
 
 
 def _field(config: Any, name: str, default: int) -> int:

@@ -1,10 +1,10 @@
 """``align(model)``: a Hugging Face causal LM onto our operators, in place.
 
 Norms and rotary embeddings are recognised by what they compute, not by their name alone: each replacement is compared
-with the module it replaces on random input before it is kept. A linear is one whose forward is ``nn.Linear``'s, an
-activation one of PyTorch's or transformers'. What is not recognised stays as it was, and ``audit`` refuses it. Then
-what MLPs and, on a GPU, attentions compute between these is fused (gates.py, rotation.py), where forward has the same
-bits.
+with the module it replaces on random input before it is kept. A linear is one whose forward is ``nn.Linear``'s, so it
+is with ``nn.LayerNorm``; an activation is one of PyTorch's or transformers'. What is not recognised stays as it was,
+and ``audit`` refuses it. Then what MLPs and, on a GPU, attentions compute between these is fused (gates.py,
+rotation.py), where forward has the same bits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,13 @@ _GELU_APPROXIMATION = {
     "PytorchGELUTanh": "tanh",
     "NewGELUActivation": "tanh",
 }
+_BARE_EPS = 1e-5  # OLMo's
 # what a refusal says of the other numerics: recipes and the library have a setting of that name
 HOW_NATIVE = "(rlalign-verify: --numerics native; bisect: --a native --b native,decode)"
+# Some models call dropout by function: no module shows it.
+_DROPOUT_FIELDS = (
+    "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout", "embedding_dropout",
+)  # fmt: skip
 # Rotary embeddings whose frequencies depend on the longest sequence of the batch: never invariant.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -88,8 +93,13 @@ def _align_module(name: str, module: nn.Module, backend: str) -> None:
     # a subclass with a forward of its own (an adapter's, a quantised weight's) computes something else
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         layers.become(module, layers.AlignedLinear, backend)
+    elif isinstance(module, nn.LayerNorm):
+        if type(module).forward is nn.LayerNorm.forward and len(module.normalized_shape) == 1:
+            layers.become(module, layers.AlignedLayerNorm, backend, eps=module.eps)
     elif kind.endswith("RMSNorm") and hasattr(module, "weight"):
         _align_norm(module, backend)
+    elif kind.endswith("LayerNorm") and next(module.parameters(), None) is None:
+        _align_bare_layer_norm(module, backend)
     elif kind.endswith("RotaryEmbedding") and hasattr(module, "inv_freq"):
         _align_rotary(module, backend)
     elif kind in ("SiLU", "SiLUActivation"):
@@ -113,7 +123,7 @@ def _refuse_dropout(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(f"dropout p={module.p} in {name}: not supported, set it to 0")
-    for field in ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout"):
+    for field in _DROPOUT_FIELDS:
         if getattr(model.config, field, 0.0):
             raise ValueError(f"config.{field}={getattr(model.config, field)}: dropout is not supported, set it to 0")
 
@@ -144,6 +154,20 @@ def _align_norm(module: nn.Module, backend: str) -> None:
         if _agree(candidate(x), expected):
             layers.become(module, layers.AlignedRMSNorm, backend, **settings)
             return
+
+
+def _align_bare_layer_norm(module: nn.Module, backend: str) -> None:
+    """A LayerNorm without weight and bias that is none of PyTorch's: OLMo's, whose eps is written in its forward."""
+    shape = getattr(module, "normalized_shape", ())
+    if len(shape) != 1:
+        return
+    # rows so small that eps is most of what they are divided by, beside ordinary ones
+    x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(1))
+    x[::2] *= 1e-3
+    candidate = copy.deepcopy(module)
+    layers.become(candidate, layers.AlignedLayerNorm, "native", eps=_BARE_EPS)
+    if all(_agree(candidate(x.to(dtype)), module(x.to(dtype))) for dtype in (torch.float32, torch.bfloat16)):
+        layers.become(module, layers.AlignedLayerNorm, backend, eps=_BARE_EPS)
 
 
 def _with_random_weight(module: nn.Module) -> nn.Module:

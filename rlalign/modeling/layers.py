@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from rlalign_kernels import geglu, gelu, linear, rms_norm, rotary_cos_sin, silu, swiglu
+from rlalign_kernels import geglu, gelu, layer_norm, linear, rms_norm, rotary_cos_sin, silu, swiglu
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -50,6 +50,15 @@ class AlignedRMSNorm(AlignedModule):
             cast_before_weight=self.rlalign_cast_before_weight,
             backend=self.rlalign_backend,
         )
+
+
+class AlignedLayerNorm(AlignedModule):
+    rlalign_eps: float
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.LayerNorm's name
+        # OLMo's has neither of them
+        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+        return layer_norm(input, weight, bias, eps=self.rlalign_eps, backend=self.rlalign_backend)
 
 
 class AlignedRotary(AlignedModule):

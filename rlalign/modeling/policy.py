@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext
 from rlalign.modeling.fused import fuse_projections
 from rlalign.modeling.inner_attention import Invariant
-from rlalign.modeling.layers import AlignedLinear, AlignedRMSNorm
+from rlalign.modeling.layers import AlignedLayerNorm, AlignedLinear, AlignedRMSNorm
 
 # mean share of a logit that rounding to 16 bits may move it by, several times
 _ROUNDED = 0.01
@@ -212,6 +212,7 @@ class Policy:
         aligned = [m for m in modules if isinstance(m, AlignedLinear) and m is not self.head]
         linears = {tuple(m.weight.shape) for m in aligned}
         norms = {m.weight.shape[0] for m in modules if isinstance(m, AlignedRMSNorm)}
+        norms |= {m.normalized_shape[0] for m in modules if isinstance(m, AlignedLayerNorm)}
         head = tuple(self.head.weight.shape)
         if self.backend == "triton":
             attention = tuple(AttentionShape(*heads) for heads in sorted(set(layers.attention.values())))
@@ -221,7 +222,7 @@ class Policy:
             sweep(shapes, backend="triton", dtype=self.dtype, device=self.device)
             return
         groups = sorted({(dim, value_dim, heads // keys) for heads, keys, dim, value_dim in layers.attention.values()})
-        probe(
+        probe(  # a layer_norm's means are the products of an rms_norm
             [
                 *(("attention", group) for group in groups),
                 *(("linear", shape) for shape in sorted(linears)),

@@ -225,3 +225,19 @@ def test_a_models_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     result = examined(capsys, "--model", str(tmp_path), "--only", "linear")
     assert (result["exit_code"], result["model"]) == (0, str(tmp_path))
     assert result["shapes"]["head"] == [70, 32]
+
+
+def test_both_norms_are_looked_at_in_every_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import OlmoConfig, PhiConfig
+
+    common = {"vocab_size": 70, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1}
+    made = {"olmo": OlmoConfig(**common, num_attention_heads=3),  # no norm of it has a weight
+            "phi": PhiConfig(**common, num_attention_heads=3, qk_layernorm=True)}  # fmt: skip
+    for (name, config), sizes in zip(made.items(), ({"48"}, {"48", "16"}), strict=True):
+        config.architectures = [f"{name.title()}ForCausalLM"]
+        config.save_pretrained(tmp_path / name)
+        result = examined(capsys, "--model", str(tmp_path / name), "--only", "norm")
+        assert result["exit_code"] == 0
+        for operator in result["operators"]:
+            assert {claim["shape"] for claim in operator["claims"]} == sizes
+        assert [operator["operator"] for operator in result["operators"]] == ["rms_norm", "layer_norm"]

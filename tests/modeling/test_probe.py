@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from rlalign_kernels import CONFORMANCE, SamplingRows
 from support.models import tiny_model
@@ -30,3 +31,13 @@ def test_every_operator_is_measured_before_the_first_token() -> None:
         drawn = policy.sample(hidden, rows, torch.arange(count), torch.arange(count))
         policy.logprobs(hidden, drawn.token, rows)
     assert set(CONFORMANCE.report()) == measured
+
+
+def test_norms_of_both_kinds_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr("rlalign.modeling.policy.probe", asked.extend)
+    for family in ("qwen3", "phi", "olmo"):
+        asked.clear()
+        Policy(align(tiny_model(family), backend="reference"))
+        sizes = {size for operator, (size, *_) in asked if operator == "rms_norm"}
+        assert sizes == {"qwen3": {64, 32}, "phi": {64, 16}, "olmo": {64}}[family]

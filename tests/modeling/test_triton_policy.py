@@ -25,8 +25,9 @@ def one_layer(family: str, backend: str) -> Policy:
 
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_an_engine_runs_on_it():
-    policies = {backend: one_layer("llama", backend) for backend in ("triton", "reference")}
+@pytest.mark.parametrize("family", ["llama", "starcoder2", "olmo"])
+def test_an_engine_runs_on_it(family):
+    policies = {backend: one_layer(family, backend) for backend in ("triton", "reference")}
     params = SamplingParams(max_tokens=2, seed=1)
     drawn = [
         Engine(policy, None, EngineConfig(num_pages=4)).generate([[1, 2, 3, 4, 5]], params)[0][0]

@@ -7,18 +7,22 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    OlmoConfig,
     OlmoeConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 _COMMON = {
@@ -61,6 +65,10 @@ def _configs() -> dict[str, PreTrainedConfig]:
         "phi3": Phi3Config(**_COMMON, rope_parameters=partial),
         "smollm3": SmolLM3Config(**_COMMON),
         "olmo2": Olmo2Config(**_COMMON),
+        "starcoder2": Starcoder2Config(**_COMMON, sliding_window=9),
+        "olmo": OlmoConfig(**_COMMON),
+        "phi": PhiConfig(**_COMMON, qk_layernorm=True),
+        "gpt_neox": GPTNeoXConfig(**{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
     }
 
 

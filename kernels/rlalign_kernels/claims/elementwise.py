@@ -24,7 +24,8 @@ _THETA = 10_000.0
 def subjects(shapes: Shapes, setting: Setting) -> Iterator[Subject]:
     for size in shapes.norm:
         yield Subject("rms_norm", f"{size}", partial(_norm_claims, _rms, False, size, setting))
-    yield Subject("layer_norm", f"{shapes.norm[0]}", partial(_norm_claims, _layer, True, shapes.norm[0], setting))
+    for size in shapes.norm:
+        yield Subject("layer_norm", f"{size}", partial(_norm_claims, _layer, True, size, setting))
     for shape in shapes.attention:
         yield Subject("rotary", str(shape), partial(_rotary_claims, shape, setting))
     size = shapes.intermediate
