@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rlalign_kernels import claims
-from rlalign_kernels.claims import AttentionShape, Shapes
+from rlalign_kernels import claims, tuned
+from rlalign_kernels.claims import AttentionShape, Setting, Shapes
+from rlalign_kernels.gemm.schedules import Tile
 
 from rlalign.cli.doctor import main
 from rlalign.cli.model_shapes import model_shapes
@@ -241,3 +244,22 @@ def test_both_norms_are_looked_at_in_every_size(tmp_path: Path, capsys: pytest.C
         for operator in result["operators"]:
             assert {claim["shape"] for claim in operator["claims"]} == sizes
         assert [operator["operator"] for operator in result["operators"]] == ["rms_norm", "layer_norm"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_a_wider_layer_that_takes_other_schedules_has_them_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = importlib.import_module("rlalign_kernels.claims.linear")
+    widths = (256, 1024, 4096, 6144, 2048, 12288, 16384)
+    shapes = replace(TINY, linear=tuple((width, 64) for width in widths))
+    where = Setting("triton", torch.device("cpu"), torch.bfloat16, (2, 9), (5,))
+
+    def compared(setting: Setting) -> list[str]:
+        found = linear.subjects(shapes, setting)
+        return [one.shape for one in found if "schedules" in {claim.name for claim in one.claims()}]
+
+    assert compared(where) == ["256 x 64", "4096 x 64", "12288 x 64"]
+    assert compared(replace(where, dtype=torch.float32)) == ["256 x 64"]
+    assert compared(replace(where, schedules=False)) == compared(replace(where, backend="native")) == []
+    mine = Tile(16, 64, 64, 4, 3, swap=True)
+    monkeypatch.setattr(tuned, "linear_tiles", lambda layer, dtype: [mine] if layer.width == 6144 else [])
+    assert compared(where) == ["256 x 64", "4096 x 64", "6144 x 64", "12288 x 64"]

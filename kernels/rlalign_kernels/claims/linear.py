@@ -7,10 +7,13 @@ from functools import partial
 
 import torch
 
+from rlalign_kernels import tuned
 from rlalign_kernels.claims.rows import Rows, Run, backward_claim, row_claims, schedules_claim
 from rlalign_kernels.claims.shapes import Setting, Shapes
 from rlalign_kernels.conformance import Claim, Subject, hard_data
-from rlalign_kernels.gemm.schedules import HopperTile, Tile
+from rlalign_kernels.gemm.schedules import HopperTile, Layer, Tile
+from rlalign_kernels.gemm.space import layer_of, table
+from rlalign_kernels.gpu import BOX_ALIGNMENT, architecture, num_processors
 from rlalign_kernels.linear import linear
 
 # Row counts that every schedule of the table computes: part of a tile, and several.
@@ -18,10 +21,26 @@ _SCHEDULED_ROWS = (7, 200)
 
 
 def subjects(shapes: Shapes, setting: Setting) -> Iterator[Subject]:
-    for index, (width, depth) in enumerate(shapes.linear):
-        # kernels are compiled alike for layers alike: one tells of all
-        scheduled = setting.schedules and index == 0
+    compared: set[Tile | HopperTile] = set()
+    for width, depth in shapes.linear:
+        tiles = set()
+        if setting.backend == "triton" and setting.schedules:
+            tiles = {*_tiles(_layer(width, depth, setting), setting.device)}
+        # a schedule's kernel is the same for all layers: what those before took need not be compared again
+        scheduled = not tiles <= compared
+        compared |= tiles
         yield Subject("linear", f"{width} x {depth}", partial(_claims, width, depth, setting, scheduled))
+
+
+def _layer(width: int, depth: int, setting: Setting) -> Layer:
+    boxes = depth * setting.dtype.itemsize % BOX_ALIGNMENT == 0
+    return Layer(width, depth, setting.dtype, 1, architecture(setting.device), boxes)
+
+
+def _tiles(layer: Layer, device: torch.device) -> list[Tile | HopperTile]:
+    """All that its chooser takes, and those of the table that is in use."""
+    known = table(layer, torch.float32, num_processors(device))
+    return list(dict.fromkeys([*known, *tuned.linear_tiles(layer, torch.float32)]))
 
 
 def _claims(width: int, depth: int, setting: Setting, scheduled: bool) -> list[Claim]:
@@ -37,7 +56,7 @@ def _claims(width: int, depth: int, setting: Setting, scheduled: bool) -> list[C
         return (out, _wide(x, weight, bias)) if setting.backend == "triton" else (out,)
 
     claims = row_claims(Rows(call, (x,)), setting.rows)
-    if setting.backend == "triton" and scheduled:
+    if scheduled:
         claims.append(schedules_claim(*(_schedules(x[:num_rows], weight, bias) for num_rows in _SCHEDULED_ROWS)))
     few = x[: setting.rows[-1] // 2]
     claims.append(backward_claim(partial(linear, backend=setting.backend), (few, weight, bias)))
@@ -51,15 +70,10 @@ def _wide(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Te
 
 
 def _schedules(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[Run, list[tuple[object, Run]]]:
-    """The chosen, and all others, the table's that is in use among them."""
-    from rlalign_kernels import tuned
-    from rlalign_kernels.gemm.space import layer_of, table
+    """The chosen, and all others."""
     from rlalign_kernels.gemm.triton_backend import forward
-    from rlalign_kernels.gpu import num_processors
 
-    layer = layer_of(x, weight)
-    known = table(layer, torch.float32, num_processors(x.device))
-    tiles = dict.fromkeys([*known, *tuned.linear_tiles(layer, torch.float32)])
+    tiles = _tiles(layer_of(x, weight), x.device)
 
     def run(schedule: Tile | HopperTile) -> tuple[torch.Tensor]:
         return (forward(x, weight, bias, out_dtype=torch.float32, schedule=schedule),)

@@ -53,9 +53,9 @@ SMALL = Shapes(
     norm=(128, 32),
     intermediate=384,
 )
-# Qwen3-1.7B
+# Qwen3-1.7B: gate, down, and gate and up as one product
 LARGE = Shapes(
-    linear=((6144, 2048), (2048, 6144)),
+    linear=((6144, 2048), (2048, 6144), (12288, 2048)),
     head=(151936, 2048),
     attention=(AttentionShape(16, 8, 128, 128),),
     norm=(2048, 128),
