@@ -15,6 +15,8 @@ def model_shapes(path: Path) -> Shapes:
     # transformers takes seconds to import
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rlalign.modeling.fused import fused_shapes
+
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"--model {path}: no config.json there")
@@ -26,6 +28,7 @@ def model_shapes(path: Path) -> Shapes:
         raise ValueError(f"--model {path}: {type(model).__name__} has no output layer")
     modules = list(model.modules())
     linear = {tuple(m.weight.shape) for m in modules if isinstance(m, nn.Linear) and m is not head}
+    linear |= fused_shapes(model)  # what an engine computes; a trainer, which wants gradients, computes the others
     norm = {size for m in modules if type(m).__name__.endswith("Norm") and (size := _row_length(m))}
     text = config.get_text_config()
     return Shapes(

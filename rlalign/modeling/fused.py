@@ -59,7 +59,7 @@ def fuse_projections(model: nn.Module, backend: Backend) -> list[tuple[int, int]
 
     What is fused already stays as it is. Tied or odd weights, adapters and other conventions are left alone.
     """
-    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    uses = _uses(model)
     shapes = []
     for members in _groups(model):
         if members[0].rlalign_fused is None and _can_fuse(members, uses):
@@ -69,11 +69,22 @@ def fuse_projections(model: nn.Module, backend: Backend) -> list[tuple[int, int]
     return shapes
 
 
-def _groups(model: nn.Module) -> Iterator[list[AlignedLinear]]:
+def fused_shapes(model: nn.Module) -> set[tuple[int, int]]:
+    """[N, K] of every product that a model's linears come to when they are fused, whether aligned or not."""
+    uses = _uses(model)
+    groups = [members for members in _groups(model, nn.Linear) if _can_fuse(members, uses)]
+    return {(sum(m.weight.shape[0] for m in members), members[0].weight.shape[1]) for members in groups}
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+
+def _groups(model: nn.Module, kind: type = AlignedLinear) -> Iterator[list[AlignedLinear]]:
     for module in model.modules():
         for names in _GROUPS:
             members = [module._modules.get(name) for name in names]
-            if all(isinstance(member, AlignedLinear) for member in members):
+            if all(isinstance(member, kind) for member in members):
                 yield members  # type: ignore[misc]
 
 

@@ -222,8 +222,9 @@ def test_a_models_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         num_key_value_heads=2, head_dim=16, architectures=["Qwen3ForCausalLM"],
     ).save_pretrained(tmp_path)  # fmt: skip
     expected = Shapes(
-        ((32, 32), (32, 48), (32, 64), (48, 32), (64, 32)), (70, 32), (AttentionShape(4, 2, 16, 16),), (32, 16), 48
-    )
+        ((32, 32), (32, 48), (32, 64), (48, 32), (64, 32), (96, 32), (128, 32)), (70, 32),
+        (AttentionShape(4, 2, 16, 16),), (32, 16), 48,
+    )  # fmt: skip
     assert model_shapes(tmp_path) == model_shapes(tmp_path / "config.json") == expected
     result = examined(capsys, "--model", str(tmp_path), "--only", "linear")
     assert (result["exit_code"], result["model"]) == (0, str(tmp_path))

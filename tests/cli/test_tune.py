@@ -182,3 +182,20 @@ def test_actors_take_the_table_that_the_run_was_given(monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(tuned.VARIABLE, "t.json")
     assert environment(1)[tuned.VARIABLE] == str(tmp_path / "t.json")
+
+
+def test_a_models_layers_are_tuned_as_an_engine_fuses_them(tmp_path: Path) -> None:
+    from transformers import Phi3Config, Qwen3Config
+
+    common = {"vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen3Config(**common, **heads, head_dim=16).save_pretrained(tmp_path / "qwen3")
+    Phi3Config(**common, **heads).save_pretrained(tmp_path / "phi3")
+
+    def tuned_layers(name: str) -> set[str]:
+        args = make_parser().parse_args(["--model", str(tmp_path / name), "--operators", "linear"])
+        return {problem.name for _, problem in tune_module._problems(args, torch.device("cpu"))}
+
+    apart = {"linear 64 x 32", "linear 32 x 32", "linear 32 x 64", "linear 48 x 32", "linear 32 x 48"}
+    assert tuned_layers("qwen3") == apart | {"linear 128 x 32", "linear 96 x 32"}
+    assert tuned_layers("phi3") == {"linear 64 x 32", "linear 32 x 32", "linear 96 x 32", "linear 32 x 48"}

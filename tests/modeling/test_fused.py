@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlalign.engine import Engine
 from rlalign.modeling import PackedContext, Policy
-from rlalign.modeling.fused import fuse_projections
+from rlalign.modeling.fused import fuse_projections, fused_shapes
 from rlalign.modeling.layers import AlignedLinear
 
 TOKENS = torch.arange(2, 40) % VOCAB
@@ -51,6 +51,7 @@ def test_every_family_computes_the_same(family, dtype, monkeypatch):
     # phi3 and gpt_neox come fused, starcoder2 and phi have no gates
     groups = {"phi3": 0, "gpt_neox": 0, "starcoder2": 2, "phi": 2}.get(family, 4)
     assert len(shapes) == groups
+    assert fused_shapes(policy.model) == fused_shapes(tiny_model(family)) == set(shapes)
     seen = products(monkeypatch)
     torch.testing.assert_close(hidden(policy), before, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
     layers = 2
