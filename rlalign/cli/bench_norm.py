@@ -38,9 +38,11 @@ def make_cases(only: str) -> Iterator[Callable[[], Case]]:
     makers |= {f"layer_norm backward {size}": partial(_layer_norm_backward, size) for size in (1024, 4096)}
     makers["layer_norm backward, 65,536 rows of 1024"] = partial(_layer_norm_backward, 1024, times=4)
     makers |= {f"rotary {heads} + 8 heads of 128": partial(_rotary, heads) for heads in (8, 16, 32)}
+    makers["rotary backward, 16 + 8 heads of 128"] = partial(_rotary_backward, 16)
     makers |= {f"{name} 6144": partial(_activation, name) for name in _ACTIVATIONS}
     makers |= {f"{name} 6144, halves of one tensor": partial(_gated, name) for name in _GATED}
-    makers["swiglu backward 6144"] = _gated_backward
+    makers["gelu tanh backward 6144"] = partial(_activation_backward, "gelu tanh")
+    makers |= {f"{name} backward 6144": partial(_gated_backward, name) for name in ("swiglu", "geglu tanh")}
     for name, make in makers.items():
         if only in name:
             yield partial(make, name)
@@ -127,9 +129,11 @@ def _layer_norm_backward(size: int, name: str, times: int = 1) -> Case:
 
 
 def _backward(
-    forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor], grad: torch.Tensor
+    forward: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]],
+    inputs: list[torch.Tensor],
+    grad: torch.Tensor | list[torch.Tensor],
 ) -> Callable[[], object]:
-    kept: list[torch.Tensor] = []
+    kept: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
 
     def call() -> object:
         if not kept:
@@ -157,6 +161,18 @@ def _rotary(heads: int, name: str) -> Case:
     return _case(name, 2 * (query.numel() + key.numel() + cos.numel()), calls)
 
 
+def _rotary_backward(heads: int, name: str) -> Case:
+    inputs, grads = ([_random(_ROWS, count, _DIM) for count in (heads, 8)] for _ in range(2))
+    tables = _random(_ROWS, _DIM), _random(_ROWS, _DIM)
+    for t in inputs:
+        t.requires_grad_()
+    calls = {
+        "torch": _backward(partial(_turned, *inputs, *tables), inputs, grads),
+        "rlalign": _backward(partial(apply_rotary, *inputs, *tables, backend="triton"), inputs, grads),
+    }
+    return _case(name, 2 * (sum(t.numel() for t in inputs) + tables[0].numel()), calls, graphed=True)
+
+
 def _turned(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,6 +192,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.T
 }
 _GATED: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
     "swiglu": (F.silu, swiglu),
+    "geglu": (F.gelu, geglu),
     "geglu tanh": (partial(F.gelu, approximate="tanh"), partial(geglu, approximate="tanh")),
 }
 
@@ -186,6 +203,14 @@ def _activation(which: str, name: str) -> Case:
     return _case(name, 2 * x.numel(), {"torch": partial(theirs, x), "rlalign": partial(ours, x, backend="triton")})
 
 
+def _activation_backward(which: str, name: str) -> Case:
+    x, grad = _random(_ROWS, 6144).requires_grad_(), _random(_ROWS, 6144)
+    theirs, ours = _ACTIVATIONS[which]
+    forwards = {"torch": partial(theirs, x), "rlalign": partial(ours, x, backend="triton")}
+    calls = {impl: _backward(forward, [x], grad) for impl, forward in forwards.items()}
+    return _case(name, 3 * x.numel(), calls, graphed=True)
+
+
 def _gated(which: str, name: str) -> Case:
     gate, up = _random(_ROWS, 2 * 6144).chunk(2, -1)
     theirs, ours = _GATED[which]
@@ -193,10 +218,11 @@ def _gated(which: str, name: str) -> Case:
     return _case(name, 3 * gate.numel(), calls)
 
 
-def _gated_backward(name: str) -> Case:
+def _gated_backward(which: str, name: str) -> Case:
     inputs, grad = [_random(_ROWS, 6144).requires_grad_() for _ in range(2)], _random(_ROWS, 6144)
+    theirs, ours = _GATED[which]
     calls = {
-        "torch": _backward(lambda: F.silu(inputs[0]) * inputs[1], inputs, grad),
-        "rlalign": _backward(partial(swiglu, *inputs, backend="triton"), inputs, grad),
+        "torch": _backward(lambda: theirs(inputs[0]) * inputs[1], inputs, grad),
+        "rlalign": _backward(partial(ours, *inputs, backend="triton"), inputs, grad),
     }
     return _case(name, 5 * inputs[0].numel(), calls, graphed=True)
