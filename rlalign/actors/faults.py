@@ -26,23 +26,29 @@ def flip_bit(values: Tensor, index: tuple[int, ...]) -> None:
     values.view(_INTEGER[values.dtype])[index] ^= 1 << _BIT[values.dtype]
 
 
-def flip_weight_bit(policy: Policy) -> str:
-    """One bit of the largest element of the last weight by name (a model's final norm); returns where."""
-    name, weight = list(policy.named_weights().items())[-1]
+def flip_weight_bit(policy: Policy, name: str | None = None) -> str:
+    """One bit of the largest element of a weight, of the last by name (a model's final norm) if none is named.
+
+    Returns where."""
+    weights = policy.named_weights()
+    name = name or list(weights)[-1]
+    weight = weights[name]
     index = tuple(int(i) for i in torch.unravel_index(weight.abs().argmax(), weight.shape))
     flip_bit(weight, index)
     return f"{name}{list(index)}"
 
 
 @contextmanager
-def kv_page_fault(policy: Policy) -> Iterator[None]:
-    """Flip one bit of the newest cached key of the first sequence that has any, before the forward that reads it."""
+def kv_page_fault(policy: Policy, *, layer: int = 0, of_value: bool = False) -> Iterator[None]:
+    """Flip one bit of a layer's newest cached key, or value, of the first sequence that has any, before the forward
+    that reads it."""
     done = False
 
     def hidden(token_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         nonlocal done
         if not done and (slot := _newest_cached_slot(context)) is not None:
-            flip_bit(context.k_caches[0], (*slot, *_largest(context.k_caches[0][slot])))
+            cache = (context.v_caches if of_value else context.k_caches)[layer]
+            flip_bit(cache, (*slot, *_largest(cache[slot])))
             done = True
         return type(policy).hidden(policy, token_ids, position_ids, context)
 

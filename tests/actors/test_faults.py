@@ -25,23 +25,26 @@ def test_flip_bit_changes_one_bit_and_stays_finite():
         assert torch.equal(before.view(kind), values.view(kind))
 
 
-def test_one_bit_of_one_weight():
+@pytest.mark.parametrize("name", [None, "model.layers.0.self_attn.q_proj.weight"])
+def test_one_bit_of_one_weight(name):
     policy = tiny_policy()
     before = {name: tensor.clone() for name, tensor in policy.named_weights().items()}
-    where = flip_weight_bit(policy)
+    where = flip_weight_bit(policy, name)
     changed = {
         name: bits
         for name, tensor in policy.named_weights().items()
         if (bits := differing_bits(before[name], tensor, torch.int32))
     }
     assert list(changed.values()) == [[1]] and where.startswith(next(iter(changed)))
+    assert next(iter(changed)) == (name or "model.norm.weight")
 
 
-def test_a_flipped_cache_bit_reaches_the_second_token_and_ends_with_its_block():
+@pytest.mark.parametrize("where", [{}, {"layer": -1, "of_value": True}])
+def test_a_flipped_cache_bit_reaches_the_second_token_and_ends_with_its_block(where):
     policy = tiny_policy()
     prompts, params = [[1, 2, 3, 4, 5]], SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
     [[clean]] = Engine(policy, None, EngineConfig(num_pages=8)).generate(prompts, params)
-    with kv_page_fault(policy):
+    with kv_page_fault(policy, **where):
         [[faulty]] = Engine(policy, None, EngineConfig(num_pages=8)).generate(prompts, params)
     assert faulty.logprobs[0] == clean.logprobs[0] and faulty.logprobs[1] != clean.logprobs[1]
     [[again]] = Engine(policy, None, EngineConfig(num_pages=8)).generate(prompts, params)

@@ -16,16 +16,20 @@ from support.engines import flat, outcome
 from support.models import FAMILIES, tiny_model
 from support_qwen import DEVICE, random_qwen, workload
 
-from rlalign.actors.faults import flip_weight_bit, kv_page_fault, position_fault
+from rlalign.actors.faults import flip_bit, flip_weight_bit, kv_page_fault, position_fault
+from rlalign.actors.inspection import Inspector, packed, paged
 from rlalign.actors.weight_sync import bundle_weights, unbundle_weights
 from rlalign.algorithms.estimate import estimate_grpo
 from rlalign.config import AlgorithmConfig, EngineConfig, SamplingParams, TrainerConfig
 from rlalign.engine import Engine, sampler
 from rlalign.modeling import Policy, align, audit
+from rlalign.modeling.feeds import Feed, Forward
 from rlalign.records import Completion, Prompt, Sample
 from rlalign.trainer import Trainer, pack_samples
 from rlalign.trainer.step import score
 from rlalign.verifier.compare import Comparison, compare_samples
+from rlalign.verifier.layers import check_layers
+from rlalign.verifier.periodic import Excerpt, choose_excerpts
 from rlalign.verifier.report import build_report
 
 LONGEST = 4096
@@ -101,12 +105,96 @@ def test_a_wrong_bit_is_caught_and_located(policy):
     assert not report.equal and {token.key for token in report.worst} == {(0, int(wrong), 0)}
     with position_fault(policy):
         comparison = compared(policy, clean)
-    assert len(np.unique(comparison.sample[comparison.mismatch])) == 1
+    # the second of fourteen prompt tokens: all behind it see it, in that sequence
+    assert set(comparison.sample[comparison.mismatch]) == {0} and len(clean[0].completion.prompt_ids) == 14
+    assert comparison.position[comparison.mismatch].min() == 0
     before = {name: weight.clone() for name, weight in policy.named_weights().items()}
     flip_weight_bit(policy)
     assert compared(policy, clean).mismatch_count > 0
     policy.load_weights(before)
     assert compared(policy, clean).equal
+
+
+@pytest.fixture(scope="module")
+def sides() -> Iterator[tuple[Policy, Policy]]:
+    """The rollout's policy and the trainer's: two layers, the same weights."""
+    rollout, trainer = random_qwen("0.6B", 2), random_qwen("0.6B", 2)
+    trainer.load_weights(rollout.named_weights())
+    yield rollout, trainer
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+SHORT = EngineConfig(num_pages=64, prefix_cache=False, cuda_graphs=False)
+
+
+@pytest.mark.parametrize(
+    "module", ["model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.norm"]
+)
+def test_a_flipped_bit_of_a_weight_is_caught_and_its_module_named(sides, module):
+    rollout, trainer = sides
+    weight = trainer.named_weights()[f"{module}.weight"]
+    before = weight.clone()
+    flip_weight_bit(trainer, f"{module}.weight")
+    prompts, params = workload(12, 100, rollout.vocab_size)
+    prompts[0][0] = int((weight != before).nonzero()[0, 0])  # of the embedding: the id whose row it is
+    samples = as_samples(flat(Engine(rollout, None, SHORT).generate(prompts, params)), params)
+    excerpts = choose_excerpts(samples, count=12, tokens=8, seed=0, step=1)
+    try:
+        comparison = compared(trainer, samples)
+        layers = check_layers(Inspector(rollout, paged(SHORT)), Inspector(trainer, packed), excerpts)
+    finally:
+        weight.copy_(before)
+    assert comparison.mismatch_count > 0
+    assert layers.first is not None and layers.first.module == module
+    if module == "model.embed_tokens":
+        assert layers.where == ("0/0/0", 0)
+    assert compared(trainer, samples).equal  # nothing else was wrong
+
+
+def test_a_flipped_value_of_the_last_layers_cache_is_caught(sides):
+    rollout, trainer = sides
+    prompts, params = workload(12, 100, rollout.vocab_size)
+    with kv_page_fault(rollout, layer=-1, of_value=True):
+        samples = as_samples(flat(Engine(rollout, None, SHORT).generate(prompts, params)), params)
+    comparison = compared(trainer, samples)
+    assert len(np.unique(comparison.sample[comparison.mismatch])) == 1  # the sequence that reads that page
+    assert comparison.position[comparison.mismatch].min() == 1  # the first token that a decode step draws
+
+
+def damaged_value(policy: Policy, feeds: Sequence[Feed]) -> Iterator[Forward]:
+    """One bit of the second sequence's newest value in the last layer's cache, before its third decoding step."""
+    for step, forward in enumerate(paged(SHORT)(policy, feeds)):
+        if step == 3:
+            context, cache = forward.context, forward.context.v_caches[-1]
+            page, offset = divmod(int(context.kv_lens[1]) - 2, cache.shape[1])
+            slot = int(context.block_tables[1, page]), offset, 0
+            flip_bit(cache, (*slot, int(cache[slot].abs().argmax())))
+        yield forward
+
+
+def shifted_position(policy: Policy, feeds: Sequence[Feed]) -> Iterator[Forward]:
+    """The second sequence's sixth token is said to be its seventh."""
+    for forward in packed(policy, feeds):
+        forward.position_ids[int(forward.context.cu_seqlens[1]) + 5] += 1
+        yield forward
+
+
+@pytest.mark.parametrize(
+    ("rollout_runs", "trainer_runs", "module", "row"),
+    [
+        (damaged_value, packed, "model.layers.1.self_attn", 20 + 2),
+        (paged(SHORT), shifted_position, "model.rotary_emb", 5),
+        (paged(SHORT), packed, None, None),
+    ],
+    ids=["value", "position", "none"],
+)
+def test_a_wrong_value_or_position_is_located(sides, rollout_runs, trainer_runs, module, row):
+    ids = np.random.default_rng(0).integers(0, sides[0].vocab_size, (3, 32))
+    excerpts = [Excerpt(str(i), part[:20], part[20:]) for i, part in enumerate(ids)]
+    layers = check_layers(Inspector(sides[0], rollout_runs), Inspector(sides[1], trainer_runs), excerpts)
+    assert (layers.first and layers.first.module) == module
+    assert layers.where == (None if row is None else ("1", row))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
