@@ -26,6 +26,8 @@ from support_attention import DEVICE, heavy, same_bits
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 SIZES = (1, 128, 896, 2048, 2561, 5120, 16384)
+# every length up to two tiles and one more, and some beyond; the short list where shapes are many
+SWEEP = (*range(258), 1023, 1024, 1025, 4096)
 BATCHES = (0, 1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 64, 100, 127, 128, 129, 200, 255, 256, 257, 1023, 1024, 1025, 4096)
 EPS = 1e-6
 
@@ -37,6 +39,13 @@ def decades(shape, dtype, seed=0):
     scale = 10 ** ((torch.rand(shape, generator=generator, device=DEVICE) * 2 - 1) * spread)
     values = torch.randn(shape, generator=generator, device=DEVICE) * scale
     return values.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else values.to(dtype)
+
+
+def normal(shape, dtype, seed=0):
+    return torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE).to(dtype)
+
+
+MADE = {"normal": normal, "heavy": heavy, "decades": decades}
 
 
 def error(x: torch.Tensor, truth: torch.Tensor) -> float:
@@ -66,19 +75,23 @@ NORMS = {"llama": llama, "gemma": gemma, "layer": layer}
 
 
 @DTYPES
+@pytest.mark.parametrize("values", ["normal", "decades"])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_row_alone_is_that_row_in_every_batch(size, dtype):
-    rows = 16384 if size in (128, 2048) else 4096
-    x, residual, weight = decades((rows, size), dtype), decades((rows, size), dtype, 1), heavy((size,), dtype, 2)
-    batches = (*BATCHES, 16384)
+def test_a_row_alone_is_that_row_in_every_batch(size, values, dtype):
+    make, long = MADE[values], size in (128, 2048)
+    rows, batches = (16384, (*SWEEP, 16384)) if long else (4096, BATCHES)
+    x, residual, weight = make((rows, size), dtype), make((rows, size), dtype, 1), heavy((size,), dtype, 2)
     for norm in (llama, layer) if size in (128, 2561) else (llama,):
         poison(rows, size, dtype=dtype)
         whole, total = norm(x, weight, residual)
         assert same_bits([total], [x + residual])
         assert same_bits([whole], [norm(total, weight)])
-        for count in (n for n in batches if n <= rows):
-            assert same_bits([norm(total[:count], weight)], [whole[:count]])
+        for count in batches:
+            first = norm(total[:count], weight)
+            assert same_bits([first], [whole[:count]])
             assert same_bits([norm(total[rows - count :], weight)], [whole[rows - count :]])
+            middle = slice(count // 2, count // 2 + min(count, 1))
+            assert same_bits([norm(total[middle], weight)], [first[middle]])
         for row in (0, rows // 2, rows - 1):
             assert same_bits([norm(total[row], weight)], [whole[row]])
             beside = torch.full_like(total[:257], torch.nan)
@@ -176,21 +189,30 @@ ROTATED = [(16, 8, 128, 128), (8, 8, 128, 128), (1, 1, 64, 32), (5, 1, 80, 20), 
 
 
 @DTYPES
+@pytest.mark.parametrize("values", ["heavy", "decades"])
 @pytest.mark.parametrize("wide_tables", [False, True])
 @pytest.mark.parametrize(("query_heads", "key_heads", "dim", "rotated"), ROTATED)
-def test_rotary_has_the_bits_of_its_formula(query_heads, key_heads, dim, rotated, wide_tables, dtype):
+def test_rotary_has_the_bits_of_its_formula(query_heads, key_heads, dim, rotated, wide_tables, values, dtype):
     from rlalign_kernels.elementwise import triton_rotary
 
-    heads = heavy((700, query_heads + key_heads + 2, dim), dtype, 0)[:, 1:-1].split((query_heads, key_heads), 1)
-    cos, sin = (heavy((700, rotated), torch.float32 if wide_tables else dtype, seed) for seed in (1, 2))
+    make = MADE[values]
+    tokens, counts = (4096, SWEEP) if (query_heads, key_heads) == (16, 8) else (700, (0, 1, 2, 7, 33, 256, 257, 700))
+    heads = make((tokens, query_heads + key_heads + 2, dim), dtype, 0)[:, 1:-1].split((query_heads, key_heads), 1)
+    cos, sin = (make((tokens, rotated), torch.float32 if wide_tables else dtype, seed) for seed in (1, 2))
+    if values == "decades":  # as of a cosine, and no product overflows in float16
+        cos, sin = cos.clamp(-1, 1), sin.clamp(-1, 1)
     expected = [rope._rotate(x, cos, sin) for x in heads]
-    for count in (0, 1, 2, 7, 33, 256, 257, 700):
+    assert all(x.isfinite().all() for x in expected)
+    for count in counts:
         poison(count, query_heads, dim, dtype=dtype)
-        found = apply_rotary(*(x[700 - count :] for x in (*heads, cos, sin)), backend="triton")
-        assert same_bits(found, [x[700 - count :] for x in expected])
+        found = apply_rotary(*(x[tokens - count :] for x in (*heads, cos, sin)), backend="triton")
+        assert same_bits(found, [x[tokens - count :] for x in expected])
+        middle = slice(count // 2, count // 2 + min(count, 1))
+        alone = apply_rotary(*(x[tokens - count :][middle] for x in (*heads, cos, sin)), backend="triton")
+        assert same_bits(alone, [x[middle] for x in found])
     for pairs in (64, 256, 4096):
         assert same_bits(triton_rotary.rotate(*heads, cos, sin, back=False, pairs=pairs), expected)
-    cotangents = [heavy((700, dim, x.shape[1]), dtype, 3).transpose(1, 2) for x in heads]
+    cotangents = [make((tokens, dim, x.shape[1]), dtype, 3).transpose(1, 2) for x in heads]
     leaves = [x.detach().clone().requires_grad_() for x in heads]
     grads = torch.autograd.grad(apply_rotary(*leaves, cos, sin, backend="triton"), leaves, cotangents)
     assert same_bits(grads, [rope._rotate_back(cotangent, cos, sin) for cotangent in cotangents])
@@ -239,14 +261,16 @@ ACTIVATIONS = {
 
 
 @DTYPES
+@pytest.mark.parametrize("values", ["heavy", "decades"])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_an_activation_depends_on_its_element_alone(name, dtype):
+def test_an_activation_depends_on_its_element_alone(name, values, dtype):
     from rlalign_kernels.elementwise import triton_activation_calls as calls
 
     run, gated, how, _, _ = ACTIVATIONS[name]
-    x, up = 3 * heavy((600, 1003), dtype, 1), heavy((600, 1003), dtype, 2)
+    x, up = 3 * MADE[values]((600, 1003), dtype, 1), MADE[values]((600, 1003), dtype, 2)
     kind = {"silu": 0, "gelu": 1, "gelu tanh": 2}[name]
     whole, product = run(x, **how, backend="triton"), gated(x, up, **how, backend="triton")
+    assert whole.isfinite().all() and not product.isnan().any()  # an infinite product is that of float16's range
     assert same_bits([product], [whole * up])
     for rows, columns in ((slice(0, 1), slice(0, 1)), (slice(3, 40), slice(1, 77)), (slice(0, 600), slice(500, 1003))):
         piece = gated(x[rows, columns], up[rows, columns], **how, backend="triton")
