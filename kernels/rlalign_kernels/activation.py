@@ -138,7 +138,10 @@ _GEGLU = Implementations(
 
 @operator
 def silu(x: torch.Tensor, *, backend: Backend) -> torch.Tensor:
-    """``x / (1 + exp(-x))`` for x of any shape. Raises ValueError for a dtype that is not supported."""
+    """``x / (1 + exp(-x))`` for x of any shape. Raises ValueError for a dtype that is not supported.
+
+    An element errs by at most 2^-21 of itself and 1e-35; in 16 bits by one unit in its last place more.
+    """
     run = _SILU[backend]
     check_dtype("silu", backend, x=x)
     return run(x)
@@ -146,7 +149,10 @@ def silu(x: torch.Tensor, *, backend: Backend) -> torch.Tensor:
 
 @operator
 def gelu(x: torch.Tensor, *, approximate: Literal["none", "tanh"] = "none", backend: Backend) -> torch.Tensor:
-    """GELU of x of any shape. Raises ValueError for another dtype or approximation."""
+    """GELU of x of any shape. Raises ValueError for another dtype or approximation.
+
+    An element errs by at most 2^-22 |x| and 1e-35; in 16 bits by one unit in its last place more.
+    """
     run = _GELU[backend]
     check_dtype("gelu", backend, x=x)
     _check_approximate("gelu", approximate)
@@ -155,7 +161,10 @@ def gelu(x: torch.Tensor, *, approximate: Literal["none", "tanh"] = "none", back
 
 @operator
 def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: Backend) -> torch.Tensor:
-    """``silu(gate) * up`` for two tensors of one shape and dtype. Raises ValueError if they differ."""
+    """``silu(gate) * up`` for two tensors of one shape and dtype. Raises ValueError if they differ.
+
+    An element errs by at most silu's error times |up|, and one unit in its last place.
+    """
     run = _SWIGLU[backend]
     _check_pair("swiglu", backend, gate, up)
     return run(gate, up)
@@ -165,7 +174,10 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: Backend) -> torch.T
 def geglu(
     gate: torch.Tensor, up: torch.Tensor, *, approximate: Literal["none", "tanh"] = "none", backend: Backend
 ) -> torch.Tensor:
-    """``gelu(gate) * up`` for two tensors of one shape and dtype. Raises ValueError if they differ."""
+    """``gelu(gate) * up`` for two tensors of one shape and dtype. Raises ValueError if they differ.
+
+    An element errs by at most gelu's error times |up|, and one unit in its last place.
+    """
     run = _GEGLU[backend]
     _check_pair("geglu", backend, gate, up)
     _check_approximate("geglu", approximate)

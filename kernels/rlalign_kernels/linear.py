@@ -108,6 +108,8 @@ def linear(
     """``x @ weight.T + bias``; see the module docstring for shapes, dtypes and what is promised.
 
     ``leaves``: 1, 2, 4 or 8 equal parts of K, each summed on its own, then in a binary tree; not with "native".
+    An element errs by at most ``(K + 2) 2^-23 (|x| @ |weight|.T + |bias|)``; in 16 bits by one unit in its last place
+    more.
     Raises ValueError for shapes, dtypes or leaves that do not fit, NotImplementedError for a backend that is not there.
     """
     run = _IMPLEMENTATIONS[backend]

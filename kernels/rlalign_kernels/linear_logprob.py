@@ -56,6 +56,9 @@ def linear_logprob(
     being computed from the filters; a target outside of it scores -inf. ``banned`` (bool [T, V]) removes ids before any
     transform, as in ``linear_sample``; with ``support`` it has no place and is refused. Rows with ``ignore_index`` give
     0 and no gradient. Differentiable in hidden, weight and bias through logprob, entropy and logsumexp.
+    With e the largest of a row's ``(H + 2) 2^-23 (|hidden| @ |weight|.T + |bias|) / temperature``, over the support of
+    the logits as computed, logprob and logsumexp err by at most 2 e + 4e-6 (1 + |value|), entropy by 2 e log V +
+    4e-6 (1 + value), in every dtype.
     Raises ValueError for shapes or dtypes that do not fit, settings out of bounds, or a target that is no id. With
     backend="triton" on a GPU no value is read on the host: a row with such a setting or target gives NaN.
     """

@@ -157,6 +157,7 @@ def rms_norm(
 
     x [..., H], weight [H]. With ``residual`` [..., H], the pair of the norm of x + residual, rounded to their dtype,
     and that sum. Raises ValueError for shapes or dtypes that do not fit, or eps < 0.
+    An element errs by at most 2^-19 of itself; in 16 bits by two units in its last place more.
     """
     run = _IMPLEMENTATIONS[backend]
     check_rows("rms_norm", backend, x, residual, eps, weight=weight)

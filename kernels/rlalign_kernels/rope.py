@@ -138,7 +138,9 @@ def apply_rotary(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate the first R channels of query [T, Hq, D] and key [T, Hkv, D] by tables cos, sin [T, R].
 
-    Tables are in the heads' dtype or in float32. Differentiable in query and key.
+    Tables are in the heads' dtype or in float32. Differentiable in query and key. All backends have the same bits;
+    an element errs by at most 1.01 eps (|a cos| + |b sin|), eps the tables' dtype's, and where that is wider than the
+    heads' by one unit in its last place more.
     Raises ValueError for shapes or dtypes that do not fit, or R odd or larger than D; NotImplementedError for tables
     that require gradients, but with "native".
     """
