@@ -51,10 +51,12 @@ _ROUNDS = 6
 
 @dataclass(slots=True)
 class _Fit:
-    """The first of a dump's sequences that differ, and mean |Δ| of scoring them with other sampling parameters."""
+    """The first of a dump's sequences that differ, and mean |Δ| of scoring them with other sampling parameters.
+    among: bool [N], their tokens; None for all."""
 
     scores: Scores
     ways: Sequence[Way]
+    among: np.ndarray | None = None
     known: dict[tuple[tuple[str, float], ...], float] = field(default_factory=dict)
 
     @classmethod
@@ -71,8 +73,10 @@ class _Fit:
         # other sequences' log-probs, prompts or caches are looked up by place
         apart = all(way.partner is None and way.settings.prompt not in ("next", "previous") for way in ways)
         apart &= not any(way.settings.cached for way in ways)
-        if not apart or len(places) == len(scores.sequences):
+        if not apart:
             return cls(scores, ways)
+        if int(scores.counts.sum()) <= _FIT_TOKENS:  # what all sequences have in these settings is wanted later on
+            return cls(scores, ways, np.isin(scores.place, places))
         few = Scores([scores.sequences[place] for place in places], scores.scorer, scores.decode, scores.dtype)
         few.counts = scores.counts[np.isin(scores.place, places)]
         return cls(few, [ways[place] for place in places])
@@ -82,7 +86,7 @@ class _Fit:
         key = tuple(sorted(values.items()))
         if key not in self.known:
             ways = [replace(way, settings=replace(way.settings, **values)) for way in self.ways]
-            self.known[key] = self.scores.gap(without_edge(self.scores, ways)).mean_abs
+            self.known[key] = self.scores.gap(without_edge(self.scores, ways), self.among).mean_abs
         return self.known[key]
 
     def floor(self) -> float:
