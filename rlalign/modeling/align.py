@@ -37,8 +37,6 @@ HOW_NATIVE = "(rlalign-verify: --numerics native; bisect: --a native --b native,
 _DROPOUT_FIELDS = (
     "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout", "embedding_dropout",
 )  # fmt: skip
-# Rotary embeddings whose frequencies depend on the longest sequence of the batch: never invariant.
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def backend_for(numerics: Numerics, device: torch.device | str) -> str:
@@ -131,11 +129,11 @@ def _refuse_dropout(model: PreTrainedModel) -> None:
 def _refuse_batch_dependent_rope(model: nn.Module) -> None:
     for name, module in model.named_modules():
         rope_type = getattr(module, "rope_type", None)
-        if hasattr(module, "inv_freq") and isinstance(rope_type, str) and rope_type in _BATCH_DEPENDENT_ROPE:
+        if hasattr(module, "inv_freq") and isinstance(rope_type, str) and "dynamic" in rope_type:
             raise ValueError(
                 f"{name}: rope_type={rope_type!r} makes a token's frequencies depend on the longest sequence beside "
-                "it, so it cannot be invariant; supported: default, linear, llama3, yarn. Try numerics=native "
-                f"{HOW_NATIVE}"
+                "it, so it cannot be invariant; supported: default, linear, llama3, proportional, yarn, and longrope "
+                f"up to its original_max_position_embeddings. Try numerics=native {HOW_NATIVE}"
             )
 
 
@@ -197,13 +195,25 @@ def _align_rotary(module: nn.Module, backend: str) -> None:
     if not isinstance(getattr(module, "rope_type", "default"), str):
         return  # several frequency sets in one module (Gemma-3): not ours yet, audit names it
     x = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=module.inv_freq.device)
-    positions = torch.arange(0, 64, 7, device=module.inv_freq.device).unsqueeze(0)
-    tables = module(x, positions)
+    longest = _longest_rope(module)
+    positions = torch.arange(0, min(64, longest or 64), 7, device=module.inv_freq.device).unsqueeze(0)
+    tables = module(x, positions)  # of a longrope, this leaves the frequencies of short sequences in inv_freq
     if not isinstance(tables, tuple):
         return  # complex numbers instead of cos and sin (DeepSeek-V2): audit names what comes of them
     expected, _ = tables
     candidate = copy.deepcopy(module)
     cast = expected.dtype == torch.bfloat16
-    layers.become(candidate, layers.AlignedRotary, "native", cast=cast)
+    layers.become(candidate, layers.AlignedRotary, "native", cast=cast, longest=longest)
     if _agree(candidate(x, positions)[0], expected):
-        layers.become(module, layers.AlignedRotary, backend, cast=cast)
+        layers.become(module, layers.AlignedRotary, backend, cast=cast, longest=longest)
+
+
+def _longest_rope(module: nn.Module) -> int | None:
+    """The longest sequence that frequencies of our own are right for; None for any.
+
+    A longrope takes others once one of the batch is longer than the model was first trained at: up to there they are
+    constants, and a policy's sequences end there.
+    """
+    if getattr(module, "rope_type", None) != "longrope":
+        return None
+    return module.config.rope_parameters["original_max_position_embeddings"]

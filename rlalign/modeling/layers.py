@@ -64,6 +64,8 @@ class AlignedLayerNorm(AlignedModule):
 class AlignedRotary(AlignedModule):
     rlalign_cast: bool
     """Whether cos and sin are rounded to the hidden states' dtype (Llama) or stay float32 (OLMo-2)."""
+    rlalign_longest: int | None
+    """Positions that the frequencies are right for; None for all."""
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

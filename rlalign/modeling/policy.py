@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rlalign.modeling.context import AttentionCall, AttentionContext, PackedContext
 from rlalign.modeling.fused import fuse_projections
 from rlalign.modeling.inner_attention import Invariant
-from rlalign.modeling.layers import AlignedLayerNorm, AlignedLinear, AlignedRMSNorm
+from rlalign.modeling.layers import AlignedLayerNorm, AlignedLinear, AlignedRMSNorm, AlignedRotary
 
 # mean share of a logit that rounding to 16 bits may move it by, several times
 _ROUNDED = 0.01
@@ -55,6 +55,8 @@ class Policy:
             )
         self.head: nn.Linear = head
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        tables = [m for m in model.modules() if isinstance(m, AlignedRotary)]
+        self._rope_lengths = [m.rlalign_longest for m in tables if m.rlalign_longest is not None]
         self._layers = self._see_layers()
         self.kv_layout: list[KVShape] = self._layers.kv_layout(model.config.get_text_config().num_hidden_layers)
         self._probe_operators()
@@ -74,8 +76,8 @@ class Policy:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence that the model's config allows."""
-        return self.model.config.max_position_embeddings
+        """Longest sequence that the model's config allows, and its rotary tables with it."""
+        return min([self.model.config.max_position_embeddings, *self._rope_lengths])
 
     def why_not_captured(self) -> str | None:
         """Why ``hidden`` over pages and ``sample`` can't be captured in a CUDA graph; None if they can."""
