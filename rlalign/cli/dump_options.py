@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rlalign.verifier.dumps import FORMATS
 from rlalign.verifier.thresholds import Thresholds
 
 _THRESHOLDS = ("max_abs", "mean_abs", "mismatch_frac", "k3")
@@ -16,6 +17,13 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
     parser.add_argument("--worst", type=positive, default=10, metavar="K", help="tokens in the table of the worst")
     add_thresholds(parser)
+
+
+def add_reader(group: argparse._ArgumentGroup) -> None:
+    """--format, --logprobs and --pad-token-id: how one dump is read."""
+    group.add_argument("--format", choices=FORMATS, help="default: by content")
+    group.add_argument("--logprobs", metavar="FIELD", help="field of the log-probs, such as old_log_probs")
+    group.add_argument("--pad-token-id", type=int, metavar="ID", help="of padded batches without attention masks")
 
 
 def add_thresholds(parser: argparse.ArgumentParser) -> None:

@@ -34,8 +34,8 @@ EXIT_INTERNAL = 3
 EXIT_INTERRUPTED = 130
 
 _UNUSABLE = (ValueError, NotImplementedError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-# their own exceptions are about what the user gave them: settings and weight files
-_INPUT_PACKAGES = ("hydra", "omegaconf", "safetensors")
+# their own exceptions are about what the user gave them: settings, weight files, accounts
+_INPUT_PACKAGES = ("hydra", "omegaconf", "safetensors", "wandb")
 _MAX_CAUSES = 8
 
 

@@ -44,7 +44,8 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
     from rlalign.dashboards.run_report import read_run, run_page
 
     path = output or runs[0] / "report.html"
-    check_html(path, option="--output")
+    if output is not None or runs[0].is_dir():  # else it is the run that is not there
+        check_html(path, option="--output")
     page = run_page([read_run(folder) for folder in runs])
     # a browser may hold the last one open: the new one takes its place at once, whole
     part = path.with_name(f"{path.name}.part")

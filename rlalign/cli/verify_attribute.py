@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from rich.console import Console
 
-from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, thresholds
+from rlalign.cli.dump_options import add_reader, add_thresholds, check_outputs, positive, thresholds
 from rlalign.config import Numerics, ScoringDtype
-from rlalign.verifier.dumps import FORMATS, DumpSequence, ReadOptions, detect_format, read_dump
+from rlalign.verifier.dumps import DumpSequence, ReadOptions, detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
 from rlalign.verifier.dumps.ids import Ids
 from rlalign.verifier.dumps.signs import Signs
@@ -67,9 +67,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--no-decode", action="store_true", help="leave out token-by-token scoring, a forward per response token"
     )
     group = parser.add_argument_group("what the dump holds (default: what it says)")
-    group.add_argument("--format", choices=FORMATS, help="default: by content")
-    group.add_argument("--logprobs", metavar="FIELD", help="field of the log-probs, such as old_log_probs")
-    group.add_argument("--pad-token-id", type=int, metavar="ID", help="of padded batches without attention masks")
+    add_reader(group)
     group.add_argument("--temperature", type=float, metavar="T", help="that the tokens were sampled at")
     group.add_argument("--top-k", type=int, metavar="K")
     group.add_argument("--top-p", type=float, metavar="P")

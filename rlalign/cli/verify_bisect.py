@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from rich.console import Console
 
-from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, thresholds
+from rlalign.cli.dump_options import add_reader, add_thresholds, check_outputs, positive, thresholds
 from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
 from rlalign.cli.verify_settings import HELP, NamedSetting, parse_setting
 from rlalign.config import ScoringDtype
@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     tokens = parser.add_mutually_exclusive_group(required=True)
     tokens.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, as rlalign-verify run takes them")
     tokens.add_argument("--dump", type=Path, metavar="FILE", help="dump of any engine: prompts and responses")
-    parser.add_argument("--format", metavar="NAME", help="the dump's format (default: told by its content)")
+    add_reader(parser.add_argument_group("how the dump is read"))
     parser.add_argument("--a", default="invariant", metavar="SETTING", help=f"one side (default: invariant): {HELP}")
     parser.add_argument("--b", default="native", metavar="SETTING", help="the other side (default: native)")
     parser.add_argument("--limit", type=positive, default=8, metavar="N", help="first N sequences (default: 8)")
@@ -183,9 +183,11 @@ def _all_ids(sequence: DumpSequence) -> np.ndarray:
 def _sequences(args: argparse.Namespace) -> list[DumpSequence]:
     """The first sequences of the dump, or the first prompts."""
     if args.dump is not None:
-        from rlalign.verifier.dumps import read_dump
+        from rlalign.verifier.dumps import ReadOptions, read_dump
 
-        read = [_with_response(sequence) for sequence in islice(read_dump(args.dump, format=args.format), args.limit)]
+        options = ReadOptions(args.logprobs, args.pad_token_id)
+        dumped = read_dump(args.dump, format=args.format, options=options)
+        read = [_with_response(sequence) for sequence in islice(dumped, args.limit)]
     else:
         read = [_with_response(sequence) for sequence in _prompts(args)]
     if not any(len(sequence.token_ids) for sequence in read):

@@ -9,9 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from rlalign.cli.dump_options import add_output, check_outputs, positive, seconds
+from rlalign.cli.dump_options import add_output, add_reader, check_outputs, positive, seconds
 from rlalign.config import Numerics, ScoringDtype, TrainerConfig
-from rlalign.verifier.dumps import FORMATS
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -34,10 +33,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     which.add_argument("--processed", action="store_true", default=None, help="log-probs are after these transforms")
     which.add_argument("--raw", action="store_false", dest="processed", default=None, help="log-probs are before them")
     group = parser.add_argument_group("reading")
-    group.add_argument("--format", choices=FORMATS, help="default: by content")
-    group.add_argument("--logprobs", metavar="FIELD", help="field of the log-probs, such as old_log_probs")
+    add_reader(group)
     group.add_argument("--prompt", action="store_true", help="log-probs of the prompt instead of the response")
-    group.add_argument("--pad-token-id", type=int, metavar="ID", help="of padded batches without attention masks")
     group = parser.add_argument_group("following dumps that are being written, until Ctrl-C")
     group.add_argument("--watch", type=Path, metavar="DIR", help="folder of .jsonl and .parquet files; no FILE then")
     group.add_argument("--watch-seconds", type=seconds, metavar="S", help="stop after so long")

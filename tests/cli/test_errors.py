@@ -92,6 +92,13 @@ def test_a_wrapped_actor_error_is_unwrapped(capsys: pytest.CaptureFixture[str]) 
     assert "error: prompt is empty\n" in capsys.readouterr().err
 
 
+def test_what_wandb_refuses_is_unusable_input(capsys: pytest.CaptureFixture[str]) -> None:
+    from wandb.errors import UsageError
+
+    assert run(UsageError("No API key configured.")) == 2
+    assert capsys.readouterr().err == "error: No API key configured.\n"
+
+
 def test_hydra_errors_are_unusable_input(capsys: pytest.CaptureFixture[str]) -> None:
     error = type("ConfigCompositionException", (Exception,), {"__module__": "hydra.errors"})("Could not find 'x'")
     assert run(error) == 2

@@ -37,6 +37,7 @@ def test_writes_into_the_run_or_where_it_is_told(run: Path, tmp_path: Path, caps
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["{tmp}"], "metrics.jsonl is missing"),
+    (["{tmp}/nope"], "{tmp}/nope"),
     (["{run}", "{run}", "{run}"], "one run or two"),
     (["{run}", "--output", "{tmp}/no/such/x.html"], "--output: no such folder"),
     (["{run}", "--output", "{tmp}"], "is a folder"),
@@ -47,7 +48,8 @@ def test_unusable_arguments_exit_2_in_one_line(
 ) -> None:
     assert main([text.format(tmp=tmp_path, run=run) for text in arguments]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+    assert said.startswith("error: ") and said.count("\n") == 1 and message.format(tmp=tmp_path) in said
+    assert ("--output" in said) == ("--output" in arguments)
 
 
 def test_without_plotly_it_says_what_to_install(

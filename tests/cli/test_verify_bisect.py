@@ -341,3 +341,16 @@ def test_a_sequence_that_the_model_cannot_take_is_named_and_the_rest_compared(mo
     # what only one of the two can't take
     code, found, _ = run_on([good | {"id": "first"}], "--b", "config.max_position_embeddings=3")
     assert (code, "max_positions=3" in found["failed"][0]["error"]) == (2, True)
+
+
+def test_a_padded_batch_is_read_as_dump_reads_it(model, tmp_path, capsys):
+    """verl's, without attention masks and with another field's log-probs: the padding id and the field are given."""
+    row = {"input_ids": [0, 0, 3, 4, 5, 6], "response_mask": [1, 1], "old_log_probs": [-1.0, -1.0]}
+    file = tmp_path / "dump.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    command = ["bisect", "--model", str(model), "--dump", str(file), "--b", "invariant", "--format", "verl"]
+    assert main([*command, "--logprobs", "old_log_probs"]) == 2
+    assert "or the padding id (--pad-token-id)" in capsys.readouterr().err
+    out = tmp_path / "out.json"
+    assert main([*command, "--logprobs", "old_log_probs", "--pad-token-id", "0", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["heat_map"]["position"] == [0, 1, 2]  # the last is not fed

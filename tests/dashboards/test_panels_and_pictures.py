@@ -59,7 +59,7 @@ def expanded(name: str) -> list[str]:
     ("align/logp_abs_diff/p99", "Where", "spread"),
     ("where/prob_scatter", "Where", "pictures"),
     ("align/k3_max", "Policy", "divergence"),
-    ("perf/rollout_tokens_per_s", "Performance", "speed and time"),
+    ("perf/rollout_tokens_per_s", "Performance", "tokens per second"),
     ("reward/mean", "Reward", "reward"),
 ])  # fmt: skip
 def test_exact_names_win_over_prefixes(metric: str, section: str, title: str) -> None:

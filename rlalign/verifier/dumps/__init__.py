@@ -136,7 +136,7 @@ def choose_format(path: Path, rows: Iterator[Row], name: str | None) -> tuple[Fo
     why = f"; of these {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing or null" if absent else ""
     raise first.error(
         f"no dump format has the fields {', '.join(first.values) or '(none)'}; a row of ours has id, prompt_token_ids, "
-        f"token_ids, logprobs{why}. Formats: {', '.join(FORMATS)}"
+        f"token_ids, logprobs{why}. Formats (--format): {', '.join(FORMATS)}"
     )
 
 

@@ -222,7 +222,7 @@ def _leading(member: _Member, prompt: np.ndarray, pad: int | None) -> int:
     if len(prompt) > 1 and prompt[0] == prompt[1]:
         raise member.row.error(
             f"field 'attention_mask' is missing: the prompt begins with {prompt[0]} several times, which may be "
-            "padding. Give attention_mask, or the padding id"
+            "padding. Give attention_mask, or the padding id (--pad-token-id)"
         )
     return 0
 
