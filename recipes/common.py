@@ -24,7 +24,6 @@ from rlalign.records import Sample, derive_seed
 from rlalign.run import Run, check_estimator, prompts_of_step, resumed_config
 from rlalign.tasks import Task, make_task, score_samples
 from rlalign.trainer.checkpoint import existing_folder
-from rlalign.verifier.decide import policy_of
 from rlalign.verifier.metrics import Provenance
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def verify(
         trainer_version=job.actors.trainer_version,
         weights_equal=job.actors.weights_equal,
         weights_version=job.actors.weights_version,
-        correction_cap=config.align.correction_cap if policy_of(config) == "correct" else None,
+        correction=config.align.correction,
     )
     decode = job.tokenizer.decode
     job.run.verify(

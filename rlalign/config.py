@@ -226,6 +226,17 @@ class AlertConfig:
     """Between two alerts of one kind."""
 
 
+@dataclass(frozen=True)
+class Correction:
+    """How the loss makes up for a mismatch (``algorithms/corrections.py``); ρ: train over rollout probability of a
+    token. cap: largest weight. reject_beyond: tokens with ρ above it or below 1 over it have weight 0. veto_below: so
+    have all tokens of a sequence with a ρ below it. None: never."""
+
+    cap: float = 2.0
+    reject_beyond: float | None = None
+    veto_below: float | None = None
+
+
 @dataclass(frozen=True, config=_STRICT)
 class AlignConfig:
     """What happens when rollout and trainer disagree."""
@@ -235,6 +246,10 @@ class AlignConfig:
     the loss weights every token by min(train/rollout, correction_cap)."""
     correction_cap: float = Field(2.0, ge=1.0, allow_inf_nan=False)
     """Largest importance weight of a token; only on_mismatch=correct has any."""
+    reject_beyond: float | None = Field(None, gt=1.0, allow_inf_nan=False)
+    """Tokens whose ratio train/rollout is above it, or below 1 over it, are left out of the loss. None: none is."""
+    veto_below: float | None = Field(None, gt=0.0, lt=1.0)
+    """Sequences with a token whose ratio is below it are left out of the loss. None: none is."""
     max_dumps: int = Field(1, ge=0)
     """Replayable steps that a run leaves at most, weights included."""
     worst_tokens: int = Field(10, ge=1)
@@ -250,6 +265,20 @@ class AlignConfig:
     """Most response tokens of each that are decoded once more."""
     alert: AlertConfig = AlertConfig()
     fault: FaultConfig = FaultConfig()
+
+    @property
+    def correction(self) -> Correction | None:
+        """None unless on_mismatch=correct."""
+        if self.on_mismatch != "correct":
+            return None
+        return Correction(self.correction_cap, self.reject_beyond, self.veto_below)
+
+    @model_validator(mode="after")
+    def _rejection_is_a_correction(self) -> AlignConfig:
+        given = [name for name in ("reject_beyond", "veto_below") if getattr(self, name) is not None]
+        if given and self.on_mismatch != "correct":
+            raise ValueError(f"{given[0]}={getattr(self, given[0])} is for on_mismatch=correct, not {self.on_mismatch}")
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)

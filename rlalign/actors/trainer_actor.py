@@ -22,7 +22,6 @@ from rlalign.modeling import checksum_tensors, eos_ids, load_policy, load_tokeni
 from rlalign.records import Sample
 from rlalign.trainer import AccumulateResult, Critic, Trainer
 from rlalign.trainer.checkpoint import atomic_folder
-from rlalign.verifier.decide import policy_of
 
 Arrays = list[np.ndarray]
 
@@ -53,7 +52,7 @@ class TrainerActor:
             eos_ids=eos_ids(self._tokenizer, policy.model),
             critic=Critic(load_policy(checkpoint, **settings)) if algorithm.adv_estimator == "gae" else None,
             reference=load_policy(checkpoint, **settings) if algorithm.kl_coef > 0 else None,
-            correction_cap=config.align.correction_cap if policy_of(config) == "correct" else None,
+            correction=config.align.correction,
         )
         self._inspector = Inspector(policy, packed)
         self._peak = peak_tflops(config, policy.device.type)

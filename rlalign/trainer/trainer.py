@@ -21,9 +21,9 @@ from torch import Tensor
 
 from rlalign.algorithms import grpo, ppo
 from rlalign.algorithms.aggregation import Denominators
-from rlalign.algorithms.corrections import truncated_weights
+from rlalign.algorithms.corrections import importance_weights
 from rlalign.algorithms.metrics import Metric, merge, values
-from rlalign.config import AlgorithmConfig, SamplingParams, TrainerConfig
+from rlalign.config import AlgorithmConfig, Correction, SamplingParams, TrainerConfig
 from rlalign.generators import Generators
 from rlalign.modeling import Policy, save_checkpoint
 from rlalign.records import Sample, derive_seed
@@ -85,20 +85,20 @@ class Trainer:
         reference: Policy | None = None,
         eos_ids: Collection[int] | None = None,
         seed: int = 0,
-        correction_cap: float | None = None,
+        correction: Correction | None = None,
     ) -> None:
         """``total_steps``: optimizer updates of the whole run (steps * epochs * minibatches).
 
         seed: of the global generators as a loss of the user's own meets them; nothing here draws from them.
         eos_ids: ids at which the engine ends a response; needed to score samples drawn with ``min_tokens``.
-        correction_cap: of algorithms/corrections.py; None: none, and no rollout log-prob is ever looked at.
+        correction: of algorithms/corrections.py; None: none, and no rollout log-prob is ever looked at.
         Raises ValueError when a critic or reference is missing, or given where nothing would use it.
         """
         _require_both("adv_estimator", algorithm.adv_estimator, algorithm.adv_estimator == "gae", "critic", critic)
         _require_both("kl_coef", algorithm.kl_coef, algorithm.kl_coef > 0, "reference", reference)
         self.policy, self.config, self.algorithm = policy, config, algorithm
         self.critic, self.reference, self.eos_ids = critic, reference, eos_ids
-        self.correction_cap = correction_cap
+        self.correction = correction
         parameters = trainable_parameters(policy.model)
         self.optimizers = {"optimizer": MasterAdamW(parameters, config, total_steps=total_steps)}
         if critic is not None:
@@ -372,10 +372,10 @@ class Trainer:
         return metrics | correction
 
     def _correction(self, batch: PackedBatch, old: Tensor, samples: Sequence[Sample]) -> _Weights:
-        if self.correction_cap is None:
+        if self.correction is None:
             return None, {}
         rollout = batch.gather("rollout log-probs", [sample.completion.logprobs for sample in samples])
-        return truncated_weights(old, rollout, cap=self.correction_cap)
+        return importance_weights(old, rollout, batch.response_lengths, self.correction)
 
     def _backward_critic(self, critic: Critic, batch: PackedBatch, inputs: _Inputs) -> dict[str, Metric]:
         loss, metrics = ppo.value_loss(

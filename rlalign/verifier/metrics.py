@@ -18,7 +18,10 @@ from itertools import pairwise
 
 import numpy as np
 
+from rlalign.config import Correction
 from rlalign.verifier.compare import Comparison
+
+_NO_CORRECTION = Correction(math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,13 @@ class Provenance:
     """What the comparison itself can't know. None leaves the metric out.
 
     trainer_version: version of the weights that gave the train log-probs. weights_equal: hash of the trainer's weights
-    == hash that the engine holds. correction_cap: above which an importance correction cuts ρ; None: no correction.
+    == hash that the engine holds. correction: what changes ρ in the loss; None: nothing does.
     """
 
     trainer_version: int | None = None
     weights_equal: bool | None = None
     weights_version: int | None = None
-    correction_cap: float | None = None
+    correction: Correction | None = None
 
 
 def align_metrics(
@@ -61,9 +64,8 @@ def align_metrics(
     if advantages is not None:
         values["adv_skew"] = _adv_skew(comparison, delta, advantages)
     if provenance is not None:  # of a step of training: elsewhere nothing could correct a ratio
-        cap = math.inf if provenance.correction_cap is None else provenance.correction_cap
-        with np.errstate(over="ignore"):
-            values["ratio_frac_modified"] = _mean(np.exp(delta) > cap)
+        modified = _modified(delta, comparison.sample[finite], provenance.correction or _NO_CORRECTION)
+        values["ratio_frac_modified"] = _mean(modified)
         values |= _provenance(comparison, provenance)
     return {f"align/{name}": value for name, value in values.items()}
 
@@ -71,6 +73,18 @@ def align_metrics(
 def _finite(comparison: Comparison) -> np.ndarray | slice:
     """Index of the n finite tokens; where these are all, one that copies nothing."""
     return ~comparison.nonfinite if comparison.nonfinite_count else slice(None)
+
+
+def _modified(delta: np.ndarray, sample: np.ndarray, correction: Correction) -> np.ndarray:
+    """bool [N]: tokens whose ratio e^delta is not their weight in the loss; sample: the sequence of each."""
+    with np.errstate(over="ignore"):
+        ratio = np.exp(delta)
+    modified = ratio > correction.cap
+    if (bound := correction.reject_beyond) is not None:
+        modified |= (ratio > bound) | (ratio < 1 / bound)
+    if correction.veto_below is not None:
+        modified |= np.isin(sample, sample[ratio < correction.veto_below])
+    return modified
 
 
 def _tokens(train: np.ndarray, rollout: np.ndarray, delta: np.ndarray, ulp: np.ndarray) -> dict[str, float]:

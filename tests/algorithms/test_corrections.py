@@ -1,4 +1,4 @@
-"""Truncated importance weights, worked out by hand, alone and inside both losses."""
+"""Importance weights, truncated and left out, worked out by hand, alone and inside both losses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from rlalign.algorithms import grpo, ppo
 from rlalign.algorithms.aggregation import Denominators
-from rlalign.algorithms.corrections import truncated_weights
+from rlalign.algorithms.corrections import importance_weights
+from rlalign.config import Correction, config_from_dict
 
 LOG = math.log
 # rho = 1/2, 4, 1, 1.5 with a cap of 2: weights 1/2, 2, 1, 1.5
@@ -19,12 +20,66 @@ WEIGHTS = [0.5, 2.0, 1.0, 1.5]
 
 
 def test_weights_and_their_metrics() -> None:
-    weights, metrics = truncated_weights(OLD, ROLLOUT, cap=2.0)
+    weights, metrics = importance_weights(OLD, ROLLOUT, [3, 1], Correction(2.0))
     assert weights.tolist() == pytest.approx(WEIGHTS)
     assert weights[1] == 2.0 and weights[2] == 1.0, "the cap, and agreement, are exact"
     assert {name: metric.value for name, metric in metrics.items()} == pytest.approx(
-        {"correction/is/mean": 5.0 / 4, "correction/is/max": 2.0, "correction/is/truncated_frac": 0.25}
-    )
+        {"correction/is/mean": 5.0 / 4, "correction/is/max": 2.0, "correction/is/truncated_frac": 0.25,
+         "correction/rs/token_frac": 0.0, "correction/rs/sequence_frac": 0.0, "correction/rs/veto_frac": 0.0}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected", "shares"),
+    [
+        # a bound holds on both sides, and is itself inside
+        (Correction(2.0, reject_beyond=2.5), [0.5, 0.0, 1.0, 1.5], (1 / 4, 1 / 3, 0)),
+        (Correction(2.0, reject_beyond=1.75), [0.0, 0.0, 1.0, 1.5], (2 / 4, 1 / 3, 0)),
+        (Correction(2.0, reject_beyond=1.25), [0.0, 0.0, 1.0, 0.0], (3 / 4, 2 / 3, 0)),
+        (Correction(2.0, veto_below=0.75), [0.0, 0.0, 1.0, 1.5], (2 / 4, 1 / 3, 1 / 3)),
+        (Correction(2.0, veto_below=0.25), WEIGHTS, (0, 0, 0)),
+        (Correction(2.0, 1.25, 0.75), [0.0, 0.0, 1.0, 0.0], (3 / 4, 2 / 3, 1 / 3)),
+    ],
+)
+def test_tokens_and_sequences_left_out(
+    correction: Correction, expected: list[float], shares: tuple[float, ...]
+) -> None:
+    """Three sequences: rho 1/2 and 4, 1, 1.5."""
+    weights, metrics = importance_weights(OLD, ROLLOUT, [2, 1, 1], correction)
+    assert weights.tolist() == pytest.approx(expected)
+    found = [metrics[f"correction/rs/{name}_frac"].value for name in ("token", "sequence", "veto")]
+    assert found == pytest.approx(shares)
+    assert metrics["correction/is/mean"].value == pytest.approx(5.0 / 4), "of the weights before any is left out"
+
+
+def test_nothing_is_left_out_where_both_sides_agree() -> None:
+    weights, metrics = importance_weights(OLD, OLD.clone(), [4], Correction(1.0, 1.0000001, 0.9999999))
+    assert weights.tolist() == [1.0] * 4
+    assert all(metrics[f"correction/rs/{name}_frac"].value == 0.0 for name in ("token", "sequence", "veto"))
+
+
+@pytest.mark.parametrize("loss", [grpo.loss, ppo.policy_loss], ids=["grpo", "ppo"])
+def test_a_loss_of_which_all_is_left_out_is_zero(loss) -> None:
+    train = OLD.clone().requires_grad_()
+    weights, _ = importance_weights(OLD, OLD - 9.0, [3, 1], Correction(2.0, reject_beyond=2.0))
+    value, _ = loss(
+        train, OLD, torch.ones(4), torch.zeros(4), sequence_lengths=torch.tensor([3, 3, 3, 1]),
+        denominators=Denominators.of([3, 1]), clip_low=0.2, clip_high=0.3, weights=weights,
+    )  # fmt: skip
+    value.backward()
+    assert value.item() == 0.0 and train.grad.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize(("align", "message"), [
+    ({"reject_beyond": 2.0}, "reject_beyond=2.0 is for on_mismatch=correct, not auto"),
+    ({"on_mismatch": "log", "veto_below": 0.1}, "veto_below=0.1 is for on_mismatch=correct, not log"),
+    ({"on_mismatch": "correct", "reject_beyond": 1.0}, "greater than 1"),
+    ({"on_mismatch": "correct", "veto_below": 1.0}, "less than 1"),
+    ({"on_mismatch": "correct", "correction_cap": 0.5}, "greater than or equal to 1"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_refused(align: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_dict({"align": align})
 
 
 @pytest.mark.parametrize("loss", [grpo.loss, ppo.policy_loss], ids=["grpo", "ppo"])
@@ -32,7 +87,7 @@ def test_value_and_gradient_inside_a_loss(loss) -> None:
     """Ratios train/old 2, 0.5, 1, 1.25, advantages 1, -1, 2, -4, clip 0.2 and 0.3: surrogates 1.3, -0.8, 2, -5."""
     train = (OLD + torch.tensor([LOG(2.0), LOG(0.5), 0.0, LOG(1.25)])).requires_grad_()
     rollout = ROLLOUT.clone().requires_grad_()
-    weights, _ = truncated_weights(OLD, rollout, cap=2.0)
+    weights, _ = importance_weights(OLD, rollout, [3, 1], Correction(2.0))
     value, metrics = loss(
         train, OLD, torch.tensor([1.0, -1.0, 2.0, -4.0]), torch.zeros(4), sequence_lengths=torch.tensor([3, 3, 3, 1]),
         denominators=Denominators.of([3, 1]), clip_low=0.2, clip_high=0.3, weights=weights,
@@ -57,12 +112,10 @@ def test_the_kl_term_is_not_weighted() -> None:
 def test_a_log_prob_that_is_no_number_is_not_hidden() -> None:
     broken = ROLLOUT.clone()
     broken[0] = math.nan
-    weights, metrics = truncated_weights(OLD, broken, cap=2.0)
+    weights, metrics = importance_weights(OLD, broken, [4], Correction(2.0, 1.1, 0.9))
     assert math.isnan(weights[0]) and math.isnan(metrics["correction/is/mean"].value)
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"cap=0\.5: .* use cap >= 1"):
-        truncated_weights(OLD, ROLLOUT, cap=0.5)
     with pytest.raises(ValueError, match=r"rollout_logprobs has shape \(3,\); expected \(4,\)"):
-        truncated_weights(OLD, ROLLOUT[:3], cap=2.0)
+        importance_weights(OLD, ROLLOUT[:3], [4], Correction(2.0))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from rlalign.config import Correction
 from rlalign.dashboards import WandbSink
 from rlalign.dashboards.heat_map import draw_heat_map
 from rlalign.dashboards.panels import PANELS, Section, definitions, panel_of
@@ -33,7 +34,7 @@ def data(rollout: np.ndarray, train: np.ndarray) -> PictureData:
 
 def test_every_align_metric_has_a_panel() -> None:
     one = np.float32([-1.0, -2.0])
-    known = Provenance(trainer_version=1, weights_equal=True, weights_version=1, correction_cap=2.0)
+    known = Provenance(trainer_version=1, weights_equal=True, weights_version=1, correction=Correction(2.0))
     names = align_metrics(compare([LogprobPair(one, one, 2)]), advantages=[one], provenance=known)
     assert {name: panel_of(name) for name in names if panel_of(name) is None} == {}
     assert len(names) == 35

@@ -147,22 +147,24 @@ def test_native_operators_differ_and_the_run_goes_on(tmp_path):
 
 
 def test_a_correction_changes_no_bit_of_a_run_that_agrees(plain_run, tmp_path):
-    grpo.train(tiny_run(tmp_path, align={"on_mismatch": "correct"}))
+    grpo.train(tiny_run(tmp_path, align={"on_mismatch": "correct", "reject_beyond": 1.0001, "veto_below": 0.9}))
     assert summary(tmp_path)["final_weights_sha256"] == summary(plain_run)["final_weights_sha256"]
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "correction/is/mean" in row]
     assert len(rows) == 3 and all(row["correction/is/mean"] == row["correction/is/max"] == 1.0 for row in rows)
+    assert all(row[f"correction/rs/{name}_frac"] == 0.0 for row in rows for name in ("token", "sequence", "veto"))
 
 
 def test_a_correction_of_a_run_that_differs(tmp_path):
     algorithm = {"adv_estimator": "gae", "epochs": 2, "minibatches": 2}
-    align = {"on_mismatch": "correct", "correction_cap": 1.0}
+    align = {"on_mismatch": "correct", "correction_cap": 1.0, "reject_beyond": 1.0000001, "veto_below": 0.9999999}
     ppo.train(tiny_run(tmp_path, numerics={"numerics": "native"}, algorithm=algorithm, align=align, run={"steps": 2}))
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "correction/is/mean" in row]
     # rounding goes both ways: with a cap of 1, about half of what differs is cut
     assert len(rows) == 2 and any(0 < row["correction/is/truncated_frac"] < 1 for row in rows)
     for row in rows:
         assert 1 - 1e-3 < row["correction/is/mean"] <= row["correction/is/max"] == 1.0
-        assert row["align/ratio_frac_modified"] == pytest.approx(row["correction/is/truncated_frac"])
+        assert 0 < row["correction/rs/token_frac"] <= row["correction/rs/sequence_frac"] <= 1
+        assert row["correction/is/truncated_frac"] <= row["align/ratio_frac_modified"] < 1
 
 
 @pytest.mark.parametrize(("kind", "replayed"), [

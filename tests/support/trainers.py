@@ -8,7 +8,7 @@ import torch
 
 from rlalign.algorithms.estimate import estimate_gae
 from rlalign.algorithms.minibatches import split_minibatches
-from rlalign.config import AlgorithmConfig, TrainerConfig
+from rlalign.config import AlgorithmConfig, Correction, TrainerConfig
 from rlalign.modeling import Policy, align
 from rlalign.records import Sample
 from rlalign.trainer import Critic, Trainer
@@ -27,7 +27,7 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     algorithm: dict[str, Any] | None = None,
     eos_ids: tuple[int, ...] | None = None,
-    correction_cap: float | None = None,
+    correction: Correction | None = None,
     **settings: Any,
 ) -> Trainer:
     """Trainer of a fresh tiny policy; keywords are those of TrainerConfig, ``algorithm`` those of AlgorithmConfig."""
@@ -41,7 +41,7 @@ def make_trainer(
         critic=Critic(make_policy(backend, dtype, seed=1)) if gae else None,
         reference=make_policy(backend, dtype, seed=2) if kl else None,
         eos_ids=eos_ids,
-        correction_cap=correction_cap,
+        correction=correction,
     )
 
 

@@ -14,7 +14,7 @@ from support.samples import make_sample, make_samples
 from support.trainers import choose_tokens, make_trainer
 
 from rlalign.algorithms.aggregation import Denominators
-from rlalign.config import AlgorithmConfig, SamplingParams, TrainerConfig
+from rlalign.config import AlgorithmConfig, Correction, SamplingParams, TrainerConfig
 from rlalign.modeling import Policy, align
 from rlalign.modeling.inner_attention import Reference
 from rlalign.records import Sample
@@ -196,7 +196,7 @@ def test_without_old_log_probs_the_forward_is_its_own_and_the_rollouts_reach_not
 
 def corrected(samples: list[Sample], ratio: float, **arrays: list[np.ndarray]) -> tuple[dict[str, float], str]:
     """Metrics and masters of one update whose samples report log-probs that are ``ratio`` times less likely."""
-    trainer = make_trainer(correction_cap=2.0, micro_batch_tokens=16, grad_clip=1e9)
+    trainer = make_trainer(correction=Correction(2.0), micro_batch_tokens=16, grad_clip=1e9)
     for sample, exact in zip(samples, trainer.compute_logprobs(samples), strict=True):
         sample.completion.logprobs[:] = exact - np.float32(np.log(ratio))
     trainer.begin_batch()
@@ -220,7 +220,7 @@ def test_a_correction_weights_the_gradient_and_changes_nothing_where_both_sides_
 
 
 def test_a_correction_refuses_a_sample_with_a_missing_log_prob() -> None:
-    trainer, (sample,) = make_trainer(correction_cap=2.0), make_samples([(3, 4)])
+    trainer, (sample,) = make_trainer(correction=Correction(2.0)), make_samples([(3, 4)])
     short = replace(sample, completion=replace(sample.completion, logprobs=sample.completion.logprobs[:3]))
     with pytest.raises(ValueError, match=r"rollout log-probs\[0\] has shape \(3,\); the response has 4 tokens"):
         trainer.accumulate([short], advantages_of([sample]))

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from rlalign.config import Correction
 from rlalign.verifier.compare import Comparison, LogprobPair, compare
 from rlalign.verifier.metrics import Provenance, align_metrics
 
@@ -151,7 +152,7 @@ def test_samples_without_a_finite_token_leave_no_trace_in_the_sequences() -> Non
 def test_provenance_is_only_logged_when_known() -> None:
     three = comparison([([0.5], [0.5]), ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])], versions=(4, 6))
     assert not any("version" in name or "policy_age" in name for name in align_metrics(three))
-    known = Provenance(trainer_version=7, weights_equal=False, weights_version=6, correction_cap=1.5)
+    known = Provenance(trainer_version=7, weights_equal=False, weights_version=6, correction=Correction(1.5))
     values = align_metrics(three, provenance=known)
     assert values["align/policy_age/mean"] == pytest.approx((3 + 1 + 1 + 1) / 4)
     assert values["align/policy_age/max"] == 3.0
@@ -159,11 +160,17 @@ def test_provenance_is_only_logged_when_known() -> None:
     assert values["align/weights_version"] == 6.0
 
 
-@pytest.mark.parametrize(("cap", "share"), [(1.5, 1 / 3), (2.5, 0.0), (None, 0.0)])
-def test_share_of_ratios_that_a_correction_cuts(cap: float | None, share: float) -> None:
-    """Ratios 2, 1/2 and 1."""
+@pytest.mark.parametrize(
+    ("correction", "share"),
+    [
+        (Correction(1.5), 1 / 3), (Correction(2.5), 0.0), (None, 0.0), (Correction(2.5, reject_beyond=1.75), 2 / 3),
+        (Correction(2.5, veto_below=0.75), 2 / 3), (Correction(2.5, 3.0, 0.25), 0.0),
+    ],
+)  # fmt: skip
+def test_share_of_ratios_that_a_correction_changes(correction: Correction | None, share: float) -> None:
+    """Ratios 2 and 1/2 of one sequence, 1 of another."""
     three = comparison([([0.25, 0.5], [0.5, 0.25]), ([0.5], [0.5])])
-    values = align_metrics(three, provenance=Provenance(correction_cap=cap))
+    values = align_metrics(three, provenance=Provenance(correction=correction))
     assert values["align/ratio_frac_modified"] == pytest.approx(share)
     assert values["align/ratio_raw/max"] == pytest.approx(2.0), "before the correction"
 
