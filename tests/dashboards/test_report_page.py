@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,21 @@ def test_a_browser_draws_every_chart_without_a_word(pages: tuple[Path, Path], tm
     seen = browse(pages[1], tmp_path)
     assert seen.console == []
     assert seen.drawn == len(parse(pages[1]).charts) > 15
+
+
+def test_a_browser_draws_every_chart_of_a_real_run(
+    plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("plotly", reason="HTML reports need plotly, the extra 'report'")
+    path = tmp_path / "report.html"
+    path.write_text(render(run_page([read_run(plain_run)])), encoding="utf-8")
+    # so many more charts take longer; of a switch that is given twice the last one counts
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **o: run([*command, "--virtual-time-budget=20000"], **o))
+    # charts are drawn as they come near the window, and this page is higher than that of a run of four numbers
+    seen = browse(path, tmp_path, height=24_000)
+    assert seen.console == []
+    assert seen.drawn == len(parse(path).charts) > 40
 
 
 def test_the_browser_would_have_said_something(tmp_path: Path) -> None:
