@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,12 @@ def test_our_engines_dump_is_equal_in_every_bit(dtype: str, params: Any, folder:
     assert main(["dump", str(tmp_path / "dump.jsonl"), *options]) == 0
 
 
-@pytest.mark.parametrize("numerics", ["invariant", "native"])
-@pytest.mark.parametrize("kind", ["one ULP", "missing", "NaN", "-inf"])
+@pytest.mark.parametrize(
+    ("kind", "numerics"),
+    # among PyTorch's roundings one ULP more is nobody's fault
+    [("one ULP", "invariant"), *product(("missing", "NaN", "-inf"), ("invariant", "native"))],
+)
 def test_a_damaged_log_prob_is_placed(kind: str, numerics: Any, folder: Path, tmp_path: Path) -> None:
-    if (kind, numerics) == ("one ULP", "native"):
-        return  # among PyTorch's roundings one more is nobody's fault
     dumped = engine_dump(load_policy(folder / "model", dtype="bfloat16", numerics=numerics, **GPU), PLAIN)
     file, out = tmp_path / "dump.jsonl", tmp_path / "out.json"
     write_dump(file, damaged(dumped, kind))
