@@ -226,15 +226,15 @@ class AlertConfig:
     """Between two alerts of one kind."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Correction:
     """How the loss makes up for a mismatch (``algorithms/corrections.py``); ρ: train over rollout probability of a
     token. cap: largest weight. reject_beyond: tokens with ρ above it or below 1 over it have weight 0. veto_below: so
-    have all tokens of a sequence with a ρ below it. None: never."""
+    have all tokens of a sequence with a ρ below it. None: never. Within these bounds ρ = 1 has the weight 1."""
 
-    cap: float = 2.0
-    reject_beyond: float | None = None
-    veto_below: float | None = None
+    cap: float = Field(2.0, ge=1.0)
+    reject_beyond: float | None = Field(None, gt=1.0)
+    veto_below: float | None = Field(None, gt=0.0, lt=1.0)
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -27,7 +27,8 @@ def importance_weights(
     of the sequences by a veto.
 
     old_logprobs: the trainer's, under the weights that sampled. lengths: tokens of each sequence, one after another. A
-    log-prob that is not finite gives a weight that is none either. Raises ValueError for shapes that differ.
+    ratio that overflows is one above the cap; where a log-prob is NaN so is the weight, left out or not.
+    Raises ValueError for shapes that differ.
     """
     if old_logprobs.shape != rollout_logprobs.shape:
         raise ValueError(

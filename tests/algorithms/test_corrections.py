@@ -27,6 +27,7 @@ def test_weights_and_their_metrics() -> None:
         {"correction/is/mean": 5.0 / 4, "correction/is/max": 2.0, "correction/is/truncated_frac": 0.25,
          "correction/rs/token_frac": 0.0, "correction/rs/sequence_frac": 0.0, "correction/rs/veto_frac": 0.0}
     )  # fmt: skip
+    assert torch.equal(weights, (OLD - ROLLOUT).exp().clamp(max=2.0)), "nothing left out: the truncated weights' bits"
 
 
 @pytest.mark.parametrize(
@@ -109,11 +110,41 @@ def test_the_kl_term_is_not_weighted() -> None:
     assert plain.item() == weighted.item() == pytest.approx(0.1 * (math.exp(-1) + 1 - 1), rel=1e-6)
 
 
+def test_what_is_left_out_keeps_its_kl_and_its_entropy_bonus() -> None:
+    """k3 of ref = train - 1 is 1/e; advantages of 1 would be seen."""
+    train, entropy = OLD.clone().requires_grad_(), torch.full((4,), 2.0, requires_grad=True)
+    value, _ = grpo.loss(
+        train, OLD, torch.ones(4), entropy, sequence_lengths=torch.tensor([4] * 4), denominators=Denominators.of([4]),
+        clip_low=0.2, clip_high=0.3, ref_logprobs=OLD - 1.0, kl_coef=0.1, entropy_coef=0.01, weights=torch.zeros(4),
+    )  # fmt: skip
+    assert value.item() == pytest.approx(0.1 / math.e - 0.01 * 2.0, rel=1e-6)
+    value.backward()
+    assert train.grad.tolist() == pytest.approx([0.1 * (1 - 1 / math.e) / 4] * 4, rel=1e-6)
+    assert entropy.grad.tolist() == pytest.approx([-0.01 / 4] * 4)
+
+
+@pytest.mark.parametrize(("bound", "weight"), [(None, 2.0), (10.0, 0.0)])
+def test_a_ratio_that_overflows_is_cut_or_left_out(bound: float | None, weight: float) -> None:
+    old, rollout = torch.tensor([-1.0, -2.0]), torch.tensor([-99.0, -2.0])
+    assert math.isinf((old - rollout).exp()[0])
+    weights, metrics = importance_weights(old, rollout, [2], Correction(2.0, reject_beyond=bound))
+    assert weights.tolist() == [weight, 1.0]
+    assert metrics["correction/is/max"].value == 2.0
+
+
 def test_a_log_prob_that_is_no_number_is_not_hidden() -> None:
+    """Of a sequence that its first token vetoes."""
     broken = ROLLOUT.clone()
-    broken[0] = math.nan
+    broken[2] = math.nan
     weights, metrics = importance_weights(OLD, broken, [4], Correction(2.0, 1.1, 0.9))
-    assert math.isnan(weights[0]) and math.isnan(metrics["correction/is/mean"].value)
+    assert math.isnan(weights[2]) and weights[[0, 1, 3]].tolist() == [0.0] * 3
+    assert math.isnan(metrics["correction/is/mean"].value)
+
+
+def test_a_correction_that_would_change_agreement_is_refused() -> None:
+    for settings in ({"cap": 0.5}, {"cap": math.nan}, {"reject_beyond": 1.0}, {"veto_below": 1.0}, {"veto": 0.5}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            Correction(**settings)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -219,6 +219,27 @@ def test_a_correction_weights_the_gradient_and_changes_nothing_where_both_sides_
         assert metrics["ratio/max"] == 1.0, "train/old knows nothing of the rollout"
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [1, 16, 4096])
+def test_what_a_correction_leaves_out_has_no_gradient_in_any_packing(micro_batch_tokens: int) -> None:
+    """A veto by sample 2's last token, which in the two larger packings has neighbours; sample 4 loses its first."""
+    samples, settings = make_samples(SHAPES), {"micro_batch_tokens": micro_batch_tokens, "grad_clip": 1e9}
+    trainer = make_trainer(correction=Correction(2.0, reject_beyond=20.0, veto_below=0.1), **settings)
+    for sample, exact in zip(samples, trainer.compute_logprobs(samples), strict=True):
+        sample.completion.logprobs[:] = exact
+    samples[2].completion.logprobs[-1] += np.float32(np.log(15.0))
+    samples[4].completion.logprobs[0] -= np.float32(np.log(30.0))
+    metrics = trainer.accumulate(samples, advantages_of(samples)).metrics | trainer.apply_update()
+
+    zeroed = advantages_of(samples)
+    zeroed[2][:], zeroed[4][0] = 0.0, 0.0
+    plain = make_trainer(**settings)
+    expected = plain.accumulate(samples, zeroed).metrics | plain.apply_update()
+    assert trainer.masters_sha256() == plain.masters_sha256() and metrics["loss"] == expected["loss"]
+    assert metrics["correction/rs/token_frac"] == pytest.approx((2 + 1) / sum(length for _, length in SHAPES))
+    assert metrics["correction/rs/sequence_frac"] == pytest.approx(2 / len(SHAPES))
+    assert metrics["correction/rs/veto_frac"] == pytest.approx(1 / len(SHAPES))
+
+
 def test_a_correction_refuses_a_sample_with_a_missing_log_prob() -> None:
     trainer, (sample,) = make_trainer(correction=Correction(2.0)), make_samples([(3, 4)])
     short = replace(sample, completion=replace(sample.completion, logprobs=sample.completion.logprobs[:3]))
