@@ -120,10 +120,12 @@ def _align_storage(model: PreTrainedModel) -> None:
 def _refuse_dropout(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ValueError(f"dropout p={module.p} in {name}: not supported, set it to 0")
+            raise ValueError(f"dropout p={module.p} in {name}: dropout is not supported, set it to 0 in config.json")
     for field in _DROPOUT_FIELDS:
         if getattr(model.config, field, 0.0):
-            raise ValueError(f"config.{field}={getattr(model.config, field)}: dropout is not supported, set it to 0")
+            raise ValueError(
+                f"config.{field}={getattr(model.config, field)}: dropout is not supported, set it to 0 in config.json"
+            )
 
 
 def _refuse_batch_dependent_rope(model: nn.Module) -> None:

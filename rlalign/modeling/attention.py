@@ -42,8 +42,9 @@ def context_attention(
     """
     if attention_context is None:
         raise ValueError(
-            "attention_context=None: an aligned model is called with packed rows and a context "
-            "(rlalign.modeling.PackedContext, or Policy.hidden); padded batches are unpacked first"
+            f"attention_context=None in {type(module).__name__}: an aligned model is called with packed rows and a "
+            "context (rlalign.modeling.PackedContext, or Policy.hidden), padded batches unpacked first; a decoder that "
+            "doesn't hand the context on to this module is not supported, with any numerics"
         )
     if attention_mask is not None:
         raise ValueError("attention_mask is given: an aligned model takes its mask from attention_context alone")

@@ -13,6 +13,11 @@ Scalar = int | float | str | None
 Change = tuple[str, Scalar | tuple[tuple[str, Scalar], ...], str]
 
 _COMMON, _OFF = "a common value", "switched off"
+# by how the fields' names end
+_COMMON_VALUES = {
+    ("rope_theta",): (10_000.0, 500_000.0, 1_000_000.0),
+    ("norm_eps", "norm_epsilon"): (1e-6, 1e-5),
+}
 _SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 # of rope_parameters, and of rope_scaling, as older files call it
 _ROPE_TYPES, _NO_SCALING = (".rope_type", "rope_scaling.type"), "default"
@@ -69,8 +74,8 @@ def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) 
         names = [name for name in theirs if name in mine and theirs[name] != mine[name] and _matters(name)]
         found += [(name, value, origin) for name, value in _objects(mine, theirs).items()]
         found += [(name, theirs[name], origin) for name in names]
-    for ending, values in (("rope_theta", (10_000.0, 500_000.0, 1_000_000.0)), ("_norm_eps", (1e-6, 1e-5))):
-        for name in (name for name in mine if name.endswith(ending)):
+    for endings, values in _COMMON_VALUES.items():
+        for name in (name for name in mine if name.endswith(endings)):
             found += [(name, value, _COMMON) for value in values if value != mine[name]]
     found += [(name, None, _OFF) for name in mine if name.rpartition(".")[2] in _SWITCHES]
     scaled = (name for name, value in mine.items() if name.endswith(_ROPE_TYPES) and value != _NO_SCALING)

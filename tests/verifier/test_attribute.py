@@ -343,6 +343,11 @@ def test_config_changes_are_those_of_other_checkpoints_and_common_ones():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["norm_epsilon", "layer_norm_epsilon", "layer_norm_eps"])
+def test_an_epsilon_is_known_by_any_of_its_names(name: str):
+    assert config_changes({name: 1e-5, "embd_pdrop": 1e-5}, []) == [(name, 1e-6, "a common value")]
+
+
 def test_an_object_of_which_several_fields_are_others_is_one_change():
     own = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
     other = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}}

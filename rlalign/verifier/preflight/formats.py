@@ -101,7 +101,7 @@ def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Ro
         else:
             rest.append(raw)
     if len(rest) == len(flat):  # all would be defaults
-        raise ValueError(f"{path}: format {table.name!r} has none of its settings: {', '.join(rest[:3])}")
+        raise ValueError(f"{path}: none of its settings is one of {table.name}'s: {', '.join(rest[:3])}")
     updates, used = table.updates({name: part.value for name, part in parts.items()})
     if updates is not None:
         found["train"]["updates_per_sync"] = Setting(
