@@ -34,20 +34,25 @@ def importance_weights(
         raise ValueError(
             f"rollout_logprobs has shape {tuple(rollout_logprobs.shape)}; expected {tuple(old_logprobs.shape)}"
         )
+    if sum(lengths) != len(old_logprobs):
+        raise ValueError(f"lengths add up to {sum(lengths)}; there are {len(old_logprobs)} tokens")
     ratio = torch.exp(old_logprobs.detach() - rollout_logprobs.detach())
     weights = ratio.clamp(max=correction.cap)
     out, vetoed = torch.zeros_like(ratio, dtype=torch.bool), ratio.new_zeros(len(lengths), dtype=torch.bool)
+    touched = vetoed
     if (bound := correction.reject_beyond) is not None:
         out |= (ratio > bound) | (ratio < 1 / bound)
     if correction.veto_below is not None:
         vetoed = _any(ratio < correction.veto_below, lengths)
-        out |= vetoed.repeat_interleave(torch.tensor(lengths, device=ratio.device))
+        out |= torch.cat([one.expand(length) for one, length in zip(vetoed, lengths, strict=True)])
+    if bound is not None or correction.veto_below is not None:
+        touched = _any(out, lengths)
     return weights.masked_fill(out & ~ratio.isnan(), 0.0), {
         "correction/is/mean": mean_of(weights),
         "correction/is/max": max_of(weights),
         "correction/is/truncated_frac": mean_of(ratio > correction.cap),
         "correction/rs/token_frac": mean_of(out),
-        "correction/rs/sequence_frac": mean_of(_any(out, lengths)),
+        "correction/rs/sequence_frac": mean_of(touched),
         "correction/rs/veto_frac": mean_of(vetoed),
     }
 

@@ -189,6 +189,9 @@ def _sequences(args: argparse.Namespace) -> list[DumpSequence]:
         dumped = read_dump(args.dump, format=args.format, options=options)
         read = [_with_response(sequence) for sequence in islice(dumped, args.limit)]
     else:
+        given = [name for name in ("format", "logprobs", "pad_token_id") if getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} says how a --dump is read; --prompts has none")
         read = [_with_response(sequence) for sequence in _prompts(args)]
     if not any(len(sequence.token_ids) for sequence in read):
         raise ValueError(f"{args.dump or args.prompts}: no sequence of at least two tokens")

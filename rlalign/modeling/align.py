@@ -33,10 +33,10 @@ _GELU_APPROXIMATION = {
 _BARE_EPS = 1e-5  # OLMo's
 # what a refusal says of the other numerics: recipes and the library have a setting of that name
 HOW_NATIVE = "(rlalign-verify: --numerics native; bisect: --a native --b native,decode)"
-# Some models call dropout by function: no module shows it.
-_DROPOUT_FIELDS = (
-    "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout", "embedding_dropout",
-)  # fmt: skip
+# Some models call dropout by function: no module shows it, but a field of config.json named like these does ...
+_DROPOUT = ("dropout", "pdrop", "layerdrop")
+# ... unless it is of a head that a decoder has not
+_OTHER_HEADS = ("classifier_", "summary_")
 
 
 def backend_for(numerics: Numerics, device: torch.device | str) -> str:
@@ -121,11 +121,9 @@ def _refuse_dropout(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(f"dropout p={module.p} in {name}: dropout is not supported, set it to 0 in config.json")
-    for field in _DROPOUT_FIELDS:
-        if getattr(model.config, field, 0.0):
-            raise ValueError(
-                f"config.{field}={getattr(model.config, field)}: dropout is not supported, set it to 0 in config.json"
-            )
+    for field, value in model.config.to_dict().items():
+        if any(name in field for name in _DROPOUT) and not field.startswith(_OTHER_HEADS) and value:
+            raise ValueError(f"config.{field}={value}: dropout is not supported, set it to 0 in config.json")
 
 
 def _refuse_batch_dependent_rope(model: nn.Module) -> None:

@@ -39,7 +39,7 @@ _PROMISING = 0.75
 # and of the mean |Δ|
 _ONE_SIDED, _STANDARD_ERRORS, _OF_SIZE = 0.9, 4.0, 0.2
 # sequences that differ, by their median |Δ|
-_MUCH = 0.1
+_MUCH, _TYPICAL_TOKENS = 0.1, 8
 # share of |Δ| that is left where a fit is worth a try
 _WORTH = 0.9
 # what is true of several leaves far less than a part of it
@@ -52,11 +52,12 @@ _ROUNDS = 6
 @dataclass(slots=True)
 class _Fit:
     """The first of a dump's sequences that differ, and mean |Δ| of scoring them with other sampling parameters.
-    among: bool [N], their tokens; None for all."""
+    among: bool [N], their tokens; None for all. places: which they are; none for all."""
 
     scores: Scores
     ways: Sequence[Way]
     among: np.ndarray | None = None
+    places: tuple[int, ...] = ()
     known: dict[tuple[tuple[str, float], ...], float] = field(default_factory=dict)
 
     @classmethod
@@ -76,10 +77,10 @@ class _Fit:
         if not apart:
             return cls(scores, ways)
         if int(scores.counts.sum()) <= _FIT_TOKENS:  # what all sequences have in these settings is wanted later on
-            return cls(scores, ways, np.isin(scores.place, places))
+            return cls(scores, ways, np.isin(scores.place, places), tuple(places))
         few = Scores([scores.sequences[place] for place in places], scores.scorer, scores.decode, scores.dtype)
         few.counts = scores.counts[np.isin(scores.place, places)]
-        return cls(few, [ways[place] for place in places])
+        return cls(few, [ways[place] for place in places], places=tuple(places))
 
     def error(self, **values: float) -> float:
         """Of these parameters in place of those that ``ways`` have."""
@@ -121,10 +122,11 @@ class _Fit:
 
 
 def _typical(scores: Scores, now: np.ndarray) -> list[float]:
-    """Of every sequence the median |Δ| of scoring's log-probs float32 [N]; 0 where no token counts."""
+    """Of every sequence the median |Δ| of scoring's log-probs float32 [N]; 0 where few tokens count, which any value
+    fits."""
     size = scores.distance(now)
     found = [size[(scores.place == place) & np.isfinite(size)] for place in range(len(scores.sequences))]
-    return [float(np.median(one)) if len(one) else 0.0 for one in found]
+    return [float(np.median(one)) if len(one) >= _TYPICAL_TOKENS else 0.0 for one in found]
 
 
 def _tidy(value: float, step: float, error: Callable[[float], float]) -> float:
@@ -174,6 +176,8 @@ def fitted_sampling(scores: Scores, ways: Sequence[Way], now: np.ndarray) -> lis
     if all(fit.error(**values) > _HALF * before for values in found):
         # what holds of some sequences alone may be nothing in the mean of all
         one = _Fit.of(scores, ways, 1, much=1.0)
+        if one.places == fit.places:
+            return [sampling_cause(**values) for values in found]
         own = [{"temperature": one.temperature()}, *({name: one.filter(name)} for name in _FILTERS)]
         found += [values for values in own if values not in found and one.error(**values) <= _HALF * one.error()]
     return [sampling_cause(**values) for values in found]

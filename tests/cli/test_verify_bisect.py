@@ -241,6 +241,7 @@ def test_a_wrong_kv_block_is_named(model):
         (["--b", "config.rope.rope_type=5"], "no object 'rope'; did you mean config.rope_parameters.rope_type?"),
         (["--b", "config.intermediate_size=40"], "config.intermediate_size=40: the model can't be loaded with it"),
         (["--json", "/"], "--json: / is a folder"),
+        (["--pad-token-id", "0"], "--pad-token-id says how a --dump is read; --prompts has none"),
         (["--png", "/"], "--png: / is a folder"),
         (["--b", "colour=red"], "'colour=red' is unknown"),
         (["--json", "/nowhere/out.json"], "--json: no such folder"),

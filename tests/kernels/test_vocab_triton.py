@@ -151,6 +151,38 @@ def test_support_and_values_match_a_python_truth():
     assert all(torch.equal(getattr(out, name), getattr(again, name)) for name in FIELDS)
 
 
+def equal_logits():
+    """Every logit twice, 300 ids apart; an odd top-k cuts a pair in two. The third: a pair's second, most likely id."""
+    hidden, half = normal(T, H, seed=4), normal(300, H, seed=5)
+    rows = make_rows(top_k=torch.tensor([1, 3, 5, 0])[torch.arange(T) % 4], min_p=0.01 * (torch.arange(T) % 4 == 3))
+    return hidden, torch.cat((half, half)), (hidden @ half.T).argmax(1) + 300, rows
+
+
+def test_of_equal_logits_at_the_cut_the_lowest_id_is_kept():
+    hidden, weight, second, rows = equal_logits()
+    out, truth = (
+        linear_logprob(hidden, weight, second, rows=rows, return_support=True, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    assert torch.equal(out.support, truth.support) and (out.logprob[::4] == -torch.inf).all()
+    by_mask = linear_logprob(hidden, weight, second, rows=rows, support=out.support, backend="triton")
+    assert all(torch.equal(getattr(out, name), getattr(by_mask, name)) for name in FIELDS)
+
+
+def test_gradients_of_truncated_rows_by_parts_of_the_ids(monkeypatch):
+    hidden, weight, second, rows = equal_logits()
+    inputs = [x.requires_grad_() for x in (hidden, weight)]
+
+    def run():
+        out = linear_logprob(*inputs, second - 300, rows=rows, backend="triton")
+        return torch.autograd.grad((out.logprob * torch.arange(T)).sum() + out.logsumexp.sum(), inputs)
+
+    whole = run()
+    monkeypatch.setattr("rlalign_kernels.vocab.triton_gradient._LOGIT_BYTES", T * 4 * 256)
+    for parts, want in zip(run(), whole, strict=True):
+        torch.testing.assert_close(parts, want, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_of_truncated_rows_match_float64():
     hidden, weight, targets = problem(300, seed=4)
     rows, bias = mixed_rows(), normal(300, seed=5)

@@ -89,7 +89,7 @@ def test_without_weight_or_without_bias() -> None:
 
 
 def test_dropout_that_no_module_shows_is_refused() -> None:
-    for field in ("residual_dropout", "embedding_dropout"):
+    for field in ("residual_dropout", "embedding_dropout", "hidden_dropout_prob", "activation_dropout", "layerdrop"):
         model = tiny_model("starcoder2")
         setattr(model.config, field, 0.1)
         with pytest.raises(ValueError, match=rf"config\.{field}=0\.1"):
