@@ -30,8 +30,8 @@ class SamplingParams:
     """How one request is sampled. Order of transforms: temperature, top-k, top-p (crossing token kept), min-p.
 
     ``temperature=0`` is greedy: the lowest id among the maximal logits; its log-prob is the untruncated one at
-    temperature 1. Anything else is at least 1e-5. ``top_k=0``, ``top_p=1`` and ``min_p=0`` switch a filter off.
-    ``seed`` None means 0.
+    temperature 1. Anything else is at least 1e-5. ``top_k=0`` (not -1), ``top_p=1`` and ``min_p=0`` switch a filter
+    off. ``seed`` None means 0.
     """
 
     temperature: float = Field(1.0, ge=0.0, allow_inf_nan=False)

@@ -28,6 +28,11 @@ _NAMED, _CAUSES, _REASON = 5, 12, 120
 # how reasons begin that say: this dump, or this model, is the same with and without
 _NO_EFFECT = ("changes no", "no sequence of the dump", "the log-probs are taken", "raw log-probs don't depend")
 
+_NEXT = (
+    "what is left: docs/disagree.md lists what scoring can't imitate (6. Nothing fits); of a checkpoint with what the "
+    "engine held, rlalign-verify bisect --b model=DIR names the first layer that differs"
+)
+
 
 def show(
     outcome: Attribution, facts: dict[str, Any], sequences: Sequence[DumpSequence], console: Console, worst: int
@@ -44,6 +49,8 @@ def show(
     good = facts["exit_code"] == 0
     if facts["exceeded"]:
         console.print(f"the difference as a whole: {'; '.join(facts['exceeded'])}", markup=False, soft_wrap=True)
+    if not good and outcome.rest.mismatches and not outcome.explained:
+        console.print(_NEXT, soft_wrap=True)
     within = "within the thresholds: " if good and not outcome.equal else ""
     style = f"bold {'green' if good else 'red'}"
     console.print(f"\n{within}{outcome.verdict}", markup=False, highlight=False, soft_wrap=True, style=style)

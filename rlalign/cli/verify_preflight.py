@@ -79,7 +79,7 @@ def _sides(args: argparse.Namespace) -> tuple[Side, Side, str | None]:
     ours = read_sides(args.rollout, format=args.rollout_format)
     theirs = read_sides(args.train, format=args.train_format)
     if "train" not in theirs:
-        raise ValueError(f"{args.train}: these are an engine's settings; --train needs a trainer's")
+        raise ValueError(f"{args.train}: read as an engine's settings; --train needs a trainer's (rlalign, verl, trl)")
     # a trainer's file often describes an engine too: whoever names another file for it means that one
     rollout, unused = with_requests(ours["rollout"], theirs["rollout"]), None
     if args.rollout != args.train:

@@ -18,7 +18,7 @@ HELP = (
     f"({'+'.join(OPERATORS)}), attention (reference, sdpa, flex), phase (prefill, decode), batch (together, alone), "
     "chunk, padding (left_seen, middle_seen), pad_position, position_offset, response_position_offset, "
     "logits (bfloat16, float16, bfloat16_softmax, float16_softmax), config.FIELD, or a cause as attribute names it "
-    "(operator.NAME, padding.left, …); several with commas"
+    "(operator.NAME: ours but for NAME by PyTorch; padding.left, …); several with commas"
 )
 _WORDS = {
     **{name: ("numerics", name) for name in _NUMERICS},

@@ -170,6 +170,8 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r}: a list of prompts is expected, not one string")
+        if len(prompts) and isinstance(prompts[0], int):
+            raise ValueError(f"prompts={prompts!r}: a list of prompts is expected, not one prompt's token ids")
         if self.has_unfinished:
             raise ValueError(f"{len(self._num_open)} requests are unfinished: finish or abort them before generate()")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)

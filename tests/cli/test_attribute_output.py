@@ -111,3 +111,8 @@ def test_the_page_has_the_pictures_before_and_after_what_was_kept(tmp_path: Path
     assert before != after
     assert "temperature=0.7" in page.cells
     assert "no older checkpoint was given (--previous-model)" in page.cells
+
+
+def test_what_to_do_next_is_said_where_something_is_left() -> None:
+    assert "bisect --b model=DIR" in shown(outcome())
+    assert "bisect" not in shown(outcome(), exit_code=0)

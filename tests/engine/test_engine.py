@@ -152,6 +152,12 @@ def test_abort_returns_what_came_so_far(policy: Policy, num_steps: int) -> None:
     assert engine.stats["pages_used"] == 0
 
 
+@pytest.mark.parametrize("prompts", ["one string", PROMPTS[0]], ids=["text", "token ids"])
+def test_one_prompt_is_no_list_of_prompts(policy: Policy, prompts: str | list[int]) -> None:
+    with pytest.raises(ValueError, match="a list of prompts is expected, not one"):
+        Engine(policy, None, roomy()).generate(prompts, SamplingParams())
+
+
 def test_step_streams_requests_that_arrive_late(policy: Policy) -> None:
     engine = Engine(policy, None, roomy())
     assert engine.step() == [] and not engine.has_unfinished
