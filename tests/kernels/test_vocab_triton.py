@@ -151,6 +151,29 @@ def test_support_and_values_match_a_python_truth():
     assert all(torch.equal(getattr(out, name), getattr(again, name)) for name in FIELDS)
 
 
+def test_ids_that_can_never_be_drawn_are_kept_by_no_truncated_row(monkeypatch):
+    """Banned ones, those of bias -inf, and all ids of a row of NaN; the logits of truncated rows are computed once."""
+    from rlalign_kernels.vocab import triton_support  # imports triton
+
+    hidden, weight, targets = problem(300, seed=6)
+    rows, bias = mixed_rows(), normal(300, seed=7)
+    bias[::3] = -torch.inf
+    hidden[6] = torch.nan
+    banned = torch.zeros(T, 300, dtype=torch.bool)
+    banned[:, 1::50] = True
+    counted, computed = [], triton_support.logits
+    monkeypatch.setattr(triton_support, "logits", lambda x, head: counted.append(len(x)) or computed(x, head))
+    out, truth = (
+        linear_logprob(
+            hidden, weight, targets, rows=rows, bias=bias, banned=banned, return_support=True, backend=backend
+        )
+        for backend in ("triton", "reference")
+    )
+    assert rows.truncated[6] and not out.support[6].any()
+    assert torch.equal(out.support, truth.support)
+    assert sum(counted) == rows.truncated.sum()
+
+
 def equal_logits():
     """Every logit twice, 300 ids apart; an odd top-k cuts a pair in two. The third: a pair's second, most likely id."""
     hidden, half = normal(T, H, seed=4), normal(300, H, seed=5)

@@ -15,7 +15,7 @@ from rlalign_kernels.vocab import triton_launches as launches
 from rlalign_kernels.vocab.triton_gradient import Scored, gradients
 from rlalign_kernels.vocab.triton_launches import Cut, Head, Settings
 from rlalign_kernels.vocab.triton_launches import rows as readable
-from rlalign_kernels.vocab.triton_support import find_cut, kept_ids
+from rlalign_kernels.vocab.triton_support import find_cut
 
 # What the blocks' numbers of one scan may take: more rows are scanned in parts.
 _PARTS_BYTES = 256 * 2**20
@@ -37,9 +37,12 @@ def linear_logprob(
     _check_device("linear_logprob", hidden)
     with torch.no_grad():
         seen, head = readable(hidden), Head.of(weight, bias, softcap)
-        cut = None if support is not None else find_cut(seen, head, rows, banned)
-        mask = support if support is not None else None if banned is None else ~banned
-        whole = kept_ids(seen, head, cut, banned) if return_support and support is None else support
+        if support is not None:
+            kept_ids, mask, cut = support, support, None
+        else:
+            mask = None if banned is None else ~banned
+            kept_ids = _unfiltered(mask, hidden.shape[0], head) if return_support else None
+            cut = find_cut(seen, head, rows, banned, kept_ids)
     mask = None if mask is None else readable(mask)
     settings = None if rows is None else _settings(rows)
     untruncated = rows is not None and support is None and rows.truncates is False
@@ -48,7 +51,14 @@ def linear_logprob(
         values = _LinearLogprob.apply(hidden, weight, bias, *problem)
     else:
         values = _score(readable(hidden), Head.of(weight, bias, softcap), *problem[1:])[:3].unbind(0)
-    return LogprobOutput(*values, whole if return_support else None)
+    return LogprobOutput(*values, kept_ids if return_support else None)
+
+
+def _unfiltered(allowed: torch.Tensor | None, num_rows: int, head: Head) -> torch.Tensor:
+    """bool [T, V] of its own memory: what rows keep that no filter truncates."""
+    if allowed is not None:
+        return allowed.clone()
+    return torch.ones(num_rows, head.vocab_size, dtype=torch.bool, device=head.weight.device)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -105,7 +115,7 @@ def _score(
     for part in _row_parts(hidden.shape[0], 3, head):
         own = None if settings is None else Settings(*(x[part] for x in settings))
         seen = None if mask is None else mask[part]
-        end = None if cut is None else cut.of(part)
+        end = None if cut is None else cut.part(part)
         found = launches.scan(hidden[part], head, own, seen, end)
         launches.score(
             hidden[part], head, own, seen, end, targets[part], kept[part], found, out[:, part], untruncated
@@ -142,7 +152,7 @@ def linear_sample(
         own = Settings(*(x[part] for x in settings))
         seen = None if allowed is None else allowed[part]
         found = launches.scan(
-            hidden[part], head, own, seen, None if cut is None else cut.of(part), seeds=seeds[part],
+            hidden[part], head, own, seen, None if cut is None else cut.part(part), seeds=seeds[part],
             positions=positions[part], raw=raw_logprobs,
         )  # fmt: skip
         launches.draw(head.vocab_size, own, found, token[part], values[:, part], rows.truncates is False)

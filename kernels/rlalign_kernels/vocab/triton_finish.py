@@ -17,6 +17,7 @@ from rlalign_kernels.vocab.triton_tiles import (
     LN2,
     LOG2E,
     add_product,
+    behind,
     chain_end,
     load_box,
     log,
@@ -112,7 +113,7 @@ def _target_logits(
     if HAS_CUT:
         limit = tl.load(limit_ptr + offs_m, mask=offs_m < num_rows, other=0.0)
         last = tl.load(last_ptr + offs_m, mask=offs_m < num_rows, other=0)
-        x = tl.where((x < limit) | ((x == limit) & (target > last)), float("-inf"), x)
+        x = tl.where(behind(x, target, limit, last), float("-inf"), x)
     return x, known
 
 

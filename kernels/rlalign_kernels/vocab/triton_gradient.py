@@ -61,7 +61,7 @@ class _Parts:
         logit_gradients(
             self.hidden[rows], self.head.part(ids), _of_rows(scored.settings, rows),
             None if scored.mask is None else scored.mask[rows, ids],
-            None if scored.cut is None else scored.cut.of(rows), scored.targets[rows], scored.kept[rows],
+            None if scored.cut is None else scored.cut.part(rows), scored.targets[rows], scored.kept[rows],
             scored.stats[:, rows], scored.upstream[:, rows], ids.start, out, has_entropy=scored.has_entropy,
         )  # fmt: skip
         return out

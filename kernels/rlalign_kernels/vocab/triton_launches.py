@@ -70,7 +70,7 @@ class Cut(NamedTuple):
     limit: torch.Tensor
     last: torch.Tensor
 
-    def of(self, rows: slice) -> Cut:
+    def part(self, rows: slice) -> Cut:
         return Cut(self.limit[rows], self.last[rows])
 
 

@@ -8,8 +8,6 @@ one element at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from rlalign_kernels.reference.support import prefix_sum
@@ -21,8 +19,17 @@ _MOST_LOGITS = 2**23
 MOST_SORTING_BYTES = 64 * _MOST_LOGITS
 
 
-def find_cut(hidden: torch.Tensor, head: Head, rows: SamplingRows | None, banned: torch.Tensor | None) -> Cut | None:
-    """None if no row is truncated, which the device may be asked for; else it is waited for."""
+def find_cut(
+    hidden: torch.Tensor,
+    head: Head,
+    rows: SamplingRows | None,
+    banned: torch.Tensor | None,
+    support: torch.Tensor | None = None,
+) -> Cut | None:
+    """None if no row is truncated, which the device may be asked for; else it is waited for.
+
+    support: bool [T, V], whose truncated rows are filled; the others say already what they keep.
+    """
     if rows is None or not rows.any_truncated:
         return None
     num_rows, device = hidden.shape[0], hidden.device
@@ -30,31 +37,22 @@ def find_cut(hidden: torch.Tensor, head: Head, rows: SamplingRows | None, banned
         torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=device),
         torch.full((num_rows,), head.vocab_size, dtype=torch.int32, device=device),
     )
-    for part, x in _few_logits(hidden, head, rows.truncated.nonzero().squeeze(1), banned):
-        cut.limit[part], cut.last[part] = _cut(x, rows[part])
+    for part in rows.truncated.nonzero().squeeze(1).split(max(1, _MOST_LOGITS // head.vocab_size)):
+        x = logits(hidden[part].contiguous(), head)
+        if banned is not None:
+            x.masked_fill_(banned[part], -torch.inf)
+        own = _cut(x, rows[part])
+        cut.limit[part], cut.last[part] = own
+        if support is not None:
+            support[part] = _kept(x, own)
     return cut
 
 
-def kept_ids(hidden: torch.Tensor, head: Head, cut: Cut | None, banned: torch.Tensor | None) -> torch.Tensor:
-    """bool [T, V]: what the cut and ``banned`` leave."""
-    shape = (hidden.shape[0], head.vocab_size)
-    kept = torch.ones(shape, dtype=torch.bool, device=hidden.device) if banned is None else ~banned
-    if cut is None:
-        return kept
-    everyone, ids = torch.arange(shape[0], device=hidden.device), torch.arange(shape[1], device=hidden.device)
-    for part, x in _few_logits(hidden, head, everyone, None):
-        limit, last = cut.limit[part, None], cut.last[part, None]
-        kept[part] &= ~((x < limit) | ((x == limit) & (ids > last)))
-    return kept
-
-
-def _few_logits(
-    hidden: torch.Tensor, head: Head, index: torch.Tensor, banned: torch.Tensor | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(rows [r], their logits [r, V], -inf where banned) of the rows in ``index``, as many as may be held at a time."""
-    for part in index.split(max(1, _MOST_LOGITS // head.vocab_size)):
-        x = logits(hidden[part].contiguous(), head)
-        yield part, x if banned is None else x.masked_fill_(banned[part], -torch.inf)
+def _kept(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """bool [r, V]: what the cut leaves of logits [r, V]; an id of logit -inf or NaN is never kept."""
+    limit, last = cut.limit.unsqueeze(1), cut.last.unsqueeze(1)
+    ids = torch.arange(x.shape[1], device=x.device)
+    return (x > -torch.inf) & ((x > limit) | ((x == limit) & (ids <= last)))
 
 
 def _cut(x: torch.Tensor, rows: SamplingRows) -> Cut:

@@ -223,8 +223,13 @@ def cut_off(x, offs_m, ids, limit_ptr, last_ptr, num_rows, first_id):
     inside = offs_m < num_rows
     limit = tl.load(limit_ptr + offs_m, mask=inside, other=0.0)[:, None]
     last = (tl.load(last_ptr + offs_m, mask=inside, other=0) - first_id)[:, None]
-    behind = (x < limit) | ((x == limit) & (ids[None, :] > last))
-    return tl.where(behind, float("-inf"), x)
+    return tl.where(behind(x, ids[None, :], limit, last), float("-inf"), x)
+
+
+@triton.jit
+def behind(x, ids, limit, last):
+    """bool: whether logit x of an id comes after the one of logit ``limit`` and id ``last``. A NaN never does."""
+    return (x < limit) | ((x == limit) & (ids > last))
 
 
 @triton.jit
