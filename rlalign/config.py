@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -226,15 +226,20 @@ class AlertConfig:
     """Between two alerts of one kind."""
 
 
+_Cap = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+_Above = Annotated[float, Field(gt=1.0, allow_inf_nan=False)]
+_Below = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
 @dataclass(frozen=True, config=_STRICT)
 class Correction:
     """How the loss makes up for a mismatch (``algorithms/corrections.py``); ρ: train over rollout probability of a
     token. cap: largest weight. reject_beyond: tokens with ρ above it or below 1 over it have weight 0. veto_below: so
     have all tokens of a sequence with a ρ below it. None: never. Within these bounds ρ = 1 has the weight 1."""
 
-    cap: float = Field(2.0, ge=1.0)
-    reject_beyond: float | None = Field(None, gt=1.0)
-    veto_below: float | None = Field(None, gt=0.0, lt=1.0)
+    cap: _Cap = 2.0
+    reject_beyond: _Above | None = None
+    veto_below: _Below | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -244,11 +249,11 @@ class AlignConfig:
     on_mismatch: Literal["auto", "log", "warn", "dump", "halt", "correct"] = "auto"
     """auto: halt when numerics=invariant, log when native. dump and halt leave a step that can be replayed. correct:
     the loss weights every token by min(train/rollout, correction_cap)."""
-    correction_cap: float = Field(2.0, ge=1.0, allow_inf_nan=False)
+    correction_cap: _Cap = 2.0
     """Largest importance weight of a token; only on_mismatch=correct has any."""
-    reject_beyond: float | None = Field(None, gt=1.0, allow_inf_nan=False)
+    reject_beyond: _Above | None = None
     """Tokens whose ratio train/rollout is above it, or below 1 over it, are left out of the loss. None: none is."""
-    veto_below: float | None = Field(None, gt=0.0, lt=1.0)
+    veto_below: _Below | None = None
     """Sequences with a token whose ratio is below it are left out of the loss. None: none is."""
     max_dumps: int = Field(1, ge=0)
     """Replayable steps that a run leaves at most, weights included."""

@@ -10,6 +10,7 @@ Promised: forward, a row's bits depend on that row, weight and bias only. Backwa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -33,14 +34,13 @@ def _tree(x: torch.Tensor, weight: torch.Tensor, leaves: int) -> torch.Tensor:
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if x.dtype != torch.float32:
-        rows, weight = rows.float(), weight.float()
-    out = product_nt(rows, weight) if leaves == 1 else _tree(rows, weight, leaves)
+    dtype = x.dtype
+    if dtype != torch.float32:
+        x, weight = x.float(), weight.float()
+    out = product_nt(x, weight) if leaves == 1 else _tree(x, weight, leaves)
     if bias is not None:
         out += bias
-    out = out if x.dtype == torch.float32 else out.to(x.dtype)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+    return out if dtype == torch.float32 else out.to(dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -54,16 +54,26 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        num_rows = grad.shape[:-1].numel()  # -1 can't be inferred where there are no elements
-        rows = grad.reshape(num_rows, grad.shape[-1]).float()
+        rows = grad.float()
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (rows @ weight.float()).to(x.dtype).view(x.shape)
+            grad_x = (rows @ weight.float()).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = (rows.t() @ x.reshape(num_rows, x.shape[-1]).float()).to(weight.dtype)
+            grad_weight = (rows.t() @ x.float()).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None
+
+
+def _by_rows(
+    run: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int
+) -> torch.Tensor:
+    """[..., N] of x [..., K], by ``run`` of rows [M, K]. A view where strides allow it, else a copy."""
+    if x.dim() == 2:
+        return run(x, weight, bias, leaves)
+    # here, for a view that an autograd function returns may not be changed in place, as OLMo's clip_qkv does
+    out = run(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight, bias, leaves)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
@@ -71,8 +81,8 @@ def _reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     if leaves != 1:
         chain_plan("linear", leaves, x.shape[-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _Linear.apply(x, weight, bias, leaves)
-    return _forward(x, weight, bias, leaves)
+        return _by_rows(_Linear.apply, x, weight, bias, leaves)
+    return _by_rows(_forward, x, weight, bias, leaves)
 
 
 def _native(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
@@ -90,7 +100,7 @@ def _gemm_calls() -> ModuleType:
 
 
 def _triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
-    return _gemm_calls().linear(x, weight, bias, leaves)
+    return _by_rows(_gemm_calls().linear, x, weight, bias, leaves)
 
 
 _IMPLEMENTATIONS = Implementations("linear", reference=_reference, native=_native, triton=_triton)

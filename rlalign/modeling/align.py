@@ -10,6 +10,7 @@ rotation.py), where forward has the same bits.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sized
 from itertools import product
 
 import torch
@@ -157,7 +158,7 @@ def _align_norm(module: nn.Module, backend: str) -> None:
 def _align_bare_layer_norm(module: nn.Module, backend: str) -> None:
     """A LayerNorm without weight and bias that is none of PyTorch's: OLMo's, whose eps is written in its forward."""
     shape = getattr(module, "normalized_shape", ())
-    if len(shape) != 1:
+    if not isinstance(shape, Sized) or len(shape) != 1:
         return
     # rows so small that eps is most of what they are divided by, beside ordinary ones
     x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(1))

@@ -31,7 +31,7 @@ _EXACT = frozenset(
     new_zeros new_ones new_empty scalar_tensor lift_fresh
     clone copy _to_copy to contiguous detach alias cat stack chunk split split_with_sizes slice select narrow
     view _unsafe_view reshape expand permute transpose t unsqueeze squeeze flatten unflatten repeat unbind
-    constant_pad_nd lift_fresh_copy _local_scalar_dense copy_ add_ mul_ zero_ fill_ as_strided
+    constant_pad_nd lift_fresh_copy _local_scalar_dense copy_ add_ mul_ clamp_ zero_ fill_ as_strided
     """.split()
 )
 

@@ -80,15 +80,15 @@ def _uses(model: nn.Module) -> Counter[int]:
     return Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
 
 
-def _groups(model: nn.Module, kind: type = AlignedLinear) -> Iterator[list[AlignedLinear]]:
+def _groups(model: nn.Module, kind: type[nn.Module] = AlignedLinear) -> Iterator[list[nn.Module]]:
     for module in model.modules():
         for names in _GROUPS:
             members = [module._modules.get(name) for name in names]
             if all(isinstance(member, kind) for member in members):
-                yield members  # type: ignore[misc]
+                yield members
 
 
-def _can_fuse(members: Sequence[AlignedLinear], uses: Counter[int]) -> bool:
+def _can_fuse(members: Sequence[nn.Module], uses: Counter[int]) -> bool:
     tensors = [p for m in members for p in m._parameters.values() if p is not None]
     first = members[0].weight
     alike = all(
@@ -101,7 +101,7 @@ def _can_fuse(members: Sequence[AlignedLinear], uses: Counter[int]) -> bool:
     return alike and all(uses[id(p)] == 1 for p in tensors)
 
 
-def _fuse(members: Sequence[AlignedLinear], backend: Backend) -> None:
+def _fuse(members: Sequence[nn.Module], backend: Backend) -> None:
     sizes = [m.weight.shape[0] for m in members]
     weight = torch.cat([m.weight for m in members])
     bias = None if members[0].bias is None else torch.cat([m.bias for m in members])

@@ -93,7 +93,7 @@ class _Fit:
     def floor(self) -> float:
         """Mean |Δ| that another order of summation gives, at the parameters as they are; 0 if there is no other."""
         order = self.scores.other_order(self.ways)
-        return 0.0 if order is None else self.scores.apart(order, self.scores.of(self.ways)) or 0.0
+        return 0.0 if order is None else self.scores.apart(order, self.scores.of(self.ways), self.among) or 0.0
 
     def temperature(self, near: float | None = None, **others: float) -> float:
         """The one of least error, to a hundredth; of equals one of few digits. near: only some around this one."""

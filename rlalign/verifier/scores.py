@@ -127,14 +127,16 @@ class Scores:
         size = np.where(np.isnan(scored), np.nan, np.minimum(size, CAP))
         return np.where(self.counts, size, np.nan)
 
-    def apart(self, a: np.ndarray, b: np.ndarray) -> float | None:
+    def apart(self, a: np.ndarray, b: np.ndarray, among: np.ndarray | None = None) -> float | None:
         """Mean |Δ| of ``between``; None if there is no token."""
-        found = self.between(a, b)
+        found = self.between(a, b, among)
         return found.mean_abs if found.tokens else None
 
-    def between(self, a: np.ndarray, b: np.ndarray) -> Gap:
-        """Difference between two ways of scoring float32 [N], of tokens finite in both."""
+    def between(self, a: np.ndarray, b: np.ndarray, among: np.ndarray | None = None) -> Gap:
+        """Difference between two ways of scoring float32 [N], of tokens finite in both. among: bool [N]."""
         both = self.counts & np.isfinite(a) & np.isfinite(b)
+        if among is not None:
+            both &= among
         return _gap(a[both], b[both])
 
     def leave_out(self, tokens: np.ndarray) -> None:

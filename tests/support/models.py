@@ -66,7 +66,7 @@ def _configs() -> dict[str, PreTrainedConfig]:
         "smollm3": SmolLM3Config(**_COMMON),
         "olmo2": Olmo2Config(**_COMMON),
         "starcoder2": Starcoder2Config(**_COMMON, sliding_window=9),
-        "olmo": OlmoConfig(**_COMMON),
+        "olmo": OlmoConfig(**_COMMON, clip_qkv=1.0),
         "phi": PhiConfig(**_COMMON, qk_layernorm=True),
         "gpt_neox": GPTNeoXConfig(**{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
     }

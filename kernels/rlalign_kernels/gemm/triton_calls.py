@@ -20,7 +20,7 @@ from rlalign_kernels.gemm.triton_backend import forward
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
-    """[..., N] of x [..., K], weight [N, K], bias [N]. Raises ValueError, NotImplementedError naming what can't be."""
+    """[M, N] of x [M, K], weight [N, K], bias [N]. Raises ValueError, NotImplementedError naming what can't be."""
     _check(x)
     if leaves != 1:
         chain_plan("linear", leaves, x.shape[-1])
@@ -31,18 +31,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lea
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
-    if bias is not None and bias.stride(0) != 1:
-        bias = bias.contiguous()
-    if x.dim() == 2:
-        return forward(x, weight, bias, leaves)
-    # a view where strides allow it, else a copy
-    out = forward(x.reshape(-1, x.shape[-1]) if x.numel() else _no_rows(x), weight, bias, leaves)
-    return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _no_rows(x: torch.Tensor) -> torch.Tensor:
-    """[rows, K] of an x without elements, of which -1 can't be inferred."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return forward(x, weight, bias if bias is None or bias.stride(0) == 1 else bias.contiguous(), leaves)
 
 
 class _Linear(torch.autograd.Function):
@@ -55,15 +44,14 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         with float32_sums():
             if ctx.needs_input_grad[0]:
-                grad_x = torch.mm(rows, weight).view(x.shape)
+                grad_x = torch.mm(grad, weight)
             if ctx.needs_input_grad[1]:
-                grad_weight = torch.mm(rows.t(), x.reshape(rows.shape[0], x.shape[-1]))
+                grad_weight = torch.mm(grad.t(), x)
         if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0, dtype=torch.float32).to(rows.dtype)
+            grad_bias = grad.sum(0, dtype=torch.float32).to(grad.dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
