@@ -226,7 +226,7 @@ class AlertConfig:
     """Between two alerts of one kind."""
 
 
-_Cap = Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+_Cap = Annotated[float, Field(ge=1.0)]
 _Above = Annotated[float, Field(gt=1.0, allow_inf_nan=False)]
 _Below = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -249,7 +249,7 @@ class AlignConfig:
     on_mismatch: Literal["auto", "log", "warn", "dump", "halt", "correct"] = "auto"
     """auto: halt when numerics=invariant, log when native. dump and halt leave a step that can be replayed. correct:
     the loss weights every token by min(train/rollout, correction_cap)."""
-    correction_cap: _Cap = 2.0
+    correction_cap: _Cap = Field(2.0, allow_inf_nan=False)
     """Largest importance weight of a token; only on_mismatch=correct has any."""
     reject_beyond: _Above | None = None
     """Tokens whose ratio train/rollout is above it, or below 1 over it, are left out of the loss. None: none is."""

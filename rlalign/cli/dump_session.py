@@ -129,7 +129,9 @@ class Session:
         if not args.model.is_dir():
             raise FileNotFoundError(f"model folder {args.model} does not exist")
         self._dtype = args.dtype or checkpoint_dtype(args.model)
-        self._policy = load_policy(args.model, dtype=self._dtype, numerics=args.numerics, device=args.device)
+        self._policy = load_policy(
+            args.model, dtype=self._dtype, numerics=args.numerics, device=args.device, without_dropout=True
+        )
         try:
             # only to show tokens: the dump's own ids are checked as they are scored
             self.decode = load_tokenizer(args.model, extra_ids=True).decode

@@ -83,9 +83,8 @@ class Policies:
         transformers_logging.disable_progress_bar()
         with _with_config(self.models[weights], dict(config)) as folder:
             try:
-                return load_policy(
-                    folder, dtype=dtype, numerics="native" if native else "invariant", device=self.device
-                )
+                numerics = "native" if native else "invariant"
+                return load_policy(folder, dtype=dtype, numerics=numerics, device=self.device, without_dropout=True)
             except AuditError as error:
                 raise UnsupportedSetting(f"{error}") from error
             except Exception as error:  # transformers says in many ways that weights and config don't fit each other

@@ -183,7 +183,9 @@ def _load(args: argparse.Namespace, numerics: Numerics | None) -> Policy:
         raise ValueError("--device cuda: torch sees no CUDA device")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    return load_policy(args.model, dtype=args.dtype, numerics=numerics or args.numerics, device=args.device)
+    return load_policy(
+        args.model, dtype=args.dtype, numerics=numerics or args.numerics, device=args.device, without_dropout=True
+    )
 
 
 def _tokenizer(model: Path, *, required: bool) -> PreTrainedTokenizerBase | None:

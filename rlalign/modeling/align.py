@@ -15,7 +15,7 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlalign.config import Numerics
 from rlalign.modeling import layers
@@ -38,6 +38,7 @@ HOW_NATIVE = "(rlalign-verify: --numerics native; bisect: --a native --b native,
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
 # ... unless it is of a head that a decoder has not
 _OTHER_HEADS = ("classifier_", "summary_")
+_NO_DROPOUT = "dropout is not supported: 0 in config.json, or load_policy(..., without_dropout=True), switches it off"
 
 
 def backend_for(numerics: Numerics, device: torch.device | str) -> str:
@@ -121,10 +122,18 @@ def _align_storage(model: PreTrainedModel) -> None:
 def _refuse_dropout(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ValueError(f"dropout p={module.p} in {name}: dropout is not supported, set it to 0 in config.json")
-    for field, value in model.config.to_dict().items():
-        if any(name in field for name in _DROPOUT) and not field.startswith(_OTHER_HEADS) and value:
-            raise ValueError(f"config.{field}={value}: dropout is not supported, set it to 0 in config.json")
+            raise ValueError(f"dropout p={module.p} in {name}: {_NO_DROPOUT}")
+    for field, value in dropout_fields(model.config).items():
+        raise ValueError(f"config.{field}={value}: {_NO_DROPOUT}")
+
+
+def dropout_fields(config: PreTrainedConfig) -> dict[str, float]:
+    """Fields of a config that give a decoder a dropout, which is not 0."""
+    return {
+        field: value
+        for field, value in config.to_dict().items()
+        if any(name in field for name in _DROPOUT) and not field.startswith(_OTHER_HEADS) and value
+    }
 
 
 def _refuse_batch_dependent_rope(model: nn.Module) -> None:

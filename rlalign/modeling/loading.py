@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlalign.config import Numerics, ScoringDtype
-from rlalign.modeling.align import align, backend_for
+from rlalign.modeling.align import align, backend_for, dropout_fields
 from rlalign.modeling.audit import audit
 from rlalign.modeling.inner_attention import InnerAttention
 from rlalign.modeling.policy import Policy
@@ -28,16 +28,18 @@ def load_policy(
     numerics: Numerics = "invariant",
     device: torch.device | str = "cpu",
     attention: InnerAttention | None = None,
+    without_dropout: bool = False,
 ) -> Policy:
     """An aligned and audited policy from a checkpoint folder. Nothing is fetched from a hub.
 
     attention: None is the operators' own (``align``).
+    without_dropout: that of config.json counts as 0, as when scoring and sampling; else a model that has it is refused.
     Raises FileNotFoundError for a missing folder or file, ValueError for weights that are missing or not finite or a
     dtype that these operators don't take, AuditError for a model that can't be made exact.
     """
     if dtype == "float16" and backend_for(numerics, device) == "reference":
         raise ValueError("dtype=float16: on a CPU only numerics=native computes in it")
-    model = load_model(path, dtype=dtype, device=device)
+    model = load_model(path, dtype=dtype, device=device, without_dropout=without_dropout)
     align(model, backend=backend_for(numerics, device), attention=attention)
     if numerics == "invariant":
         audit(model)
@@ -63,15 +65,19 @@ def as_policy(model: Policy | PreTrainedModel) -> Policy:
     return Policy(model)
 
 
-def load_model(path: Path | str, *, dtype: ScoringDtype, device: torch.device | str) -> PreTrainedModel:
+def load_model(
+    path: Path | str, *, dtype: ScoringDtype, device: torch.device | str, without_dropout: bool = False
+) -> PreTrainedModel:
     """The checkpoint's causal LM, in evaluation mode, with all of its weights, which are finite.
 
     Weights of the checkpoint that this model doesn't have, such as those of a head for several tokens, are left out.
     """
     folder = _checkpoint_folder(path)
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
+            **(dict.fromkeys(dropout_fields(config), 0.0) if without_dropout else {}),
             dtype=getattr(torch, dtype),
             attn_implementation="eager",
             local_files_only=True,
