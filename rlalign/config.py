@@ -48,6 +48,13 @@ class SamplingParams:
     raw_logprobs: bool = False
     """Also report log-probs under the untruncated temperature-1 distribution."""
 
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _top_k_is_off_at_zero(cls, top_k: Any) -> Any:
+        if top_k == -1:
+            raise ValueError("top_k=0 switches it off, where other engines take -1")
+        return top_k
+
     @field_validator("temperature")
     @classmethod
     def _temperature_is_greedy_or_divides(cls, temperature: float) -> float:

@@ -141,6 +141,8 @@ def _alone(outcome: Attribution, title: str, worst: int) -> Table:
     base = outcome.base
     table.add_row("as the dump says", "", f"{base.mean_abs:.4g}", f"{base.mismatches:,} of {base.tokens:,}", "")
     for effect in _tried(outcome)[:worst]:
+        if effect.removes <= 0:  # nor do those that follow; the page and --json have them
+            break
         after = effect.after
         table.add_row(
             effect.cause.name,

@@ -15,7 +15,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """--json, --html, --worst and the thresholds."""
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
-    parser.add_argument("--worst", type=positive, default=10, metavar="K", help="tokens in the table of the worst")
+    parser.add_argument("--worst", type=count, default=10, metavar="K", help="tokens in the table of the worst")
     add_thresholds(parser)
 
 
@@ -69,6 +69,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def count(text: str) -> int:
+    """An argument that counts something of which there may be none."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
     return value
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from rich.console import Console
 
-from rlalign.cli.dump_options import add_reader, add_thresholds, check_outputs, positive, thresholds
+from rlalign.cli.dump_options import add_reader, add_thresholds, check_outputs, count, positive, thresholds
 from rlalign.config import Numerics, ScoringDtype
 from rlalign.verifier.dumps import DumpSequence, ReadOptions, detect_format, read_dump
 from rlalign.verifier.dumps.distribution import Distribution
@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=positive, default=16, metavar="N", help="first N sequences (default: 16)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page that opens offline")
-    parser.add_argument("--worst", type=positive, default=12, metavar="K", help="causes in the table (default: 12)")
+    parser.add_argument("--worst", type=count, default=12, metavar="K", help="causes in the table (default: 12)")
     add_thresholds(parser)
     group = parser.add_argument_group("arithmetic of scoring")
     group.add_argument("--numerics", choices=get_args(Numerics), default="invariant")

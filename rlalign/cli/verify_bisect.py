@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from rich.console import Console
 
-from rlalign.cli.dump_options import add_reader, add_thresholds, check_outputs, positive, thresholds
+from rlalign.cli.dump_options import add_reader, add_thresholds, check_outputs, count, positive, thresholds
 from rlalign.cli.errors import EXIT_DIFFERENT, EXIT_EQUAL, EXIT_UNUSABLE
 from rlalign.cli.verify_settings import HELP, NamedSetting, parse_setting
 from rlalign.config import ScoringDtype
@@ -60,9 +60,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory-mb", type=positive, default=1024, metavar="N", help="host memory for recordings (default: 1024)"
     )
-    parser.add_argument(
-        "--worst", type=positive, default=10, metavar="K", help="also show the first K sites that differ"
-    )
+    parser.add_argument("--worst", type=count, default=10, metavar="K", help="also show the first K sites that differ")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything as JSON, the heat map included")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with the heat map, opens offline")
     parser.add_argument("--png", type=Path, metavar="OUT", help="also draw the heat map, layer by token")

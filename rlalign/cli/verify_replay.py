@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlalign.cli.dump_options import check_outputs, positive
+from rlalign.cli.dump_options import check_outputs, count
 
 if TYPE_CHECKING:
     from rlalign.cli.replay import Replay
@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, metavar="FILE", help="replay.json, or its folder, of a run's mismatches/")
     parser.add_argument("--model", type=Path, metavar="DIR", help="weights to use in place of the kept ones")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the run's own setting")
-    parser.add_argument("--worst", type=positive, default=10, metavar="K", help="tokens in the table of the worst")
+    parser.add_argument("--worst", type=count, default=10, metavar="K", help="tokens in the table of the worst")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
     return parser

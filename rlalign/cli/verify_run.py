@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
-from rlalign.cli.dump_options import add_thresholds, check_outputs, positive, thresholds
+from rlalign.cli.dump_options import add_thresholds, check_outputs, count, positive, thresholds
 from rlalign.config import Dtype, EngineConfig, Numerics, SamplingParams, TrainerConfig
 from rlalign.records import Completion, Prompt, Sample, derive_seed
 
@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the result as JSON")
     parser.add_argument("--html", type=Path, metavar="OUT", help="also write a page with pictures that opens offline")
     parser.add_argument("--dump", type=Path, metavar="OUT", help="also write the samples as .jsonl or .parquet")
-    parser.add_argument("--worst", type=positive, default=10, metavar="K", help="tokens in the table of the worst")
+    parser.add_argument("--worst", type=count, default=10, metavar="K", help="tokens in the table of the worst")
     add_thresholds(parser)
 
     group = parser.add_argument_group("arithmetic")

@@ -59,7 +59,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = (config or EngineConfig()).on(policy.device.type)
         self.weights_version = weights_version
-        self.max_length = _max_length(self.config, policy.max_positions)
+        self.max_length = _max_length(self.config, policy)
         self._eos = eos_ids(tokenizer, policy.model)
         self._pool = BlockPool(
             self.config.num_pages,
@@ -246,7 +246,7 @@ class Engine:
         if len(prompt_ids) >= self.max_length:
             return (
                 f"the prompt has {len(prompt_ids)} tokens: prompt and response together may have {self.max_length}, "
-                "at least one of them a response"
+                f"at least one of them a response{self.policy.length_note}"
             )
         # A cache smaller than the model's limit must not shorten a response: its size is schedule.
         total = len(prompt_ids) + params.max_tokens
@@ -297,14 +297,14 @@ class Engine:
         self._ready.clear()
 
 
-def _max_length(config: EngineConfig, max_positions: int) -> int:
+def _max_length(config: EngineConfig, policy: Policy) -> int:
     """Most tokens of prompt and response together."""
-    capacity = config.num_pages * config.page_size
+    capacity, max_positions = config.num_pages * config.page_size, policy.max_positions
     limit = config.max_model_len
     if limit is None:
         return min(max_positions, capacity)
     if limit > max_positions:
-        raise ValueError(f"engine.max_model_len={limit}: the model has {max_positions} positions")
+        raise ValueError(f"engine.max_model_len={limit}: the model has {max_positions} positions{policy.length_note}")
     if limit > capacity:
         needed = -(-limit // config.page_size)
         raise ValueError(

@@ -79,6 +79,14 @@ class Policy:
         """Longest sequence that the model's config allows, and its rotary tables with it."""
         return min([self.model.config.max_position_embeddings, *self._rope_lengths])
 
+    @property
+    def length_note(self) -> str:
+        """Why ``max_positions`` is less than the config's, as the end of a sentence; empty where it isn't."""
+        whole = self.model.config.max_position_embeddings
+        if self.max_positions == whole:
+            return ""
+        return f" ({whole} with numerics=native: beyond {self.max_positions} its longrope takes other frequencies)"
+
     def why_not_captured(self) -> str | None:
         """Why ``hidden`` over pages and ``sample`` can't be captured in a CUDA graph; None if they can."""
         if self.device.type != "cuda":

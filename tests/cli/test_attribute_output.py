@@ -116,3 +116,13 @@ def test_the_page_has_the_pictures_before_and_after_what_was_kept(tmp_path: Path
 def test_what_to_do_next_is_said_where_something_is_left() -> None:
     assert "bisect --b model=DIR" in shown(outcome())
     assert "bisect" not in shown(outcome(), exit_code=0)
+
+
+def test_causes_that_remove_nothing_are_not_in_the_table_but_in_the_record() -> None:
+    def tried(name: str, mean: float) -> Effect:
+        return Effect(setting_cause(name, "sampling", "", ""), GAP, Gap(80, 80, mean, 1.0), 0.1)
+
+    one = outcome((tried("worse", 0.6), tried("better", 0.25), tried("same", GAP.mean_abs)))
+    text = shown(one)
+    assert "better" in text and "worse" not in text and "same" not in text
+    assert len(record(one, FACTS, SEQUENCES)["alone"]) == 3

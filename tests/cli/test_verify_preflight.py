@@ -82,7 +82,7 @@ def test_the_page_lists_every_finding(files: tuple[str, str], tmp_path: Path) ->
     (["{train}", "--train", "{train}"], "takes one FILE"),
     (["--rollout", "{rollout}", "--train", "{rollout}"], "--train needs a trainer's"),
     (["--rollout", "{rollout}", "--train", "{train}", "--train-format", "verl"],
-     "none of its settings is one of verl's: model_name_or_path, bf16, use_vllm"),
+     "of its 3 settings verl has 0, trl 3: read it as trl"),
     (["none.yaml"], "no such file: none.yaml"),
     (["--rollout", "{rollout}", "--train", "{train}", "--json", "no/such/a.json"], "--json: no such folder"),
 ])  # fmt: skip

@@ -267,3 +267,8 @@ def test_nonfinite_weights_are_named_not_sampled(own_policy: Callable[..., Polic
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         engine.generate([[0, 1, 2]], SamplingParams(max_tokens=3))
     assert not engine.has_unfinished and engine.stats["pages_used"] == 0
+
+
+def test_top_k_of_other_engines_is_refused_with_ours() -> None:
+    with pytest.raises(ValueError, match=r"top_k=0 switches it off"):
+        SamplingParams(top_k=-1)

@@ -10,7 +10,7 @@ import torch
 from support.engines import VOCAB, bits, flat, mixed_params, packed_logprobs, random_prompts, roomy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rlalign.config import EngineConfig
+from rlalign.config import EngineConfig, SamplingParams
 from rlalign.engine import Engine
 from rlalign.modeling import PackedContext, Policy, align, audit
 from rlalign.modeling.layers import AlignedRotary
@@ -97,8 +97,11 @@ def test_a_longrope_has_its_short_frequencies_whatever_it_saw_before() -> None:
 def test_a_longrope_ends_where_it_would_switch() -> None:
     policy = Policy(align(scaled_model("longrope"), backend="reference"))
     assert policy.max_positions == SWITCH
-    with pytest.raises(ValueError, match=f"max_model_len=49: the model has {SWITCH} positions"):
+    with pytest.raises(ValueError, match=rf"max_model_len=49: the model has {SWITCH} positions \(256 with"):
         Engine(policy, None, EngineConfig(page_size=16, max_model_len=SWITCH + 1))
+    engine = Engine(policy, None, EngineConfig(page_size=16))
+    ((refused,),) = engine.generate([[1] * SWITCH], SamplingParams(max_tokens=1))
+    assert "its longrope takes other frequencies" in refused.error
     assert Policy(align(scaled_model("longrope"), backend="native")).max_positions == 256
     assert Policy(align(scaled_model("yarn"), backend="reference")).max_positions == 256
     few = Policy(align(scaled_model("longrope", original_max_position_embeddings=9), backend="reference"))

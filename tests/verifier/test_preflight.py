@@ -302,6 +302,7 @@ def test_what_nobody_states_is_listed(tmp_path: Path) -> None:
     ("", "is a mapping of settings, this file is empty"),
     ("{}", "is a mapping of settings"),
     ("color: red\n", "not recognised as rlalign, verl, trl, vllm"),
+    ("temperature: 0.7\nbeta: 0.1\ncolor: red\n", "--train-format: 2 of its 3 settings are also trl's"),
     ("enforce_eager: maybe\n", "enforce_eager='maybe': must be true or false"),
     ("use_vllm: true\ngradient_accumulation_steps: 0\n", "gradient_accumulation_steps=0: must be at least 1"),
     ("tensor_parallel_size: 1.5\n", "tensor_parallel_size=1.5: must be a whole number"),
@@ -315,3 +316,18 @@ def test_unusable_files_are_named(tmp_path: Path, content: str, message: str) ->
     with pytest.raises(ValueError, match=r"a\.yaml") as caught:
         read_sides(tmp_path / "a.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "format", "message"), [
+    # three names that vLLM has too, and defaults for what it calls otherwise
+    ("temperature: 0.7\ntop_p: 0.9\nseed: 1\nuse_vllm: true\nmodel_name_or_path: m\nbf16: true\nbeta: 0\n", "vllm",
+     "of its 7 settings vllm has 3, trl 7: read it as trl"),
+    ("actor_rollout_ref:\n  rollout:\n    temperature: 1.0\n", "rlalign", "rlalign has 0, verl 1: read it as verl"),
+    ("numerics: invariant\nsampling:\n  temperature: 0.7\n", "trl", "trl has 0, rlalign 2: read it as rlalign"),
+    ("color: red\n", "verl", "none of its settings is one of verl's: color"),
+])  # fmt: skip
+def test_a_file_is_not_read_as_what_it_is_not(tmp_path: Path, content: str, format: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ValueError) as refusal:
+        read_sides(tmp_path / "c.yaml", format=format)
+    assert message in str(refusal.value)

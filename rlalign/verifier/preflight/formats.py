@@ -21,6 +21,8 @@ from rlalign.verifier.preflight.side import SAMPLING, Name, Setting, Side
 from rlalign.verifier.preflight.tables import BOTH, FORMATS, Format, count
 
 Role = Literal["rollout", "train"]
+# how many times the settings that the right format has more than a wrong one
+_FAR_MORE = 2
 
 
 def read_sides(path: Path, *, format: str | None = None) -> dict[Role, Side]:
@@ -40,9 +42,10 @@ def read_sides(path: Path, *, format: str | None = None) -> dict[Role, Side]:
         raise ValueError(f"{path}: a configuration is a mapping of settings, this file is empty")
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{path}: a configuration is a mapping of settings, this is {type(values).__name__}")
+    if format not in (None, "rlalign", *FORMATS):
+        raise ValueError(f"format={format!r} is not one of rlalign, {', '.join(FORMATS)}")
     name = format or _detect(path, values)
-    if name not in ("rlalign", *FORMATS):
-        raise ValueError(f"format={name!r} is not one of rlalign, {', '.join(FORMATS)}")
+    _refuse_another(path, values, name)
     return _read_ours(path, values) if name == "rlalign" else _read_table(path, values, FORMATS[name])
 
 
@@ -65,11 +68,38 @@ def _detect(path: Path, values: Mapping[str, Any]) -> str:
         return "rlalign"
     found = [name for name, one in FORMATS.items() if any(_covers(mark, key) for mark in one.marks for key in flat)]
     if not found:
+        known = _known_keys(values)
+        near = max(known, key=known.__getitem__)
+        hint = f": {known[near]} of its {len(flat)} settings are also {near}'s" if known[near] else ""
         raise ValueError(
-            f"{path}: not recognised as rlalign, {', '.join(FORMATS)}; give --rollout-format, --train-format"
+            f"{path}: not recognised as rlalign, {', '.join(FORMATS)}; give --rollout-format, --train-format{hint}"
         )
     # TRL's vllm_* settings stand in a file of TRL's: the first match of the table is the more particular one
     return found[0]
+
+
+def _refuse_another(path: Path, values: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError if another format than ``name`` has far more of a file's settings: frameworks share names, and
+    what remains of the file would be defaults."""
+    known = _known_keys(values)
+    best = max(known, key=known.__getitem__)
+    if known[best] > _FAR_MORE * known[name]:
+        raise ValueError(
+            f"{path}: of its {len(_flat(values))} settings {name} has {known[name]}, {best} {known[best]}: "
+            f"read it as {best}"
+        )
+
+
+def _known_keys(values: Mapping[str, Any]) -> dict[str, int]:
+    """How many of a file's settings each format has."""
+    keys = {_snake(key) for key in _flat(values)}
+    known = {"rlalign": len(keys & _flat(config_to_dict(config_from_dict({}))).keys())}
+    for name, table in FORMATS.items():
+        known[name] = sum(
+            key in table.keys or key in table.length or any(_covers(pattern, key) for pattern in table.harmless)
+            for key in keys
+        )
+    return known
 
 
 def _read_table(path: Path, values: Mapping[str, Any], table: Format) -> dict[Role, Side]:
