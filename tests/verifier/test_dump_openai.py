@@ -35,6 +35,9 @@ def test_openai_chat_with_tokens_as_ids_beside_its_request(tmp_path: Path) -> No
     assert (ids(sequence), sequence.text) == (([4, 5], [7, 8]), "ab")
     assert sequence.logprobs.tolist() == [-1.0, -9999.0]
     assert sequence.sampling == SamplingParams(temperature=0.5)
+    for more in ({"sampling": {"temperature": 0.7}}, {"temperature": 0.7}, {"repetition_penalty": 1.2}):
+        with pytest.raises(ValueError, match="sampling parameters stand beside 'request'"):
+            only(write(tmp_path, {"request": request, "response": response, **more}))
 
 
 def test_openai_echo(tmp_path: Path) -> None:
