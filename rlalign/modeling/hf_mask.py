@@ -10,8 +10,10 @@ scattered, and no length is read on the host. Legend: B rows, T queries and L ke
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,8 +59,11 @@ def mask_offsets(
 
     ``q_offset``: position of the first query, on the device where a static cache has it there; ``kv_offset``: of the
     first key.
-    Raises ValueError for a mask with a hole in a row, NotImplementedError for a pattern that is not plain attention.
+    Raises ValueError for a mask with a hole in a row, NotImplementedError for a pattern that is not plain attention,
+    or a model that would take the offsets for a mask.
     """
+    if (config := others.get("config")) is not None:
+        _refuse_own_attention(type(config))
     if unknown := sorted(name for name, value in others.items() if value is not None and name not in _ABOUT_STORAGE):
         raise NotImplementedError(f"attn_implementation='rlalign': mask argument {unknown[0]}=… is not supported")
     leaves = {_name(leaf): leaf for leaf in _leaves(mask_function)}
@@ -96,6 +101,18 @@ def mask_offsets(
     rule = Rule(causal, window, padded=padded)
     totals = batch_size * q_length, batch_size * kv_length
     return pack(*_with_gaps(queries, keys, q_length, kv_length), rule, totals)
+
+
+@cache
+def _refuse_own_attention(config: type) -> None:
+    """Raises NotImplementedError for a model that asks for masks by this name and then calls an attention of its own:
+    offsets would be added to its scores, where the shapes happen to fit."""
+    modeling = vars(sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"), object))
+    if "ALL_ATTENTION_FUNCTIONS" not in modeling and any(name.endswith("Attention") for name in modeling):
+        raise NotImplementedError(
+            f"attn_implementation='rlalign': {config.__name__.removesuffix('Config')} has an attention of its own, which "
+            "transformers can't replace; use attn_implementation='eager'"
+        )
 
 
 def whole_rows(batch_size: int, q_length: int, kv_length: int, rule: Rule, device: torch.device | str) -> Tensor:

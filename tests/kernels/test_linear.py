@@ -38,6 +38,21 @@ def test_every_row_count_keeps_the_bits():
             assert same_bits(part, whole[start : start + count]), (start, count)
 
 
+@pytest.mark.parametrize(
+    ("width", "depth"),
+    # a last block of columns narrower than a tile; sums of so few terms that a few have equal bits in any order
+    [(2049, 77), (2050, 385), (2063, 769), (4097, 130), (18, 2), (20, 2), (27, 2), (16, 3), (20, 4), (1, 1), (40, 5)],
+)
+def test_odd_widths_and_few_terms_keep_the_bits(width, depth):
+    x, weight = normal(300, depth, seed=0), normal(width, depth, seed=1)
+    whole = linear(x, weight, backend="reference")
+    assert error(whole, truths.linear(x, weight)) < 1e-6
+    for count in (1, 2, 3, 4, 15, 17, 63, 257):
+        for start in range(0, 301 - count, 1 if width * count < 100 else 43):
+            part = linear(x[start : start + count], weight, backend="reference")
+            assert same_bits(part, whole[start : start + count]), (start, count)
+
+
 def test_misaligned_and_strided_inputs_keep_the_bits():
     x, weight = normal(64, 100, seed=4), normal(50, 100, seed=5)
     whole = linear(x, weight, backend="reference")

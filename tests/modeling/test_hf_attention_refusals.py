@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.hf_attention import CLOSE, attention, masked, padding, pair, qkv, tokens
-from transformers import AttentionMaskInterface, AutoModelForCausalLM, Llama4TextConfig
+from transformers import AttentionMaskInterface, AutoModelForCausalLM, BloomConfig, Llama4TextConfig
 from transformers.masking_utils import create_causal_mask
 
 from rlalign.modeling import align, register_attention
@@ -40,6 +40,15 @@ def test_position_ids_that_disagree_with_a_padded_row_are_refused(side: str) -> 
     restarts[1, 4:] = torch.arange(4)
     with pytest.raises(ValueError, match="do not ascend by one"):
         ours(ids, attention_mask=mask, position_ids=restarts)
+
+
+@torch.no_grad()
+def test_a_model_with_an_attention_of_its_own_is_refused() -> None:
+    """Its scores [2 rows, 4 heads] would take the offsets for a mask of them."""
+    sizes = {"vocab_size": 128, "hidden_size": 32, "n_layer": 1, "n_head": 4}
+    model = AutoModelForCausalLM.from_config(BloomConfig(**sizes), attn_implementation="rlalign")
+    with pytest.raises(NotImplementedError, match="Bloom has an attention of its own"):
+        model(tokens(2, 6))
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -29,6 +29,8 @@ MAX_EXACT_WORK = 2**22
 # Small products want taller tiles than that; large ones gain nothing from them, and would take long to probe.
 TALL_ROWS = (512, 1024, 2048, 4096)
 MAX_TALL_WORK = 2**27
+# Numbers that a schedule is compared by.
+MIN_COMPARED = 2048
 K_BLOCK = 384
 N_BLOCK = 2048
 MAX_BATCH = 128
@@ -130,7 +132,11 @@ def product_nt(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return _product_columns(x, weight, None)
     out = x.new_empty(num_rows, width)
     for start in range(0, width, N_BLOCK):
-        _product_columns(x, weight[start : start + N_BLOCK], out[:, start : start + N_BLOCK])
+        block, columns = weight[start : start + N_BLOCK], out[:, start : start + N_BLOCK]
+        if block.shape[0] < ROW_TILE:
+            columns.copy_(product_nt(x, block))
+        else:
+            _product_columns(x, block, columns)
     return out
 
 
@@ -238,7 +244,9 @@ def _probe_block(
     rows, fused = {base}, True
     for size in candidates:
         tile = torch.mm(x[:size], weight_t)
-        if not same_bits(tile, truth[:size]):
+        # on 64-byte boundaries, as every tile of a real call
+        places = _places(x.shape[0], size, -(-size // ROW_TILE) * ROW_TILE, weight_t.shape[1])
+        if not all(same_bits(torch.mm(x[i : i + size], weight_t), truth[i : i + size]) for i in places):
             continue
         start = tile.flip(0)
         adds = not accumulates or same_bits(torch.addmm(start, x[:size], weight_t), start + tile)
@@ -247,6 +255,13 @@ def _probe_block(
             rows.add(size)
             fused &= adds
     return rows, fused
+
+
+def _places(num_rows: int, size: int, step: int, width: int) -> range:
+    """First rows of as many tiles of ``size`` rows as it takes to compare enough numbers: of a few, whose sums have two
+    or three terms, all may have equal bits by chance."""
+    enough = -(-MIN_COMPARED // (size * width))
+    return range(0, num_rows - size + 1, step)[:enough]
 
 
 def _by_row_tile(x: torch.Tensor, weight_t: torch.Tensor, base: int) -> torch.Tensor:
@@ -347,5 +362,12 @@ def _largest_batches(
     a = a[:, :, :depth].contiguous()
     b = b.transpose(1, 2)[:, :width].contiguous().transpose(1, 2) if transposed else b[:, :depth].contiguous()
     tried = [size for size in BATCH_SIZES if size <= limit]
-    proven = {size for size in tried if same_bits(torch.bmm(a[:size], b[:size]), truth[:size])}
+    proven = {
+        size
+        for size in tried
+        if all(
+            same_bits(torch.bmm(a[i : i + size], b[i : i + size]), truth[i : i + size])
+            for i in _places(limit, size, size, rows * width)
+        )
+    }
     return tuple(max((size for size in proven if size <= n), default=0) for n in range(tried[-1] + 1))
