@@ -37,6 +37,14 @@ def make_cases(only: str) -> Iterator[Callable[[], Case]]:
                     yield partial(make, name, num_rows, width, depth)
 
 
+def make_host_cases(only: str) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:
+    """One row of a layer so small that the host's time is all there is."""
+    name = "host time, N 256, K 512, M 1"
+    if only in name:
+        x, weight = _operands(1, 256, 512)
+        yield name, {"cublas": partial(F.linear, x, weight), "rlalign": partial(linear, x, weight, backend="triton")}
+
+
 def _operands(num_rows: int, width: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(num_rows, depth, device=_DEVICE).to(_DTYPE)
     return x, (torch.randn(width, depth, device=_DEVICE) / depth**0.5).to(_DTYPE)
