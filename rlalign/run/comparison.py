@@ -35,7 +35,10 @@ class Checks:
     def beyond(self) -> tuple[str, ...]:
         """A line for each that differs."""
         done = [check for check in (self.full_vocabulary, self.layers) if check is not None]
-        return tuple(check.verdict for check in done if not check.equal)
+        lines = [check.verdict for check in done if not check.equal]
+        if len(done) == 2 and self.layers.equal and lines:  # no module's output is the logits
+            lines.append(f"{self.layers.verdict}: the output layer's weight or operator differs")
+        return tuple(lines)
 
     def metrics(self) -> dict[str, float]:
         done = [check for check in (self.full_vocabulary, self.layers) if check is not None]

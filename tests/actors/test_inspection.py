@@ -16,6 +16,7 @@ from rlalign.actors.faults import flip_weight_bit
 from rlalign.actors.inspection import Inspecting, Inspector, digest, packed, paged
 from rlalign.config import EngineConfig
 from rlalign.modeling import PackedContext, Policy
+from rlalign.run.comparison import Checks
 from rlalign.run.pictures import layer_row
 from rlalign.verifier.full_vocabulary import FullVocabulary, check_full_vocabulary, divergence
 from rlalign.verifier.layers import check_layers
@@ -88,6 +89,21 @@ def test_a_changed_weight_inside_a_layer_is_named():
     assert (layers.first.layer, layers.first.module) == (1, "model.layers.1.mlp.up_proj")
     assert layers.metrics()["align/bisect/equal_layers"] == 1
     assert layer_row(layers).difference[2] == 0 < layer_row(layers).difference[3]
+
+
+def test_a_changed_output_layer_is_named(monkeypatch):
+    monkeypatch.setattr("support.trainers.tiny_model", lambda _family, dtype, seed: tiny_model("qwen2", dtype, seed))
+
+    def plant(policy: Policy) -> None:
+        with torch.no_grad():
+            policy.head.weight[3] += 1e-3
+
+    given = sides(plant=plant)
+    assert given[1].policy.head.weight is not given[1].policy.model.get_input_embeddings().weight
+    checks = Checks(vocabulary(*given), check_layers(*given, EXCERPTS))
+    assert checks.layers.equal and not checks.full_vocabulary.equal
+    assert "logits over the whole vocabulary differ" in checks.beyond[0] and "the output layer's" in checks.beyond[1]
+    assert Checks(None, checks.layers).beyond == ()
 
 
 def test_nan_is_infinite_and_never_agreement():
