@@ -66,6 +66,8 @@ def linear_logprob(
     read = reads_values(backend, hidden)
     check_head("linear_logprob", hidden, weight, bias, softcap, backend)
     check_integer("linear_logprob", "targets", targets, (hidden.shape[0],))
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"linear_logprob: ignore_index={ignore_index!r} is no int")
     kept = _check_targets(targets, weight.shape[0], ignore_index) if read else targets != ignore_index
     if rows is not None:
         rows.check("linear_logprob", hidden.shape[0], values=read)

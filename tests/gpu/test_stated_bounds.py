@@ -11,11 +11,13 @@ SHAPE = (33, 2560, 3001)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_triton_keeps_it(name, dtype):
     asked = problems(*SHAPE, dtype)[name]
     ours = asked.found("triton", "cuda")
     assert asked.share(ours, asked.exact) <= 1
+    if dtype == torch.float16:
+        return
     reference = asked.found("reference")
     if name.startswith("apply_rotary"):
         assert torch.equal(ours, reference)

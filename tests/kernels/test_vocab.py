@@ -258,6 +258,8 @@ def test_refusals_name_index_and_value():
         linear_logprob(hidden, weight, targets, rows=broken, backend="reference")
     with pytest.raises(ValueError, match="softcap=0"):
         linear_logprob(hidden, weight, targets, softcap=0.0, backend="reference")
+    with pytest.raises(ValueError, match="ignore_index=None is no int"):
+        linear_logprob(hidden, weight, targets, ignore_index=None, backend="reference")
     with pytest.raises(ValueError, match=r"support is torch.int64"):
         linear_logprob(hidden, weight, targets, support=torch.ones(T, 50, dtype=torch.int64), backend="reference")
     seeds = torch.arange(T)
