@@ -47,9 +47,10 @@ def linear_sample(
 ) -> SampleOutput:
     """Token int64 [T] and log-prob float32 [T] of each row of hidden [T, H], weight [V, H].
 
-    seeds: int64 or uint64 [T], all 64 bits count; positions: response index, int [T], modulo 2^32. ``raw_logprobs`` adds the
-    log-prob at temperature 1, nothing truncated. ``banned`` (bool [T, V]) removes ids before any transform, also from
-    both log-probs. Raises ValueError for shapes, dtypes or settings that do not fit, or a row with every id banned.
+    seeds: int64 or uint64 [T], all 64 bits count; positions: response index, int [T], modulo 2^32. ``raw_logprobs``
+    adds the log-prob at temperature 1, nothing truncated. ``banned`` (bool [T, V]) removes ids before any transform,
+    also from both log-probs. Raises ValueError for shapes, dtypes or settings that do not fit, or a row with every id
+    banned.
     Log-probs err by no more than ``linear_logprob``'s; two ids whose z + gumbel are closer than that and 1e-5 may swap
     between backends.
     With backend="triton" on a GPU no value is read on the host unless rows are truncated or may be (see SamplingRows):

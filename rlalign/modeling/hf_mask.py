@@ -110,8 +110,8 @@ def _refuse_own_attention(config: type) -> None:
     modeling = vars(sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"), object))
     if "ALL_ATTENTION_FUNCTIONS" not in modeling and any(name.endswith("Attention") for name in modeling):
         raise NotImplementedError(
-            f"attn_implementation='rlalign': {config.__name__.removesuffix('Config')} has an attention of its own, which "
-            "transformers can't replace; use attn_implementation='eager'"
+            f"attn_implementation='rlalign': {config.__name__.removesuffix('Config')} has an attention of its own, "
+            "which transformers can't replace; use attn_implementation='eager'"
         )
 
 
