@@ -48,7 +48,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, leaves: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _forward(x, weight, bias, leaves)
+        # padded rows are cut off by a view, which could not be changed in place
+        return _forward(x, weight, bias, leaves).data
 
     @staticmethod
     @once_differentiable

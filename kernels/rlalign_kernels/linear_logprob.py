@@ -12,7 +12,7 @@ holds the support constant, and is deterministic run to run.
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def linear_logprob(
     read = reads_values(backend, hidden)
     check_head("linear_logprob", hidden, weight, bias, softcap, backend)
     check_integer("linear_logprob", "targets", targets, (hidden.shape[0],))
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, Integral) or isinstance(ignore_index, bool):
         raise ValueError(f"linear_logprob: ignore_index={ignore_index!r} is no int")
     kept = _check_targets(targets, weight.shape[0], ignore_index) if read else targets != ignore_index
     if rows is not None:

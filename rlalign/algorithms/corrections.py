@@ -44,7 +44,7 @@ def importance_weights(
         out |= (ratio > bound) | (ratio < 1 / bound)
     if correction.veto_below is not None:
         vetoed = _any(ratio < correction.veto_below, lengths)
-        out |= torch.cat([one.expand(length) for one, length in zip(vetoed, lengths, strict=True)])
+        out |= vetoed.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=vetoed.device))
     if bound is not None or correction.veto_below is not None:
         touched = _any(out, lengths)
     return weights.masked_fill(out & ~ratio.isnan(), 0.0), {
@@ -59,4 +59,5 @@ def importance_weights(
 
 def _any(tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """bool [B] of bool [N]: whether any token of the sequence is."""
-    return torch.stack([part.any() for part in tokens.split(list(lengths))])
+    found = [part.any() for part in tokens.split(list(lengths))]
+    return torch.stack(found) if found else tokens.new_zeros(0)

@@ -22,7 +22,7 @@ def show(outcome: Bisection, facts: Facts, worst: int, console: Console) -> None
     if outcome.sites:
         console.print(_table(f"{facts['a']} against {facts['b']}: how the difference grows", outcome.depth))
     differing = [d for d in outcome.sites if d.differing]
-    if differing:
+    if differing and worst:
         title = f"First {min(worst, len(differing))} of {len(differing)} outputs that differ"
         console.print(_table(title, differing[:worst]))
     for one in facts["failed"]:

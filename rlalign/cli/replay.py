@@ -116,11 +116,11 @@ def read_step(path: Path) -> Step:
     path = path / "replay.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    rollout, train = (list(read_dump(path.with_name(f"{side}.jsonl"))) for side in ("rollout", "train"))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"field 'format' is {content['format']!r}; this version reads {FORMAT}")
+        rollout, train = (list(read_dump(path.with_name(f"{side}.jsonl"))) for side in ("rollout", "train"))
         if not len(content["samples"]) == len(rollout) == len(train):
             raise ValueError(f"{len(content['samples'])} samples, but {len(rollout)} and {len(train)} sequences")
         for a, b in zip(rollout, train, strict=True):

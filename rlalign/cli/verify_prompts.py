@@ -30,7 +30,7 @@ def read_prompt_rows(path: Path, *, limit: int | None = None) -> list[Row]:
     """The file's rows, the first ``limit`` of them. Raises FileNotFoundError, or ValueError naming the line."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}")
     rows = (read_rows(path) if path.suffix in _ROW_SUFFIXES else _text_lines(path))[:limit]
     for row in rows:
         if all(row.values.get(name) is None for name in _FIELDS):

@@ -170,8 +170,10 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r}: a list of prompts is expected, not one string")
-        if len(prompts) and isinstance(prompts[0], int):
-            raise ValueError(f"prompts={prompts!r}: a list of prompts is expected, not one prompt's token ids")
+        if len(prompts) and (prompts[0] is None or (not isinstance(prompts[0], str) and np.ndim(prompts[0]) == 0)):
+            raise ValueError(
+                f"prompts={prompts!r}: a list of prompts is expected, not one prompt's token ids, nor None"
+            )
         if self.has_unfinished:
             raise ValueError(f"{len(self._num_open)} requests are unfinished: finish or abort them before generate()")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -246,7 +248,8 @@ class Engine:
         if len(prompt_ids) >= self.max_length:
             return (
                 f"the prompt has {len(prompt_ids)} tokens: prompt and response together may have {self.max_length}, "
-                f"at least one of them a response{self.policy.length_note}"
+                "at least one of them a response"
+                + (self.policy.length_note if self.max_length == self.policy.max_positions else "")
             )
         # A cache smaller than the model's limit must not shorten a response: its size is schedule.
         total = len(prompt_ids) + params.max_tokens

@@ -123,7 +123,7 @@ def _refuse_dropout(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ValueError(f"dropout p={module.p} in {name}: {_NO_DROPOUT}")
-    for field, value in dropout_fields(model.config).items():
+    for field, value in dropout_fields(model.config.get_text_config()).items():
         raise ValueError(f"config.{field}={value}: {_NO_DROPOUT}")
 
 

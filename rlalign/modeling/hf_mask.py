@@ -107,8 +107,13 @@ def mask_offsets(
 def _refuse_own_attention(config: type) -> None:
     """Raises NotImplementedError for a model that asks for masks by this name and then calls an attention of its own:
     offsets would be added to its scores, where the shapes happen to fit."""
-    modeling = vars(sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"), object))
-    if "ALL_ATTENTION_FUNCTIONS" not in modeling and any(name.endswith("Attention") for name in modeling):
+    name = config.__module__.replace(".configuration_", ".modeling_")
+    modeling = sys.modules.get(name)
+    if name == config.__module__ or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        return
+    if any(
+        kind.endswith("Attention") and getattr(one, "__module__", "") == name for kind, one in vars(modeling).items()
+    ):
         raise NotImplementedError(
             f"attn_implementation='rlalign': {config.__name__.removesuffix('Config')} has an attention of its own, "
             "which transformers can't replace; use attn_implementation='eager'"

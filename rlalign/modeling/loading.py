@@ -75,9 +75,13 @@ def load_model(
     folder = _checkpoint_folder(path)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if without_dropout:
+            for one in (config, config.get_text_config()):
+                for name in dropout_fields(one):
+                    setattr(one, name, 0.0)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
-            **(dict.fromkeys(dropout_fields(config), 0.0) if without_dropout else {}),
+            config=config,
             dtype=getattr(torch, dtype),
             attn_implementation="eager",
             local_files_only=True,

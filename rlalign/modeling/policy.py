@@ -98,7 +98,10 @@ class Policy:
         return f"attention {sorted(others)[0]} can't be captured in a CUDA graph" if others else None
 
     def hidden(self, token_ids: Tensor, position_ids: Tensor, context: AttentionContext) -> Tensor:
-        """Last hidden states. token_ids, position_ids: int64 [T] → [T, H] in the model's dtype."""
+        """Last hidden states. token_ids, position_ids: int64 [T] → [T, H] in the model's dtype.
+
+        No sequence may be longer than ``max_positions``: the values of positions on the device are not looked at.
+        """
         output = self.model.base_model(
             input_ids=token_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),

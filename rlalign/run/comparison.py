@@ -36,8 +36,9 @@ class Checks:
         """A line for each that differs."""
         done = [check for check in (self.full_vocabulary, self.layers) if check is not None]
         lines = [check.verdict for check in done if not check.equal]
-        if len(done) == 2 and self.layers.equal and lines:  # no module's output is the logits
-            lines.append(f"{self.layers.verdict}: the output layer's weight or operator differs")
+        vocabulary, layers = self.full_vocabulary, self.layers
+        if vocabulary and not vocabulary.equal and layers and layers.equal:  # no module's output is the logits
+            lines.append(f"{layers.verdict}: the output layer (weight, bias, soft cap or operator) differs")
         return tuple(lines)
 
     def metrics(self) -> dict[str, float]:

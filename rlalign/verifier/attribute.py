@@ -335,6 +335,10 @@ def _rounding(
         step = float(grid_step(now[finite], grid).max(initial=0.0))
         ways = [replace(way, grid=None) for way in ways]
         now = scores.of(ways)
+    if dtype == "float32" and any(way.settings.logits != "float32" for way in ways):  # a logit that it moves as well
+        ways = [replace(way, settings=replace(way.settings, logits="float32")) for way in ways]
+        rounded, now = now, scores.of(ways)
+        step = max(step, scores.between(rounded, now).max_abs)
     order, single = scores.other_order(ways), scores.in_float32(ways) if dtype != "float32" else None
     other = _NOTHING if order is None else scores.between(order, now)
     own, engine = (_NOTHING if single is None else scores.between(single, of) for of in (now, scores.reported))
@@ -350,5 +354,5 @@ def _rounding(
         engine_spread=engine.spread,
         own_error=own.mean_abs if own.tokens else None,
         outside=int((scores.counts & np.isneginf(now)).sum()),
-        on_grid=grid is not None,
+        on_grid=step > 0,
     )

@@ -54,15 +54,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What arithmetic alone gives, with all kept causes in place, before scoring's log-probs are put on a coarser
-    grid if they are (on_grid). engine_error, own_error: mean |Δ| of r and of t to float32 scoring; None where that is
-    scoring's own dtype. engine_spread: standard error of the first. other_order: mean |Δ| between t and another order
-    of summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place: mean of what the
-    last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by any of these. outside:
-    tokens beyond the support by more than that, in no mean. beyond: tokens that are off by far more than any other
-    order of summation gives; others: without these. lean: mean of r - t where it is no chance, else 0. met: a cause of
-    arithmetic was kept, so that scoring may be the engine's own but for a few shapes, and few tokens be left. native:
-    scoring is PyTorch's, of which the same may be true without a cause."""
+    """What arithmetic alone gives, with all kept causes in place, before scoring's log-probs or logits are put on a
+    coarser grid if they are (on_grid). engine_error, own_error: mean |Δ| of r and of t to float32 scoring; None where
+    that is scoring's own dtype. engine_spread: standard error of the first. other_order: mean |Δ| between t and
+    another order of summation, None if there is no other, whose bits differ in other_mismatches tokens. last_place:
+    mean of what the last rounding to float32 gives already (``scores.last_place``). largest: |Δ| at one token, by any
+    of these. outside: tokens beyond the support by more than that, in no mean. beyond: tokens that are off by far more
+    than any other order of summation gives; others: without these. lean: mean of r - t where it is no chance, else 0.
+    met: a cause of arithmetic was kept, so that scoring may be the engine's own but for a few shapes, and few tokens
+    be left. native: scoring is PyTorch's, of which the same may be true without a cause."""
 
     dtype: str
     other_order: float | None

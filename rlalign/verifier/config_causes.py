@@ -18,7 +18,7 @@ _COMMON_VALUES = {
     ("rope_theta",): (10_000.0, 500_000.0, 1_000_000.0),
     ("norm_eps", "norm_epsilon"): (1e-6, 1e-5),
 }
-_SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+_SWITCHES = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv")
 # of rope_parameters, and of rope_scaling, as older files call it
 _ROPE_TYPES, _NO_SCALING = (".rope_type", "rope_scaling.type"), "default"
 
@@ -75,10 +75,11 @@ def config_changes(own: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) 
         found += [(name, value, origin) for name, value in _objects(mine, theirs).items()]
         found += [(name, theirs[name], origin) for name in names]
     for endings, values in _COMMON_VALUES.items():
-        for name in (name for name in mine if name.endswith(endings)):
+        for name in (name for name in mine if name.endswith(endings) and mine[name] is not None):
             found += [(name, value, _COMMON) for value in values if value != mine[name]]
-    found += [(name, None, _OFF) for name in mine if name.rpartition(".")[2] in _SWITCHES]
-    scaled = (name for name, value in mine.items() if name.endswith(_ROPE_TYPES) and value != _NO_SCALING)
+    switched_on = [name for name in mine if mine[name] is not None]
+    found += [(name, None, _OFF) for name in switched_on if name.rpartition(".")[2] in _SWITCHES]
+    scaled = (name for name in switched_on if name.endswith(_ROPE_TYPES) and mine[name] != _NO_SCALING)
     found += [(name, _NO_SCALING, _OFF) for name in scaled]
     unique = {(name, value): (name, value, origin) for name, value, origin in reversed(found)}
     return list(reversed(unique.values()))
@@ -94,12 +95,12 @@ def _objects(mine: Mapping[str, Scalar], theirs: Mapping[str, Scalar]) -> dict[s
     return {parent: tuple(fields.items()) for parent, fields in found.items() if len(fields) > 1}
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
-    found: dict[str, int | float | str] = {}
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    found: dict[str, Scalar] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float | str):
+        elif value is None or isinstance(value, int | float | str):
             found[prefix + name] = value
     return found
 

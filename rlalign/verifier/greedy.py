@@ -33,6 +33,8 @@ _MOST = 0.95
 _MIN_TOKENS = 4
 _FAR_OFF = 3.0
 _SOME = 0.05
+# of what another order of summation gives: no reason to name the less common of two causes
+_OF_ROUNDING = 0.1
 
 # what there is to try, given the ways so far and their log-probs; the flag: also what is fitted to what is left
 Tries = Callable[[Sequence[Way], np.ndarray, bool], list[Cause]]
@@ -59,7 +61,8 @@ def greedily(
                 gain = _gain(scores, ways, now, other, cause)
                 # a cause further down the list must be better, not as good; a guess of some sequences clearly so
                 least = _SOME if cause.guessed and chosen is not None else 1e-9
-                if gain > 0 and (best is None or gain > best[0] * (1 + least)):
+                tie = _tie(scores, best[3], floor) if best is not None and cause.kind == "positions" else 0.0
+                if gain > 0 and (best is None or gain > best[0] * (1 + least) + tie):
                     best = (gain, cause, changed, other, chosen)
         if best is None:
             break
@@ -70,6 +73,12 @@ def greedily(
         ids = None if chosen is None else tuple(scores.sequences[place].name for place in chosen)
         steps.append(Step(cause, before, scores.gap(now), chosen, ids))
     return steps, ways, now
+
+
+def _tie(scores: Scores, best: np.ndarray, floor: float) -> float:
+    """By how much of Σ|Δ| another cause must be nearer than scoring ``best``, which may leave no more than rounding."""
+    left = scores.gap(best)
+    return _OF_ROUNDING * floor * left.tokens if left.mean_abs <= _OF_A_SIZE * floor else 0.0
 
 
 def _candidates(

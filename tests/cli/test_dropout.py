@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import tiny_model
+from transformers import AutoModelForCausalLM, Qwen3_5Config
 
 from rlalign.cli.verify import main
 from rlalign.modeling import load_policy
@@ -46,3 +47,17 @@ def test_commands_that_score_take_it_as_zero(dropping: tuple[Path, str], tmp_pat
     assert main(["dump", str(dump), *model]) == 0
     assert main(["attribute", "--dump", str(dump), *model, "--no-decode"]) == 0
     assert main(["bisect", *model, "--dump", str(dump), "--a", "invariant", "--b", "invariant"]) == 0
+
+
+def test_a_composite_config_hands_its_dropout_on(tmp_path: Path) -> None:
+    """Its text part is what a decoder has."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8,
+             "num_key_value_heads": 2, "intermediate_size": 64, "attention_dropout": 0.1}  # fmt: skip
+    config = Qwen3_5Config(text_config=sizes | {"layer_types": ["full_attention"]})
+    model = AutoModelForCausalLM.from_config(config.get_text_config())
+    model.save_pretrained(tmp_path)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1"):
+        load_policy(tmp_path, numerics="native")
+    assert load_policy(tmp_path, numerics="native", without_dropout=True).model.config.attention_dropout == 0

@@ -38,6 +38,17 @@ def test_every_row_count_keeps_the_bits():
             assert same_bits(part, whole[start : start + count]), (start, count)
 
 
+@pytest.mark.parametrize("shape", [(1, 512), (5, 512), (17, 512), (64, 512), (0, 512), (512,), (3, 5, 512)])
+@pytest.mark.parametrize("width", [512, 8])
+def test_the_output_may_be_changed_in_place(shape, width):
+    """As OLMo does. A product of padded rows is a view of more."""
+    x, weight = normal(*shape, seed=0).requires_grad_(), normal(width, 512, seed=1).requires_grad_()
+    out = linear(x, weight, backend="reference").clamp_(-1, 1)
+    expected = F.linear(x.detach(), weight.detach()).clamp(-1, 1)
+    torch.testing.assert_close(out.detach(), expected, rtol=1e-4, atol=1e-4)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (x, weight)))
+
+
 @pytest.mark.parametrize(
     ("width", "depth"),
     # a last block of columns narrower than a tile; sums of so few terms that a few have equal bits in any order

@@ -343,6 +343,13 @@ def test_config_changes_are_those_of_other_checkpoints_and_common_ones():
     }  # fmt: skip
 
 
+def test_a_field_that_is_null_elsewhere_is_a_change() -> None:
+    clipped, whole = {"clip_qkv": 0.5, "sliding_window": None}, {"clip_qkv": None, "sliding_window": 9}
+    found = {(name, value) for name, value, _ in config_changes(clipped, [whole])}
+    assert found == {("clip_qkv", None), ("sliding_window", 9)}
+    assert config_changes(clipped, []) == [("clip_qkv", None, "switched off")]
+
+
 @pytest.mark.parametrize("name", ["norm_epsilon", "layer_norm_epsilon", "layer_norm_eps"])
 def test_an_epsilon_is_known_by_any_of_its_names(name: str):
     assert config_changes({name: 1e-5, "embd_pdrop": 1e-5}, []) == [(name, 1e-6, "a common value")]

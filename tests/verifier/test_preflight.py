@@ -302,6 +302,8 @@ def test_what_nobody_states_is_listed(tmp_path: Path) -> None:
     ("", "is a mapping of settings, this file is empty"),
     ("{}", "is a mapping of settings"),
     ("color: red\n", "not recognised as rlalign, verl, trl, vllm"),
+    ("use_vllm: true\ntemperature: 0.7\ntemperature: 1.0\n", "temperature stands twice"),
+    ("use_vllm: true\ntemperature: .nan\n", "temperature=nan: must be a finite number"),
     ("temperature: 0.7\nbeta: 0.1\ncolor: red\n", "--train-format: 2 of its 3 settings are also trl's"),
     ("enforce_eager: maybe\n", "enforce_eager='maybe': must be true or false"),
     ("use_vllm: true\ngradient_accumulation_steps: 0\n", "gradient_accumulation_steps=0: must be at least 1"),
@@ -324,6 +326,7 @@ def test_unusable_files_are_named(tmp_path: Path, content: str, message: str) ->
      "of its 7 settings vllm has 3, trl 7: read it as trl"),
     ("actor_rollout_ref:\n  rollout:\n    temperature: 1.0\n", "rlalign", "rlalign has 0, verl 1: read it as verl"),
     ("numerics: invariant\nsampling:\n  temperature: 0.7\n", "trl", "trl has 0, rlalign 2: read it as rlalign"),
+    ("hf_overrides:\n  rope_theta: 1.0\nenforce_eager: true\noutput_dir: x\n", "verl", "vllm 2: read it as vllm"),
     ("color: red\n", "verl", "none of its settings is one of verl's: color"),
 ])  # fmt: skip
 def test_a_file_is_not_read_as_what_it_is_not(tmp_path: Path, content: str, format: str, message: str) -> None:

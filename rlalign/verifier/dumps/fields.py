@@ -107,7 +107,7 @@ def whole(row: Row, name: str, value: Any) -> int | None:
 
 def text(row: Row, name: str, value: Any) -> str | None:
     """A string (numbers become one, as request ids are), or None for null."""
-    if value is not None and not isinstance(value, str | int):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
         raise row.error(f"field '{name}' must be text, is {_short(value)}")
     return None if value is None else str(value)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rlalign.config import SamplingParams
 from rlalign.verifier.dumps import fields, vllm
 from rlalign.verifier.dumps.options import ReadOptions
 from rlalign.verifier.dumps.record import DumpSequence
@@ -210,7 +211,7 @@ class _Choice:
         found = fields.distribution(self.row)
         if not isinstance(self.row.values.get("request"), dict):
             return found
-        if found["sampling"] is not None or found["unmodelled"]:
+        if found["sampling"] not in (None, SamplingParams()) or found["unmodelled"]:
             raise self.row.error("sampling parameters stand beside 'request', which has them: leave out one of the two")
         asked = Row(self.row.path, self.row.line, {"sampling": self._request()}, self.row.item)
         return fields.distribution(asked) | {"processed": found["processed"]}

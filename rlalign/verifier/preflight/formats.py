@@ -25,6 +25,16 @@ Role = Literal["rollout", "train"]
 _FAR_MORE = 2
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML's own loader keeps the last of two equal keys, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if key != "<<" and keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_sides(path: Path, *, format: str | None = None) -> dict[Role, Side]:
     """The sides that a file describes: both, or only the rollout of an engine's own arguments.
 
@@ -33,9 +43,9 @@ def read_sides(path: Path, *, format: str | None = None) -> dict[Role, Side]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if values is None:
@@ -92,9 +102,10 @@ def _refuse_another(path: Path, values: Mapping[str, Any], name: str) -> None:
 
 def _known_keys(values: Mapping[str, Any]) -> dict[str, int]:
     """How many of a file's settings each format has."""
-    keys = {_snake(key) for key in _flat(values)}
-    known = {"rlalign": len(keys & _flat(config_to_dict(config_from_dict({}))).keys())}
+    ours = _flat(config_to_dict(config_from_dict({})))
+    known = {"rlalign": sum(key in ours for key in _flat(values))}
     for name, table in FORMATS.items():
+        keys = {_snake(key) for key in _flat(values, whole=table.keys)}
         known[name] = sum(
             key in table.keys or key in table.length or any(_covers(pattern, key) for pattern in table.harmless)
             for key in keys

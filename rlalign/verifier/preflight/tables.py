@@ -36,6 +36,8 @@ def negated(key: str, value: Any) -> bool:
 def number(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError("must be a number")
+    if not math.isfinite(float(value)):
+        raise ValueError("must be a finite number")
     return float(value)
 
 
