@@ -52,7 +52,7 @@ class SamplingParams:
     @classmethod
     def _top_k_is_off_at_zero(cls, top_k: Any) -> Any:
         if top_k == -1:
-            raise ValueError("top_k=0 switches it off, where other engines take -1")
+            raise ValueError("top_k=-1 is not supported; 0 switches it off")
         return top_k
 
     @field_validator("temperature")

@@ -72,10 +72,11 @@ class Session:
                 for path, format, sequences in folder.look():
                     self._score(format, sequences)
                     console.print(f"{path}: {self._progress()}", markup=False, soft_wrap=True)
-                left = self._args.poll_seconds if end is None else min(self._args.poll_seconds, end - time.monotonic())
+                pause = 1.0 if self._args.poll_seconds is None else self._args.poll_seconds
+                left = pause if end is None else end - time.monotonic()
                 if end is not None and left <= 0:
                     break
-                time.sleep(left)
+                time.sleep(min(pause, left))
         except KeyboardInterrupt:
             console.print("interrupted: this is what was found so far", markup=False)
         except ValueError as error:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
+from rlalign import __version__
 from rlalign.cli import (
     verify_attribute,
     verify_bisect,
@@ -29,6 +30,7 @@ _COMMANDS = (verify_run, verify_dump, verify_compare, verify_attribute, verify_b
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = Parser(prog="rlalign-verify", description=__doc__.split("\n\n")[0].partition(": ")[2])
+    parser.add_argument("--version", action="version", version=f"rlalign {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         added = command.add_parser(subparsers)

@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     group = parser.add_argument_group("following dumps that are being written, until Ctrl-C")
     group.add_argument("--watch", type=Path, metavar="DIR", help="folder of .jsonl and .parquet files; no FILE then")
     group.add_argument("--watch-seconds", type=seconds, metavar="S", help="stop after so long")
-    group.add_argument("--poll-seconds", type=seconds, default=1.0, metavar="S", help="between two looks (default: 1)")
+    group.add_argument("--poll-seconds", type=seconds, metavar="S", help="between two looks (default: 1)")
     return parser
 
 
@@ -66,8 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.file is None) == (args.watch is None):
         raise ValueError("dump takes either FILE or --watch DIR")
-    if args.watch is None and args.watch_seconds is not None:
-        raise ValueError("--watch-seconds belongs to --watch DIR")
+    for name in ("watch_seconds", "poll_seconds"):
+        if args.watch is None and getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --watch DIR")
     if args.watch is not None and args.limit is not None:
         raise ValueError("--limit can't be used with --watch, which takes all")
     check_outputs(args)

@@ -245,6 +245,7 @@ def test_a_token_added_to_the_tokenizer_alone_is_no_hindrance(
     ((), "dump takes either FILE or --watch DIR"),
     (("FILE", "--watch", "."), "dump takes either FILE or --watch DIR"),
     (("FILE", "--watch-seconds", "1"), "--watch-seconds belongs to --watch"),
+    (("FILE", "--poll-seconds", "1"), "--poll-seconds belongs to --watch"),
     (("FILE", "--max-abs", "-1"), "--max-abs -1.0: a threshold is a number >= 0"),
     (("FILE", "--mismatch-frac", "5"), "--mismatch-frac 5.0: a share is at most 1"),
     (("FILE", "--temperature", "-1"), "temperature=-1.0: Input should be"),

@@ -270,5 +270,5 @@ def test_nonfinite_weights_are_named_not_sampled(own_policy: Callable[..., Polic
 
 
 def test_top_k_of_other_engines_is_refused_with_ours() -> None:
-    with pytest.raises(ValueError, match=r"top_k=0 switches it off"):
+    with pytest.raises(ValueError, match=r"top_k=-1 is not supported; 0 switches it off"):
         SamplingParams(top_k=-1)
