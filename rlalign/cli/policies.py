@@ -80,6 +80,8 @@ class Policies:
     def _load(self, weights: int, config: tuple[tuple[str, Any], ...], dtype: ScoringDtype, native: bool) -> Policy:
         if weights >= len(self.models):
             raise UnsupportedSetting(f"weights={weights}: {len(self.models) - 1} other checkpoints were given")
+        if dropping := next((name for name, _ in config if "drop" in name), None):
+            raise UnsupportedSetting(f"config.{dropping}: scoring has no dropout, whatever config.json says")
         transformers_logging.disable_progress_bar()
         with _with_config(self.models[weights], dict(config)) as folder:
             try:

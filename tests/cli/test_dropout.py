@@ -37,8 +37,10 @@ def test_load_policy_refuses_it_or_switches_it_off(dropping: tuple[Path, str]) -
     assert not any(m.p for m in policy.model.modules() if isinstance(m, torch.nn.Dropout))
 
 
-def test_commands_that_score_take_it_as_zero(dropping: tuple[Path, str], tmp_path: Path) -> None:
-    folder, _ = dropping
+def test_commands_that_score_take_it_as_zero(
+    dropping: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, field = dropping
     model, dump = ["--model", str(folder)], tmp_path / "dump.jsonl"
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt_token_ids": [1, 2, 3]}\n{"prompt_token_ids": [4, 5]}\n')
@@ -46,7 +48,10 @@ def test_commands_that_score_take_it_as_zero(dropping: tuple[Path, str], tmp_pat
     assert main(sampled) == 0
     assert main(["dump", str(dump), *model]) == 0
     assert main(["attribute", "--dump", str(dump), *model, "--no-decode"]) == 0
-    assert main(["bisect", *model, "--dump", str(dump), "--a", "invariant", "--b", "invariant"]) == 0
+    bisect = ["bisect", *model, "--dump", str(dump), "--a", "invariant", "--b"]
+    assert main([*bisect, "invariant"]) == 0
+    assert main([*bisect, f"config.{field}=0.5"]) == 2
+    assert "scoring has no dropout" in capsys.readouterr().err
 
 
 def test_a_composite_config_hands_its_dropout_on(tmp_path: Path) -> None:
